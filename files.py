@@ -1,0 +1,107 @@
+"""What crosses the disk: rows in, whole files out, and one clear line when the input is bad.
+
+Rows come from .jsonl, .jsonl.gz, .json and .parquet. A file is written under a temporary name and renamed,
+so that a reader never meets half of one and an interrupted run never harms what was there before.
+"""
+
+import contextlib
+import gzip
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+class InputError(Exception):
+    """The user's input is at fault; the message names the file, row or flag and says what to do."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a script's main(); an InputError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("file:row", row) for each JSON object of a .jsonl, .jsonl.gz, .json or .parquet file.
+
+    Rows are counted from 1, as an editor counts lines. Raises InputError for a file that is missing, empty,
+    cut short, not UTF-8 or not JSON, and for a row that is not an object.
+    """
+    path, count = Path(path), 0
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    for number, row in _parse(path):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        yield f"{path}:{number}", row
+        count += 1
+    if not count:
+        raise InputError(f"{path}: the file is empty")
+
+
+def _parse(path: Path) -> Iterator[tuple[int, Any]]:
+    name, number = path.name, 0
+    try:
+        if name.endswith((".jsonl", ".jsonl.gz")):
+            with (gzip.open if name.endswith(".gz") else open)(path, "rb") as lines:
+                for number, line in enumerate(lines, 1):  # bytes: a decoding error then names its own row
+                    if line.strip():
+                        yield number, json.loads(line.decode("utf-8-sig"))
+        elif name.endswith(".json"):
+            text = path.read_bytes().decode("utf-8-sig")
+            rows = json.loads(text) if text.strip() else []
+            if not isinstance(rows, list):
+                raise InputError(f"{path}: expected a JSON list of objects, found {type(rows).__name__}")
+            yield from enumerate(rows, 1)
+        elif name.endswith(".parquet"):
+            try:
+                import pyarrow.parquet
+            except ImportError:
+                raise InputError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+            try:
+                rows = pyarrow.parquet.read_table(path).to_pylist()
+            except (pyarrow.ArrowException, OSError) as error:
+                raise InputError(f"{path}: not a readable parquet file: {error}") from None
+            yield from enumerate(rows, 1)
+        else:
+            raise InputError(f"{path}: unknown format; use .jsonl, .jsonl.gz, .json or .parquet")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}:{max(number, 1)}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        row = number if number else error.lineno
+        raise InputError(f"{path}:{row}: not JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise InputError(f"{path}:{number}: JSON nested too deeply") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise InputError(f"{path}: damaged or cut-short gzip file, after row {number}") from None
+
+
+@contextlib.contextmanager
+def write_whole(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Open a temporary file beside `path`; it takes the place of `path` once written, flushed and closed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write one JSON document, whole or not at all."""
+    with write_whole(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")

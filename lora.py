@@ -1,0 +1,203 @@
+"""Low-rank adaptation by hand (Hu et al., 2021), in PEFT's file format.
+
+    y = W x + (alpha / rank) B A x        A (rank, in) random,  B (out, rank) zero
+
+W stays frozen and B starts at zero, so that step 0 is the reference policy exactly; switching the second term
+off gives the reference back at any time, with no second model in memory. To fold an adapter into its base:
+
+    python lora.py out/dpl out/dpl_merged
+"""
+
+import contextlib
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from files import InputError, run_command, write_json, write_whole
+
+
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear (or GPT-2's Conv1D, which keeps its weight transposed) with a low-rank term."""
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.base, self.scale, self.dropout, self.enabled = base, alpha / rank, dropout, True
+        out_size, in_size = base.weight.T.shape if isinstance(base, Conv1D) else base.weight.shape
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, in_size, device=device))  # float32 whatever the base:
+        self.lora_B = nn.Parameter(torch.zeros(out_size, rank, device=device))  # bf16 loses small updates
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        x = F.dropout(x, self.dropout, self.training)
+        return y + (x @ self.lora_A.to(x.dtype).T) @ (self.scale * self.lora_B).to(x.dtype).T
+
+    def delta(self) -> Tensor:
+        """The low-rank term as one matrix in the base weight's own layout."""
+        delta = self.scale * (self.lora_B @ self.lora_A)
+        return delta.T if isinstance(self.base, Conv1D) else delta
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """(name, layer) of every adapted layer."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+
+
+def add_lora(
+    model: nn.Module, rank: int, alpha: float, dropout: float = 0.0, targets: list[str] | None = None
+) -> nn.Module:
+    """Freeze `model` and adapt, in place, every linear layer but the head, or those that `targets` name.
+
+    A target is a module's name or its last part ("q_proj"). Raises InputError for one that is not there.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    for target in targets or []:
+        if not any(_named(name, [target]) for name in linear):
+            real = ", ".join(sorted({name.split(".")[-1] for name in linear}))
+            raise InputError(f"--lora_targets {target}: no such linear layer; this model has {real}")
+    model.requires_grad_(False)
+    for name, module in linear.items():
+        if targets is None or _named(name, targets):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, dropout))
+    return model
+
+
+def _named(name: str, targets: list[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+@contextlib.contextmanager
+def lora_disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the reference policy."""
+    layers = [layer for _, layer in lora_layers(model)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Add every low-rank term to its weight and put the plain layers back, in place."""
+    for name, layer in list(lora_layers(model)):
+        weight = layer.base.weight
+        weight.data = (weight.data.float() + layer.delta().float()).to(weight.dtype)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base)
+    return model
+
+
+def save_lora(model: nn.Module, folder: str | Path, base_model: str) -> None:
+    """Write adapter_model.safetensors and adapter_config.json as PEFT, TRL and vLLM read them."""
+    folder, layers = Path(folder), dict(lora_layers(model))
+    if not layers:
+        raise ValueError("the model has no LoRA layers to save")
+    tensors = {
+        f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach().cpu().contiguous()
+        for name, layer in layers.items()
+        for part in ("lora_A", "lora_B")
+    }
+    layer = next(iter(layers.values()))
+    rank = len(layer.lora_A)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_model),
+        "r": rank,
+        "lora_alpha": layer.scale * rank,
+        "lora_dropout": layer.dropout,
+        "target_modules": sorted(layers),
+        "fan_in_fan_out": isinstance(layer.base, Conv1D),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    with write_whole(folder / "adapter_model.safetensors", "wb") as file:
+        save_file(tensors, file.name, metadata={"format": "pt"})
+    write_json(folder / "adapter_config.json", config)
+
+
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    """A LoRA adapter's adapter_config.json. Raises InputError if it is damaged or of a kind not written here."""
+    path = Path(folder) / "adapter_config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        kind, rank, alpha, base = (config[k] for k in ("peft_type", "r", "lora_alpha", "base_model_name_or_path"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; is {folder} an adapter's folder?") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a LoRA adapter's configuration: {error!r}") from None
+    plain = not any(config.get(k) for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"))
+    if kind != "LORA" or not plain or not isinstance(base, str):
+        raise InputError(f"{path}: only plain LoRA adapters are read (no DoRA, rsLoRA or rank patterns)")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise InputError(f"{path}: r must be a positive whole number and lora_alpha a number")
+    return config
+
+
+def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Adapt `model` in place with an adapter written by save_lora or by PEFT.
+
+    Raises InputError if the file is damaged or does not fit the model.
+    """
+    config, path = read_adapter_config(folder), Path(folder) / "adapter_model.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", key)
+        if not match:
+            raise InputError(f"{path}: unexpected tensor {key}; only lora_A and lora_B weights are read")
+        found.setdefault(match[1], {})[match[2]] = tensor
+    add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0, sorted(found))
+    for name, layer in lora_layers(model):
+        for part in ("lora_A", "lora_B"):
+            tensor, weight = found[name].get(part), getattr(layer, part)
+            if tensor is None or tensor.shape != weight.shape:
+                shape = None if tensor is None else tuple(tensor.shape)
+                raise InputError(f"{path}: {name}.{part} is {shape}, this model needs {tuple(weight.shape)}")
+            weight.data.copy_(tensor)
+    return model
+
+
+def main() -> None:
+    """Merge an adapter into its base and write a plain transformers folder."""
+    from model import load_model  # not at the top: model.py reads adapters with this file
+
+    if len(sys.argv) != 3:
+        raise InputError("usage: python lora.py ADAPTER_FOLDER OUT_FOLDER")
+    adapter, out = map(Path, sys.argv[1:])
+    read_adapter_config(adapter)
+    if out.exists():
+        raise InputError(f"{out} exists; name a new folder")
+    model, tokenizer = load_model(adapter, dtype="auto")
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,327 @@
+"""The model side: load a causal LM, and read off log-probability, length and entropy of each completion.
+
+One forward over one row `[prompt | chosen | rejected | prompt | ...]` serves a whole micro-batch: the prompt is
+computed once for both completions and nothing is padded. What a token may see is one rule (`may_attend`):
+
+    the same example  and  (the prompt, or its own completion)  and  no later position  [and  inside the window]
+
+by *position in the text*, not by index in the row, so that sliding windows stay right. On CUDA the rule is a
+FlexAttention BlockMask over the row; elsewhere each example takes its own dense mask in turn.
+
+The vocabulary is met in chunks. With z = W h and p = softmax(z), a token's log-probability has the gradient
+    d log p_y / d h  =  W_y - sum_v p_v W_v,
+which needs nothing from later layers, so it is formed in the forward pass, while p is at hand: two products of
+vocabulary size a token where autograd takes three, and never a batch of logits in memory.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.masking_utils import eager_mask
+from transformers.utils import logging as transformers_logging
+
+from files import InputError
+from lora import load_lora, merge_lora, read_adapter_config
+from preferences import Packed, pack
+
+CHUNK = 2**24  # logits held at once: 64 MiB in float32
+
+
+class Stats(NamedTuple):
+    """What the losses see; each (pairs, 2), column 0 chosen and column 1 rejected."""
+
+    logp: Tensor  # sum of the completion's token log-probabilities, end token included, in nats
+    length: Tensor  # tokens of the completion, end token included
+    entropy: Tensor | None = None  # mean over those tokens of the next-token entropy, in nats a token
+
+
+def load_model(
+    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM and its tokenizer, from a folder or the hub; an adapter's folder gives its base, merged.
+
+    Only safetensors weights are read. Raises InputError if either cannot be loaded whole.
+    """
+    path = str(path)
+    if (Path(path) / "adapter_config.json").is_file():
+        base = read_adapter_config(path)["base_model_name_or_path"]
+        model, _ = load_model(base, device, dtype, trust_remote_code)
+        return merge_lora(load_lora(model, path)), _load_tokenizer(path, trust_remote_code)
+    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
+        raise InputError(f"--model {path}: the folder has no *.safetensors weights (other formats are not read)")
+    tokenizer = _load_tokenizer(path, trust_remote_code)
+    with _reporting(path), quiet_transformers():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+    broken = sorted(info["missing_keys"]) + [str(name) for name in info["mismatched_keys"]]
+    if broken:  # transformers would train on from random numbers
+        raise InputError(f"--model {path}: {len(broken)} weights are missing or misshapen, first {broken[0]}")
+    return model.to(device).eval(), tokenizer
+
+
+def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    with _reporting(path):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+@contextlib.contextmanager
+def _reporting(path: str):
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"--model {path}: cannot be loaded: {reason}") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers():
+    """Loading bars off: a tiny model loads faster than its bar draws."""
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+class Layout:
+    """A packed row as attention needs it; masks are made once for each window and shared by all layers."""
+
+    def __init__(self, packed: Packed):
+        self.packed = packed
+        self.masks: dict[int | None, Any] = {}
+
+    def masks_for(self, window: int | None) -> Any:
+        """The row's BlockMask on CUDA; elsewhere a list with one (n, n) boolean mask for each example."""
+        if window not in self.masks:
+            make = block_mask if self.packed.ids.is_cuda else dense_masks
+            self.masks[window] = make(self.packed, window)
+        return self.masks[window]
+
+
+def may_attend(packed: Packed, window: int | None) -> Callable[[Any, Any, Any, Any], Tensor]:
+    """FlexAttention's mask_mod(batch, head, query, key) for a packed row; broadcasts over index tensors."""
+    example, branch, position = packed.example, packed.branch, packed.position
+
+    def rule(_batch: Any, _head: Any, q: Any, k: Any) -> Tensor:
+        allowed = (example[q] == example[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))
+        allowed = allowed & (position[k] <= position[q])
+        return allowed if window is None else allowed & (position[q] - position[k] < window)
+
+    return rule
+
+
+def dense_masks(packed: Packed, window: int | None) -> list[Tensor]:
+    """The rule as one boolean (n, n) mask for each example, n its tokens."""
+    rule = may_attend(packed, window)
+    spans = torch.arange(len(packed.ids), device=packed.ids.device).split(packed.lengths)
+    return [rule(None, None, span[:, None], span[None, :]) for span in spans]
+
+
+def block_mask(packed: Packed, window: int | None) -> Any:
+    """The rule as a FlexAttention BlockMask over the whole row."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    size = len(packed.ids)
+    return create_block_mask(may_attend(packed, window), None, None, size, size, device=packed.ids.device)
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, softcap: float | None) -> Tensor:
+    """FlexAttention over the row, (1, heads, T, head size); compiled where it runs for real, on CUDA."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    run = torch.compile(flex_attention) if query.is_cuda else flex_attention
+    score_mod = None if softcap is None else capped
+    grouped = query.shape[1] != key.shape[1]
+    return run(query, key, value, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+def dense(
+    query: Tensor, key: Tensor, value: Tensor, masks: list[Tensor], scale: float, softcap: float | None
+) -> Tensor:
+    """Attention example by example with dense masks, (1, heads, T, head size) in and out.
+
+    Work is the sum of n^2 over examples where one mask over the row would cost (sum of n)^2.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    lengths = [len(mask) for mask in masks]
+    out = []
+    for q, k, v, mask in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), masks):
+        if softcap is None:
+            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
+        else:
+            score = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
+            out.append(score.masked_fill(~mask, -torch.inf).softmax(-1) @ v)
+    return torch.cat(out, 2)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention that transformers' layers call; without a layout (generation) it is their own eager one."""
+    if layout is None:
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        extra = {"sliding_window": sliding_window, "softcap": softcap}
+        extra = {name: value for name, value in extra.items() if value is not None}
+        return eager(module, query, key, value, attention_mask, scaling=scaling, **extra, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attend = flex if query.is_cuda else dense
+    out = attend(query, key, value, layout.masks_for(sliding_window), scale, softcap)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", eager_mask)
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """(logp, entropy), each (M,) float32, of M hidden states (M, D) under the head (V, D).
+
+    Differentiable in hidden, weight and bias through logp alone; entropy is zeros unless asked for.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, softcap, want_entropy):
+        logp = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        entropy = torch.zeros_like(logp)
+        slope = torch.empty_like(hidden) if hidden.requires_grad else None
+        for rows in _chunks(len(hidden), len(weight)):
+            y = target[rows, None]
+            z = _logits(hidden[rows], weight, bias, softcap)
+            log_z = z.logsumexp(-1, keepdim=True)
+            logp[rows] = (z.gather(1, y) - log_z).squeeze(1)
+            if slope is None and not want_entropy:
+                continue
+            p = (z - log_z).exp_()
+            if want_entropy:
+                entropy[rows] = log_z.squeeze(1) - torch.linalg.vecdot(p, z)
+            if slope is not None:
+                slope[rows] = _slope(p, z, y, softcap).to(weight.dtype) @ weight
+        ctx.save_for_backward(slope, hidden, weight, bias, target)
+        ctx.softcap = softcap
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        slope, hidden, weight, bias, target = ctx.saved_tensors
+        grad_weight = grad_bias = None
+        if ctx.needs_input_grad[1]:  # training the head itself: its gradient mixes tokens, so p comes once more
+            grad_weight = torch.zeros_like(weight)
+            grad_bias = None if bias is None else torch.zeros_like(bias)
+            for rows in _chunks(len(hidden), len(weight)):
+                z = _logits(hidden[rows], weight, bias, ctx.softcap)
+                grad_z = _slope(z.softmax(-1), z, target[rows, None], ctx.softcap) * grad[rows, None]
+                grad_weight += grad_z.to(hidden.dtype).T @ hidden[rows]
+                if bias is not None:
+                    grad_bias += grad_z.sum(0)
+        grad_hidden = None if slope is None else slope * grad[:, None].to(slope.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _chunks(rows: int, vocabulary: int) -> list[slice]:
+    step = max(1, CHUNK // vocabulary)
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    z = F.linear(hidden, weight, bias)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _slope(p: Tensor, z: Tensor, y: Tensor, softcap: float | None) -> Tensor:
+    """d log p_y / d(logits before the cap) = onehot(y) - p, times the cap's own slope; overwrites p."""
+    slope = p.neg_().scatter_add_(1, y, torch.ones_like(y, dtype=p.dtype))
+    return slope if softcap is None else slope * (1 - (z / softcap) ** 2)
+
+
+def pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) -> Stats:
+    """Log-probability, length and (without gradient) mean token entropy of each completion: (pairs, completions).
+
+    `model` is any transformers causal LM whose layers go through its attention interface; see check_packable.
+    """
+    if model.config._attn_implementation != "packed":
+        model.set_attn_implementation("packed")
+    device = model.get_input_embeddings().weight.device
+    packed = Packed(*(x.to(device) if isinstance(x, Tensor) else x for x in packed))
+    hidden = model.base_model(
+        input_ids=packed.ids[None],
+        position_ids=packed.position[None],
+        attention_mask=torch.empty(1, 1, 1, 1, device=device),  # 4-D: "already prepared", so that none is built
+        use_cache=False,
+        layout=Layout(packed),
+    ).last_hidden_state[0]
+    head = model.get_output_embeddings()
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    logp, h = TokenLogProbs.apply(
+        hidden.index_select(0, packed.source), head.weight, head.bias, packed.target, softcap, entropy
+    )
+    size = len(packed.lengths) * packed.completions
+
+    def per_completion(values: Tensor) -> Tensor:
+        return values.new_zeros(size).index_add(0, packed.column, values).view(-1, packed.completions)
+
+    length = per_completion(torch.ones_like(h))
+    return Stats(per_completion(logp), length, per_completion(h) / length if entropy else None)
+
+
+@torch.no_grad()
+def check_packable(model: PreTrainedModel, path: str) -> None:
+    """Raise InputError unless packing leaves this model's log-probabilities as they are, by trying it.
+
+    Finds what would be silently wrong: recurrent layers, biases by index, attention sinks, odd heads.
+    """
+    ids = torch.arange(12).remainder(model.config.get_text_config().vocab_size - 1).add(1).tolist()
+    pairs = [(ids[:4], ids[4:8], ids[5:10]), (ids[2:5], ids[6:7], ids[7:12])]
+    reason = None
+    try:
+        plain = []
+        for prompt, *completions in pairs:
+            for completion in completions:
+                row = torch.tensor([prompt + completion], device=model.device)
+                logp = model(row).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+                plain.append(logp.gather(1, row[0, len(prompt) :, None]).sum())
+        gap = (pair_stats(model, pack(pairs)).logp.flatten() - torch.stack(plain)).abs().max().item()
+        tolerance = 1e-2 if next(model.parameters()).dtype == torch.float32 else 0.5
+        if not gap <= tolerance:
+            reason = f"log-probabilities move by {gap:.2g} nats"
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+    if reason or getattr(model.config, "attention_chunk_size", None):
+        raise InputError(
+            f"--model {path}: {type(model).__name__} cannot be packed ({reason or 'it attends in chunks by index'})"
+        )
