@@ -3,16 +3,13 @@
     y = W x + (alpha / rank) B A x        A (rank, in) random,  B (out, rank) zero
 
 W stays frozen and B starts at zero, so that step 0 is the reference policy exactly; switching the second term
-off gives the reference back at any time, with no second model in memory. To fold an adapter into its base:
-
-    python lora.py out/dpl out/dpl_merged
+off gives the reference back at any time, with no second model in memory.
 """
 
 import contextlib
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from files import InputError, run_command, write_json, write_whole
+from files import InputError, write_json, write_whole
 
 
 class LoRALinear(nn.Module):
@@ -139,11 +136,13 @@ def save_lora(model: nn.Module, folder: str | Path, base_model: str) -> None:
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
-    """A LoRA adapter's adapter_config.json. Raises InputError if it is damaged or of a kind not written here."""
+    """A LoRA adapter's adapter_config.json. Raises InputError if it is damaged or not plain LoRA."""
     path = Path(folder) / "adapter_config.json"
     try:
         config = json.loads(path.read_bytes())
-        kind, rank, alpha, base = (config[k] for k in ("peft_type", "r", "lora_alpha", "base_model_name_or_path"))
+        kind, rank, alpha, base = (
+            config[k] for k in ("peft_type", "r", "lora_alpha", "base_model_name_or_path")
+        )
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; is {folder} an adapter's folder?") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -181,23 +180,3 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
                 raise InputError(f"{path}: {name}.{part} is {shape}, this model needs {tuple(weight.shape)}")
             weight.data.copy_(tensor)
     return model
-
-
-def main() -> None:
-    """Merge an adapter into its base and write a plain transformers folder."""
-    from model import load_model  # not at the top: model.py reads adapters with this file
-
-    if len(sys.argv) != 3:
-        raise InputError("usage: python lora.py ADAPTER_FOLDER OUT_FOLDER")
-    adapter, out = map(Path, sys.argv[1:])
-    read_adapter_config(adapter)
-    if out.exists():
-        raise InputError(f"{out} exists; name a new folder")
-    model, tokenizer = load_model(adapter, dtype="auto")
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    print(f"wrote {out}")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,16 +1,16 @@
 """The model side: load a causal LM, and read off log-probability, length and entropy of each completion.
 
-One forward over one row `[prompt | chosen | rejected | prompt | ...]` serves a whole micro-batch: the prompt is
-computed once for both completions and nothing is padded. What a token may see is one rule (`may_attend`):
+One forward over one row `[prompt | chosen | rejected | prompt | ...]` serves a whole micro-batch: the prompt
+is computed once for both completions and nothing is padded. What a token may see is one rule (`may_attend`):
 
-    the same example  and  (the prompt, or its own completion)  and  no later position  [and  inside the window]
+    the same example, and the prompt or its own completion, and no later position [, and inside the window]
 
 by *position in the text*, not by index in the row, so that sliding windows stay right. On CUDA the rule is a
 FlexAttention BlockMask over the row; elsewhere each example takes its own dense mask in turn.
 
 The vocabulary is met in chunks. With z = W h and p = softmax(z), a token's log-probability has the gradient
     d log p_y / d h  =  W_y - sum_v p_v W_v,
-which needs nothing from later layers, so it is formed in the forward pass, while p is at hand: two products of
+which needs nothing from the loss, so it is formed in the forward pass, while p is at hand: two products of
 vocabulary size a token where autograd takes three, and never a batch of logits in memory.
 """
 
@@ -63,7 +63,9 @@ def load_model(
         model, _ = load_model(base, device, dtype, trust_remote_code)
         return merge_lora(load_lora(model, path)), _load_tokenizer(path, trust_remote_code)
     if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
-        raise InputError(f"--model {path}: the folder has no *.safetensors weights (other formats are not read)")
+        raise InputError(
+            f"--model {path}: the folder has no *.safetensors weights (other formats are not read)"
+        )
     tokenizer = _load_tokenizer(path, trust_remote_code)
     with _reporting(path), quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -170,7 +172,8 @@ def dense(
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     lengths = [len(mask) for mask in masks]
     out = []
-    for q, k, v, mask in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), masks):
+    parts = (x.split(lengths, 2) for x in (query, key, value))
+    for q, k, v, mask in zip(*parts, masks, strict=True):
         if softcap is None:
             out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
         else:
@@ -191,7 +194,7 @@ def packed_attention(
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention that transformers' layers call; without a layout (generation) it is their own eager one."""
+    """The attention that transformers' layers call; without a layout (generation) their own eager one."""
     if layout is None:
         eager = sys.modules[type(module).__module__].eager_attention_forward
         extra = {"sliding_window": sliding_window, "softcap": softcap}
@@ -215,7 +218,9 @@ class TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, softcap, want_entropy):
-        logp = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        logp = torch.empty(
+            len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
+        )
         entropy = torch.zeros_like(logp)
         slope = torch.empty_like(hidden) if hidden.requires_grad else None
         for rows in _chunks(len(hidden), len(weight)):
@@ -239,7 +244,9 @@ class TokenLogProbs(torch.autograd.Function):
     def backward(ctx, grad, _):
         slope, hidden, weight, bias, target = ctx.saved_tensors
         grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:  # training the head itself: its gradient mixes tokens, so p comes once more
+        if ctx.needs_input_grad[
+            1
+        ]:  # training the head itself: its gradient mixes tokens, so p comes once more
             grad_weight = torch.zeros_like(weight)
             grad_bias = None if bias is None else torch.zeros_like(bias)
             for rows in _chunks(len(hidden), len(weight)):
@@ -270,9 +277,10 @@ def _slope(p: Tensor, z: Tensor, y: Tensor, softcap: float | None) -> Tensor:
 
 
 def pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) -> Stats:
-    """Log-probability, length and (without gradient) mean token entropy of each completion: (pairs, completions).
+    """Log-probability, length and (without gradient) mean token entropy of each completion, all (pairs, 2).
 
-    `model` is any transformers causal LM whose layers go through its attention interface; see check_packable.
+    For examples with one completion, (examples, 1). `model` is any transformers causal LM whose layers go
+    through the library's attention interface; check_packable tells.
     """
     if model.config._attn_implementation != "packed":
         model.set_attn_implementation("packed")
@@ -281,7 +289,9 @@ def pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) ->
     hidden = model.base_model(
         input_ids=packed.ids[None],
         position_ids=packed.position[None],
-        attention_mask=torch.empty(1, 1, 1, 1, device=device),  # 4-D: "already prepared", so that none is built
+        attention_mask=torch.empty(
+            1, 1, 1, 1, device=device
+        ),  # 4-D: "already prepared", so that none is built
         use_cache=False,
         layout=Layout(packed),
     ).last_hidden_state[0]
@@ -321,7 +331,7 @@ def check_packable(model: PreTrainedModel, path: str) -> None:
             reason = f"log-probabilities move by {gap:.2g} nats"
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-    if reason or getattr(model.config, "attention_chunk_size", None):
-        raise InputError(
-            f"--model {path}: {type(model).__name__} cannot be packed ({reason or 'it attends in chunks by index'})"
-        )
+    if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+        reason = "it attends in chunks by index"
+    if reason:
+        raise InputError(f"--model {path}: {type(model).__name__} cannot be packed: {reason}")

@@ -77,7 +77,9 @@ def _as_pair(row: dict[str, Any], where: str) -> dict[str, Any]:
         if empty:
             raise InputError(f"{where}: empty completion in '{empty[0]}'")
     elif isinstance(chosen, list) and isinstance(rejected, list):
-        if not isinstance(prompt, list):  # whole conversations; a string beside them only repeats the question
+        if not isinstance(
+            prompt, list
+        ):  # whole conversations; a string beside them only repeats the question
             same = [a == b for a, b in zip(chosen, rejected, strict=False)]
             cut = min(same.index(False) if False in same else len(same), len(chosen) - 1, len(rejected) - 1)
             prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
@@ -91,14 +93,18 @@ def _as_pair(row: dict[str, Any], where: str) -> dict[str, Any]:
                 raise InputError(f"{where}: empty completion in '{key}'")
     else:
         kinds = f"{type(chosen).__name__} and {type(rejected).__name__}"
-        raise InputError(f"{where}: 'chosen' and 'rejected' must both be strings or message lists, not {kinds}")
+        raise InputError(
+            f"{where}: 'chosen' and 'rejected' must both be strings or message lists, not {kinds}"
+        )
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def check_messages(messages: list[Any], where: str) -> None:
     """Raise InputError unless roles run [system], user, assistant, user, ... with string contents."""
     for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(k), str) for k in ("role", "content")
+        ):
             raise InputError(f"{where}: a message needs a string 'role' and a string 'content'")
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
@@ -110,7 +116,9 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[i
     return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
 
-def encode_prompts(prompts: Sequence[str | list[dict]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def encode_prompts(
+    prompts: Sequence[str | list[dict]], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
     """Token ids of prompts, to continue from: one BOS if the tokenizer or its chat template writes one.
 
     A message list goes through the chat template, opened for the assistant's answer.
@@ -163,7 +171,9 @@ def encode_continuations(texts: list[str], tokenizer: PreTrainedTokenizerBase) -
 
 
 def encode_answers(
-    prompts: Sequence[str | list[dict]], answers: Sequence[str | list[dict]], tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[str | list[dict]],
+    answers: Sequence[str | list[dict]],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[list[int]]:
     """Token ids of each answer to its prompt, with the end token: what the model itself would have to write.
 
@@ -176,7 +186,9 @@ def encode_answers(
             opened = _template(prompt, tokenizer, generate=True)
             whole = _template([*prompt, *answer], tokenizer, generate=False)
             if not whole.startswith(opened):
-                raise InputError("the chat template does not extend its own prompt; write the rows as strings")
+                raise InputError(
+                    "the chat template does not extend its own prompt; write the rows as strings"
+                )
             answer = whole[len(opened) :]
             if answer.rstrip().endswith(special):  # the newline after <|im_end|> is not the model's to write
                 answer = answer.rstrip()
@@ -189,7 +201,7 @@ def encode_answers(
 
 
 def tokenize(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Pair]:
-    """Token ids of rows from read_pairs, each prompt + completion at most `max_length` tokens; says what it cut.
+    """Token ids of rows from read_pairs, a prompt + completion at most `max_length`; says what it cut.
 
     An over-long pair keeps the end of its prompt (half of max_length, or what the completions leave) and the
     start of its completions. Pairs left without a difference are dropped.

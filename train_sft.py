@@ -1,0 +1,77 @@
+"""Supervised fine-tuning: makes a reference policy from (prompt, completion) rows by maximum likelihood.
+
+    loss = -log pi(completion | prompt), summed over the completion's tokens, its end token included
+
+    python train_sft.py --model HuggingFaceTB/SmolLM2-135M --data mine.jsonl --lora_rank 0 --out_dir out/sft
+
+Rows: {"prompt": ..., "completion": ...}, both strings or both message lists, or {"messages": [...]}.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
+
+from files import InputError, read_rows, run_command
+from model import Stats
+from preferences import check_messages, encode_answers, encode_prompts, fit
+from trainer import TrainConfig, parse, train
+
+
+class Example(NamedTuple):
+    """Token ids of one demonstration."""
+
+    prompt: list[int]
+    completion: list[int]
+
+
+@dataclass
+class SFTConfig(TrainConfig):
+    """SFT's own flags."""
+
+    data: str = HfArg(default="out/society/corpus.jsonl", help="Training rows: .jsonl[.gz], .json, .parquet.")
+    out_dir: str = HfArg(
+        default="out/sft", help="Where the adapter or model, metrics.jsonl and checkpoint/ go."
+    )
+
+
+def sft_loss(policy: Stats) -> Tensor:
+    """-log pi(completion | prompt), (examples,) nats a sequence."""
+    return -policy.logp[:, 0]
+
+
+def read_example(row: dict[str, Any], where: str) -> tuple[Any, Any]:
+    """(prompt, completion) of a row, both strings or both message lists. Raises InputError naming the row."""
+    if isinstance(row.get("messages"), list) and row["messages"]:
+        prompt, completion = row["messages"][:-1], row["messages"][-1:]
+    else:
+        prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        check_messages([*prompt, *completion], where)
+        if len(completion) != 1 or completion[0]["role"] != "assistant" or not completion[0]["content"]:
+            raise InputError(f"{where}: the completion must be one assistant message with content")
+    elif not (isinstance(prompt, str) and isinstance(completion, str) and completion):
+        raise InputError(f"{where}: needs 'prompt' and a non-empty 'completion', strings or message lists")
+    return prompt, completion
+
+
+def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sequence[Example]:
+    """Tokenised examples of a file, each at most max_length tokens."""
+    prompts, completions = zip(*(read_example(row, where) for where, row in read_rows(path)), strict=True)
+    encoded = zip(
+        encode_prompts(prompts, tokenizer), encode_answers(prompts, completions, tokenizer), strict=True
+    )
+    return [Example(*fit(pair, tokenizer.bos_token_id, max_length)) for pair in encoded]
+
+
+def main() -> None:
+    """Train by the command line's flags."""
+    config = parse(SFTConfig, __doc__)
+    train(config, lambda *_: lambda policy, _: (sft_loss(policy), None), load_examples, reference=False)
+
+
+if __name__ == "__main__":
+    run_command(main)
