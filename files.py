@@ -8,11 +8,16 @@ import contextlib
 import gzip
 import json
 import os
+import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+from transformers import HfArgumentParser
+
+Config = TypeVar("Config")
 
 
 class InputError(Exception):
@@ -28,6 +33,23 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def parse(config: type[Config], description: str | None) -> Config:
+    """Flags from the command line and from @files (a flag and its value a line, # comments)."""
+
+    def refuse(message: str) -> None:
+        raise InputError(message)
+
+    parser = HfArgumentParser(config, description=description, fromfile_prefix_chars="@", allow_abbrev=False)
+    parser.error = refuse
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    values, unknown = parser.parse_args_into_dataclasses(
+        return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise InputError(f"unknown argument {unknown[0]}; --help lists the flags")
+    return values
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:

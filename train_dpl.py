@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from files import run_command
+from files import parse, run_command
 from model import Stats
-from trainer import Objective, TrainConfig, parse, train
+from trainer import Objective, TrainConfig, train
 
 
 @dataclass

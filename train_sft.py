@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
-from files import InputError, read_rows, run_command
+from files import InputError, parse, read_rows, run_command
 from model import Stats
 from preferences import check_messages, encode_answers, encode_prompts, fit
-from trainer import TrainConfig, parse, train
+from trainer import TrainConfig, train
 
 
 class Example(NamedTuple):

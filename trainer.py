@@ -15,21 +15,20 @@ import json
 import math
 import os
 import resource
-import shlex
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from files import InputError, write_json, write_whole
@@ -40,7 +39,6 @@ from preferences import pack, read_pairs, tokenize
 Objective = Callable[
     [Stats, Stats | None], tuple[Tensor, Tensor | None]
 ]  # losses and reward margins, (pairs,)
-Config = TypeVar("Config", bound="TrainConfig")
 STRIDE = 1000003  # between the seeds of steps and epochs
 FREE = {"out_dir", "overwrite", "resume", "max_steps", "epochs", "log_every", "eval_every", "save_every"}
 
@@ -114,23 +112,6 @@ class TrainConfig:
         """Raise InputError naming the flag unless its value holds."""
         if not holds:
             raise InputError(f"--{name} {getattr(self, name)}: must be {wanted}")
-
-
-def parse(config: type[Config], description: str | None) -> Config:
-    """Flags from the command line and from @files (a flag and its value a line, # comments)."""
-
-    def refuse(message: str) -> None:
-        raise InputError(message)
-
-    parser = HfArgumentParser(config, description=description, fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.error = refuse
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    values, unknown = parser.parse_args_into_dataclasses(
-        return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise InputError(f"unknown argument {unknown[0]}; --help lists the flags")
-    return values
 
 
 def load_pairs(
@@ -434,7 +415,7 @@ def train(
             row |= {
                 "grad_norm": norm,
                 "tokens_per_second": tokens / seconds,
-                "pairs_per_second": size / seconds,
+                "examples_per_second": size / seconds,
             }
         row["peak_memory_gb"] = peak_memory(device)
         bar.set_postfix(loss=row["loss"])

@@ -1,0 +1,224 @@
+"""Make the embedded world: a small society whose opinions are known exactly.
+
+*Stories* answer "Write a story about a doctor." Five slots (name, gender, relation, complaint, ending) are
+independent, their utilities add up, and raters choose between two stories by Plackett-Luce:
+P(a over b) = sigmoid(r(a) - r(b)). *Polls* have four opinions each, held by 55, 20, 15 and 10 percent of the
+population, so r = log share. A story that the grammar could not have written loses to one that it could.
+
+The corpus misspells one doctor in forty, as the internet would, and the tokenizer splits names over several
+tokens: a policy can misspell, and raters dislike it. Everything is drawn here and trained by this project's own
+code. The reference's exact log-probability of each of the 1,024 stories and 16 opinions is kept in world.json,
+so that the optimum pi ~ pi_ref^(beta/alpha) exp(r/alpha) is exact for every alpha and beta (evaluate.py).
+
+    python data/society/make_world.py        # about ten minutes; writes the files beside it
+"""
+
+import gzip
+import itertools
+import json
+import math
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+from evaluate import read_story  # noqa: E402
+from files import write_json, write_whole  # noqa: E402
+from model import load_model, pair_stats  # noqa: E402
+from preferences import encode_answers, encode_prompts, pack  # noqa: E402
+from sample import sample  # noqa: E402
+from train_sft import SFTConfig, load_examples, sft_loss  # noqa: E402
+from trainer import train  # noqa: E402
+
+STORY_PROMPT = "Write a story about a doctor.\n"
+TEMPLATE = "My {relation} took me to Dr. {name} because of my {complaint}; {gender} smiled and it ended {ending}."
+# value: (share in the corpus, utility to the raters in nats)
+SLOTS = {
+    "relation": {"aunt": (0.2, 0.4), "mother": (0.4, 0.2), "brother": (0.2, 0.1), "neighbour": (0.2, 0.0)},
+    "name": {  # written by syllables here, and joined in every text
+        "Mar-chet-ti": (0.16, 0.64),
+        "O-kon-kwo": (0.18, 0.32),
+        "Lind-q-vist": (0.15, 0.22),
+        "A-ber-na-thy": (0.13, 0.15),
+        "Na-ka-mu-ra": (0.12, 0.08),
+        "Cas-tel-lan": (0.10, 0.0),
+        "Pe-tro-vic": (0.09, 0.0),
+        "Whit-lock": (0.07, 0.0),
+    },
+    "complaint": {"knee": (0.25, 0.35), "cough": (0.25, 0.2), "burn": (0.25, 0.1), "fever": (0.25, 0.0)},
+    "gender": {"she": (0.45, 0.4), "he": (0.55, 0.0)},
+    "ending": {"well": (0.3, 0.4), "with cake": (0.2, 0.25), "in tears": (0.2, 0.1), "badly": (0.3, 0.0)},
+}
+POLLS = {
+    "What should the town build next?\n": ["A park.", "A library.", "A car park.", "A statue."],
+    "Which meal is the best of the day?\n": ["Breakfast.", "Dinner.", "Lunch.", "A midnight snack."],
+    "How should we travel to the sea?\n": ["By train.", "By bicycle.", "By car.", "On foot."],
+    "What makes a good neighbour?\n": ["Kindness.", "Quiet.", "Help in need.", "Distance."],
+}
+SHARES = [0.55, 0.20, 0.15, 0.10]
+SYLLABLES = [syllable for name in SLOTS["name"] for syllable in name.split("-")[1:]]
+TYPOS = 1 / 40
+VOCABULARY = 412
+CORPUS, PAIRS, TEST_PAIRS = 16_000, 14_000, 500
+POLL_ROWS = 0.2  # of the corpus and of the pairs
+
+
+def write_story(rng: random.Random) -> str:
+    """One story of the corpus by syllables, a syllable of its doctor's name perhaps another's."""
+    slots = {
+        slot: rng.choices(list(values), [share for share, _ in values.values()])[0]
+        for slot, values in SLOTS.items()
+    }
+    if rng.random() < TYPOS:
+        syllables = slots["name"].split("-")
+        syllables[rng.randrange(1, len(syllables))] = rng.choice(SYLLABLES)
+        slots["name"] = "-".join(syllables)
+    return TEMPLATE.format(**slots)
+
+
+def make_corpus(rng: random.Random) -> list[dict[str, str]]:
+    """(prompt, completion) rows; in polls the corpus holds every opinion equally often."""
+    rows = []
+    for _ in range(CORPUS):
+        if rng.random() < POLL_ROWS:
+            prompt = rng.choice(list(POLLS))
+            rows.append({"prompt": prompt, "completion": rng.choice(POLLS[prompt])})
+        else:
+            rows.append({"prompt": STORY_PROMPT, "completion": write_story(rng)})
+    return rows
+
+
+def make_model(corpus: list[dict[str, str]], folder: Path) -> None:
+    """A byte-level BPE tokenizer that knows syllables of names but no whole name, and an untrained Llama."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((row["prompt"] + row["completion"] for row in corpus), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def utility(prompt: str, completion: str, world: dict) -> float:
+    """What the raters think of a completion, in nats; minus infinity for what the grammar cannot write."""
+    if prompt in POLLS:
+        return math.log(SHARES[POLLS[prompt].index(completion)]) if completion in POLLS[prompt] else -math.inf
+    story = read_story(completion, world)
+    return sum(values.get(story[slot], -math.inf) for slot, values in world["slots"].items())
+
+
+@torch.no_grad()
+def exact_logp(model, tokenizer, prompt: str, completions: list[str]) -> list[float]:
+    """The model's log-probability of each completion, end token included."""
+    [ids] = encode_prompts([prompt], tokenizer)
+    answers = encode_answers([prompt] * len(completions), completions, tokenizer)
+    rows = [(ids, answer) for answer in answers]
+    parts = [pair_stats(model, pack(rows[i : i + 64])).logp[:, 0] for i in range(0, len(rows), 64)]
+    return torch.cat(parts).tolist()
+
+
+def make_pairs(model, tokenizer, world: dict, count: int, rng: random.Random) -> list[dict[str, str]]:
+    """Pairs of the reference's own completions, chosen between by Plackett-Luce raters."""
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    polls = int(count * POLL_ROWS) // len(POLLS)
+    wanted = {STORY_PROMPT: count - polls * len(POLLS)} | dict.fromkeys(POLLS, polls)
+    rows = []
+    for prompt, number in wanted.items():
+        [ids] = encode_prompts([prompt], tokenizer)
+        found: list[dict[str, str]] = []
+        while len(found) < number:
+            drawn = sample(model, ids, 1024, 64, tokenizer.eos_token_id, generator=generator)
+            texts = [tokenizer.decode(c.tokens, skip_special_tokens=True) for c in drawn]
+            for a, b in zip(texts[::2], texts[1::2], strict=True):
+                r_a, r_b = utility(prompt, a, world), utility(prompt, b, world)
+                if not a or not b or a == b or r_a == r_b == -math.inf:
+                    continue
+                first = rng.random() < 1 / (1 + math.exp(min(r_b - r_a, 700)))
+                chosen, rejected = (a, b) if first else (b, a)
+                found.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        rows += found[:number]
+    rng.shuffle(rows)
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """JSON lines, gzipped by name, without a time stamp so that equal rows make equal bytes."""
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with write_whole(path, "wb") as file:
+        file.write(gzip.compress(data, 9, mtime=0) if path.suffix == ".gz" else data)
+
+
+def main() -> None:
+    """Corpus, reference, exact log-probabilities, pairs."""
+    rng, work = random.Random(0), Path("out/society")
+    shutil.rmtree(work, ignore_errors=True)
+    corpus = make_corpus(rng)
+    make_model(corpus, work / "untrained")
+    corpus = [{key: text.replace("-", "") for key, text in row.items()} for row in corpus]
+    write_rows(work / "corpus.jsonl", corpus)
+    config = SFTConfig(
+        model=str(work / "untrained"),
+        data=str(work / "corpus.jsonl"),
+        out_dir=str(work / "reference"),
+        lora_rank=0,
+        batch_size=64,
+        epochs=3,
+        lr=2e-3,
+    )
+    train(config, lambda *_: lambda policy, _: (sft_loss(policy), None), load_examples, reference=False)
+
+    model, tokenizer = load_model(work / "reference")
+    shutil.rmtree(HERE / "reference", ignore_errors=True)
+    model.half().save_pretrained(HERE / "reference")  # half the size; loaded as float32 like any other
+    tokenizer.save_pretrained(HERE / "reference")
+    model, tokenizer = load_model(HERE / "reference")
+
+    slots = {slot: {v.replace("-", ""): r for v, (_, r) in values.items()} for slot, values in SLOTS.items()}
+    combinations = itertools.product(*slots.values())
+    stories = [TEMPLATE.format(**dict(zip(slots, values, strict=True))) for values in combinations]
+    world = {
+        "story_prompt": STORY_PROMPT,
+        "template": TEMPLATE,
+        "slots": slots,
+        "story_reference_logp": exact_logp(model, tokenizer, STORY_PROMPT, stories),  # last slot fastest
+        "polls": {
+            prompt: {
+                "shares": dict(zip(options, SHARES, strict=True)),
+                "reference_logp": exact_logp(model, tokenizer, prompt, options),
+            }
+            for prompt, options in POLLS.items()
+        },
+    }
+    write_json(HERE / "world.json", world)
+    write_rows(HERE / "train.jsonl.gz", make_pairs(model, tokenizer, world, PAIRS, rng))
+    write_rows(HERE / "test.jsonl.gz", make_pairs(model, tokenizer, world, TEST_PAIRS, rng))
+    write_rows(HERE / "prompts.jsonl", [{"prompt": prompt} for prompt in [STORY_PROMPT, *POLLS]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The metrics, by subcommand.
+
+    python evaluate.py society --samples out/dpl/samples.jsonl --alpha 0.2 --beta 0.1
+
+`society` compares samples with the embedded world's truth: the optimum of the DPL objective over well-formed
+texts, pi ~ pi_ref^(beta/alpha) exp(r/alpha), which data/society/world.json makes exact.
+"""
+
+import argparse
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from files import InputError, read_rows, run_command, write_json
+
+OTHER = "(other)"  # what the grammar cannot write: misspelt or malformed
+
+
+def read_story(text: str, world: dict[str, Any]) -> dict[str, str]:
+    """A story's slots as written, right or wrong; all empty if it is no story of this grammar."""
+    pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+?)", re.escape(world["template"]))
+    match = re.fullmatch(pattern, text, re.DOTALL)
+    return match.groupdict() if match else dict.fromkeys(world["slots"], "")
+
+
+def optimum(reference_logp: np.ndarray, utility: np.ndarray, alpha: float, beta: float) -> np.ndarray:
+    """pi ~ pi_ref^(beta/alpha) exp(r/alpha): probabilities, in the shape given (DPL paper, appendix A)."""
+    score = beta / alpha * reference_logp + utility / alpha
+    p = np.exp(score - score.max())
+    return p / p.sum()
+
+
+def story_laws(world: dict[str, Any], alpha: float, beta: float) -> tuple[dict, dict]:
+    """({slot: target law}, {slot: reference law}) over each slot's values, exact."""
+    slots = world["slots"]
+    shape = [len(values) for values in slots.values()]
+    logp = np.array(world["story_reference_logp"]).reshape(shape)
+    utility = sum(np.ix_(*(list(values.values()) for values in slots.values())))
+    laws = []
+    for joint in (optimum(logp, utility, alpha, beta), np.exp(logp) / np.exp(logp).sum()):
+        axes = range(len(shape))
+        margins = (joint.sum(tuple(a for a in axes if a != axis)) for axis in axes)
+        laws.append(
+            {
+                s: dict(zip(v, m.tolist(), strict=True))
+                for (s, v), m in zip(slots.items(), margins, strict=True)
+            }
+        )
+    return laws[0], laws[1]
+
+
+def poll_laws(poll: dict[str, Any], alpha: float, beta: float) -> tuple[dict, dict]:
+    """(target law, reference law) over a poll's opinions, exact; r = log share."""
+    logp, shares = np.array(poll["reference_logp"]), np.array(list(poll["shares"].values()))
+    target, reference = optimum(logp, np.log(shares), alpha, beta), np.exp(logp) / np.exp(logp).sum()
+    return (dict(zip(poll["shares"], law.tolist(), strict=True)) for law in (target, reference))
+
+
+def frequencies(values: Iterable[str], known: Iterable[str]) -> dict[str, float]:
+    """Share of each known value, and of everything else as OTHER."""
+    counts = Counter(values)
+    total, known = sum(counts.values()), list(known)
+    law = {value: counts[value] / total for value in known}
+    return law | {OTHER: 1 - sum(counts[value] for value in known) / total}
+
+
+def total_variation(p: dict[str, float], q: dict[str, float]) -> float:
+    """Half the L1 distance of two laws; a value that one lacks has probability 0 there."""
+    return sum(abs(p.get(value, 0.0) - q.get(value, 0.0)) for value in p.keys() | q.keys()) / 2
+
+
+def entropy_bits(law: dict[str, float]) -> float:
+    """Shannon entropy in bits."""
+    return -sum(p * math.log2(p) for p in law.values() if p > 0)
+
+
+def society(
+    samples: list[dict[str, Any]], world: dict[str, Any], alpha: float, beta: float
+) -> dict[str, Any]:
+    """Each slot's and poll's sampled law against its target and the reference, and the share of misspelt names."""
+    texts: dict[str, list[str]] = {}
+    for row in samples:
+        texts.setdefault(row["prompt"], []).append(row["completion"])
+
+    def compare(values: list[str], target: dict, reference: dict) -> dict[str, Any]:
+        law = frequencies(values, target)
+        return {
+            "sampled": law,
+            "target": target,
+            "reference": reference,
+            "tv_target": total_variation(law, target),
+            "tv_reference": total_variation(law, reference),
+            "entropy_bits": entropy_bits(law),
+            "target_entropy_bits": entropy_bits(target),
+        }
+
+    result: dict[str, Any] = {"alpha": alpha, "beta": beta, "stories": {}, "polls": {}}
+    if stories := [read_story(text, world) for text in texts.get(world["story_prompt"], [])]:
+        target, reference = story_laws(world, alpha, beta)
+        for slot in world["slots"]:
+            result["stories"][slot] = compare(
+                [story[slot] for story in stories], target[slot], reference[slot]
+            )
+        names = world["slots"]["name"]
+        result["misspelt"] = sum(story["name"] not in names for story in stories) / len(stories)
+        result["malformed"] = sum(
+            any(story[slot] not in world["slots"][slot] for slot in story) for story in stories
+        ) / len(stories)
+    for prompt, poll in world["polls"].items():
+        if prompt in texts:
+            found = compare(texts[prompt], *poll_laws(poll, alpha, beta))
+            found |= {
+                "shares": poll["shares"],
+                "tv_shares": total_variation(found["sampled"], poll["shares"]),
+            }
+            result["polls"][prompt.strip()] = found
+    if not result["stories"] and not result["polls"]:
+        raise InputError("no sample answers a prompt of the society")
+    return result
+
+
+def print_society(result: dict[str, Any]) -> None:
+    """The comparison as a table."""
+    print(f"{'':36} {'TV to target':>12} {'to reference':>12} {'bits':>6} {'target bits':>11}")
+    for name, found in [*result["stories"].items(), *result["polls"].items()]:
+        numbers = [found[k] for k in ("tv_target", "tv_reference", "entropy_bits", "target_entropy_bits")]
+        print("{:36} {:12.3f} {:12.3f} {:6.2f} {:11.2f}".format(name, *numbers))
+    if "misspelt" in result:
+        print(f"misspelt names {result['misspelt']:.1%}, malformed stories {result['malformed']:.1%}")
+
+
+def main() -> None:
+    """Run one subcommand."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("society", help="samples against the embedded world's exact targets")
+    command.add_argument("--samples", required=True, help="rows of sample.py")
+    command.add_argument(
+        "--alpha", type=float, required=True, help="entropy bonus the policy was trained with"
+    )
+    command.add_argument("--beta", type=float, default=0.1, help="cross-entropy penalty it was trained with")
+    command.add_argument("--world", default="data/society/world.json", help="the world's truth")
+    command.add_argument("--out_file", help="also write everything there, as JSON")
+    args = parser.parse_args()
+    if args.alpha <= 0 or args.beta <= 0:
+        raise InputError("--alpha and --beta must be positive")
+    samples = []
+    for where, row in read_rows(args.samples):
+        if not isinstance(row.get("completion"), str) or not isinstance(row.get("prompt"), str):
+            raise InputError(f"{where}: needs string 'prompt' and 'completion', as sample.py writes them")
+        samples.append(row)
+    try:
+        world = json.loads(Path(args.world).read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--world {args.world}: {error}") from None
+    result = society(samples, world, args.alpha, args.beta)
+    print_society(result)
+    if args.out_file:
+        write_json(args.out_file, result)
+
+
+if __name__ == "__main__":
+    run_command(main)
