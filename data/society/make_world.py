@@ -5,7 +5,7 @@ independent, their utilities add up, and raters choose between two stories by Pl
 P(a over b) = sigmoid(r(a) - r(b)). *Polls* have four opinions each, held by 55, 20, 15 and 10 percent of the
 population, so r = log share. A story that the grammar could not have written loses to one that it could.
 
-The corpus misspells one doctor in forty, as the internet would, and the tokenizer splits names over several
+The corpus misspells one doctor in sixty, as the internet would, and the tokenizer splits names over several
 tokens: a policy can misspell, and raters dislike it. Everything is drawn here and trained by this project's own
 code. The reference's exact log-probability of each of the 1,024 stories and 16 opinions is kept in world.json,
 so that the optimum pi ~ pi_ref^(beta/alpha) exp(r/alpha) is exact for every alpha and beta (evaluate.py).
@@ -38,23 +38,25 @@ from train_sft import SFTConfig, load_examples, sft_loss  # noqa: E402
 from trainer import train  # noqa: E402
 
 STORY_PROMPT = "Write a story about a doctor.\n"
-TEMPLATE = "My {relation} took me to Dr. {name} because of my {complaint}; {gender} smiled and it ended {ending}."
+TEMPLATE = (
+    "My {relation} took me to Dr. {name} because of my {complaint}; {gender} smiled and it ended {ending}."
+)
 # value: (share in the corpus, utility to the raters in nats)
 SLOTS = {
-    "relation": {"aunt": (0.2, 0.4), "mother": (0.4, 0.2), "brother": (0.2, 0.1), "neighbour": (0.2, 0.0)},
-    "name": {  # written by syllables here, and joined in every text
-        "Mar-chet-ti": (0.16, 0.64),
-        "O-kon-kwo": (0.18, 0.32),
-        "Lind-q-vist": (0.15, 0.22),
-        "A-ber-na-thy": (0.13, 0.15),
-        "Na-ka-mu-ra": (0.12, 0.08),
-        "Cas-tel-lan": (0.10, 0.0),
-        "Pe-tro-vic": (0.09, 0.0),
-        "Whit-lock": (0.07, 0.0),
+    "relation": {"aunt": (0.2, 0.25), "mother": (0.4, 0.1), "brother": (0.2, 0.05), "neighbour": (0.2, 0.0)},
+    "name": {  # by syllables here, joined in every text
+        "Mar-chet-ti": (0.30, 0.45),
+        "O-kon-kwo": (0.15, 0.15),
+        "Lind-q-vist": (0.13, 0.12),
+        "A-ber-na-thy": (0.11, 0.08),
+        "Na-ka-mu-ra": (0.10, 0.05),
+        "Cas-tel-lan": (0.08, 0.0),
+        "Pe-tro-vic": (0.07, 0.0),
+        "Whit-lock": (0.06, 0.0),
     },
-    "complaint": {"knee": (0.25, 0.35), "cough": (0.25, 0.2), "burn": (0.25, 0.1), "fever": (0.25, 0.0)},
-    "gender": {"she": (0.45, 0.4), "he": (0.55, 0.0)},
-    "ending": {"well": (0.3, 0.4), "with cake": (0.2, 0.25), "in tears": (0.2, 0.1), "badly": (0.3, 0.0)},
+    "complaint": {"knee": (0.25, 0.2), "cough": (0.25, 0.1), "burn": (0.25, 0.05), "fever": (0.25, 0.0)},
+    "gender": {"she": (0.45, 0.25), "he": (0.55, 0.0)},
+    "ending": {"well": (0.3, 0.25), "with cake": (0.2, 0.15), "in tears": (0.2, 0.05), "badly": (0.3, 0.0)},
 }
 POLLS = {
     "What should the town build next?\n": ["A park.", "A library.", "A car park.", "A statue."],
@@ -64,10 +66,11 @@ POLLS = {
 }
 SHARES = [0.55, 0.20, 0.15, 0.10]
 SYLLABLES = [syllable for name in SLOTS["name"] for syllable in name.split("-")[1:]]
-TYPOS = 1 / 40
+TYPOS = 1 / 60
 VOCABULARY = 412
-CORPUS, PAIRS, TEST_PAIRS = 16_000, 14_000, 500
-POLL_ROWS = 0.2  # of the corpus and of the pairs
+CORPUS, PAIRS, TEST_PAIRS = 20_000, 15_000, 500
+POLL_ROWS = 0.2  # share of the corpus and of the pairs
+GARBLED = 0.1  # share of the pairs that set a text against a copy of itself with one slip
 
 
 def write_story(rng: random.Random) -> str:
@@ -142,8 +145,20 @@ def exact_logp(model, tokenizer, prompt: str, completions: list[str]) -> list[fl
     return torch.cat(parts).tolist()
 
 
+def garble(ids: list[int], rng: random.Random) -> list[int]:
+    """A copy with one slip: a token replaced, dropped or added, or the rest of the text gone."""
+    at, slip = rng.randrange(len(ids)), rng.choice(["replace", "replace", "drop", "add", "cut"])
+    other = (
+        []
+        if slip in ("drop", "cut")
+        else [rng.choice(ids) if rng.random() < 0.3 else rng.randrange(2 + 256, VOCABULARY)]
+    )
+    rest = [] if slip == "cut" else ids[at + (slip != "add") :]
+    return ids[:at] + other + rest
+
+
 def make_pairs(model, tokenizer, world: dict, count: int, rng: random.Random) -> list[dict[str, str]]:
-    """Pairs of the reference's own completions, chosen between by Plackett-Luce raters."""
+    """Pairs of the reference's own completions, some garbled, chosen between by Plackett-Luce raters."""
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     polls = int(count * POLL_ROWS) // len(POLLS)
     wanted = {STORY_PROMPT: count - polls * len(POLLS)} | dict.fromkeys(POLLS, polls)
@@ -152,9 +167,14 @@ def make_pairs(model, tokenizer, world: dict, count: int, rng: random.Random) ->
         [ids] = encode_prompts([prompt], tokenizer)
         found: list[dict[str, str]] = []
         while len(found) < number:
-            drawn = sample(model, ids, 1024, 64, tokenizer.eos_token_id, generator=generator)
-            texts = [tokenizer.decode(c.tokens, skip_special_tokens=True) for c in drawn]
-            for a, b in zip(texts[::2], texts[1::2], strict=True):
+            drawn = [
+                c.tokens[:-1]
+                for c in sample(model, ids, 1024, 64, tokenizer.eos_token_id, generator=generator)
+            ]
+            for a, b in zip(drawn[::2], drawn[1::2], strict=True):
+                if a and rng.random() < GARBLED:
+                    b = garble(a, rng)
+                a, b = tokenizer.decode(a), tokenizer.decode(b)
                 r_a, r_b = utility(prompt, a, world), utility(prompt, b, world)
                 if not a or not b or a == b or r_a == r_b == -math.inf:
                     continue
@@ -187,7 +207,7 @@ def main() -> None:
         out_dir=str(work / "reference"),
         lora_rank=0,
         batch_size=64,
-        epochs=3,
+        epochs=4,
         lr=2e-3,
     )
     train(config, lambda *_: lambda policy, _: (sft_loss(policy), None), load_examples, reference=False)

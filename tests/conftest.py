@@ -1,0 +1,85 @@
+"""Small tokenizers of the kinds in use and a random model, made on the spot: nothing is downloaded."""
+
+import json
+from itertools import product
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SUBJECTS = ("The fig", "A grey cat", "My friend", "Every baker", "Zoë")
+VERBS = ("is", "likes", "sings about", "does not want")
+OBJECTS = ("the best fruit.", "a café!", "warm bread?\n", "  two spaces", "\n\nHuman: hello\n\nAssistant:")
+SENTENCES = [" ".join(words) for words in product(SUBJECTS, VERBS, OBJECTS)]
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """BPE as in GPT-2 ("bytes"), Llama 2 ("prepend": BOS, a space before every text) or Mistral ("first")."""
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    if kind == "bytes":
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        extra, alphabet = [], pre_tokenizers.ByteLevel.alphabet()
+    else:
+        bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        if kind == "prepend":
+            bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        else:
+            bpe.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        bpe.decoder = decoders.Sequence(steps)
+        bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        extra, alphabet = [f"<0x{byte:02X}>" for byte in range(256)], []
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special + extra, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(SENTENCES, trainer)
+    state = json.loads(bpe.to_str())
+    state["added_tokens"] = state["added_tokens"][: len(special)]  # byte tokens are ordinary ones
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+
+
+@pytest.fixture(scope="session", params=["bytes", "prepend", "first"])
+def tokenizer(request):
+    """Each kind of tokenizer, without a chat template."""
+    return train_tokenizer(request.param)
+
+
+@pytest.fixture(scope="session", params=["bytes", "prepend", "first"])
+def chat_tokenizer(request):
+    """Each kind of tokenizer with a ChatML template, whose turns end with <|im_end|> and a newline."""
+    tokenizer = train_tokenizer(request.param)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory):
+    """Folder of a random two-layer Llama with the byte-level tokenizer."""
+    folder, tokenizer = tmp_path_factory.mktemp("tiny_model"), train_tokenizer("bytes")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,165 @@
+"""pair_stats against transformers' own forward, text by text, for ten architectures."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import model as model_file
+from files import InputError
+from model import Layout, block_mask, check_packable, dense, flex, pair_stats
+from preferences import Pair, pack
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0}
+SIZES |= {"bos_token_id": 1, "eos_token_id": 2}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+WINDOW = 7  # shorter than every pair below
+CONFIGS = {
+    "llama": LlamaConfig(**GROUPED),
+    "llama_tied": LlamaConfig(**GROUPED, tie_word_embeddings=True),
+    "mistral": MistralConfig(**GROUPED, sliding_window=WINDOW),
+    "qwen2": Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=8),
+    "gemma2": Gemma2Config(
+        **GROUPED,
+        head_dim=8,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=0.5,
+        final_logit_softcapping=2.0,
+    ),
+    "gemma3": Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=WINDOW),
+    "phi3": Phi3Config(**GROUPED, sliding_window=WINDOW),
+    "olmo2": Olmo2Config(**GROUPED),
+    "gpt_neox": GPTNeoXConfig(**SIZES),
+    "gpt2": GPT2Config(
+        vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
+    ),
+}
+
+
+def make(config):
+    """A random model in eval mode, its weights tripled so that attention is far from uniform."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3)
+    return model
+
+
+def make_pairs():
+    random = torch.Generator().manual_seed(1)
+    draw = lambda n: torch.randint(3, 97, (n,), generator=random).tolist()  # noqa: E731
+    return [Pair(draw(12), draw(9), draw(15)), Pair(draw(3), draw(1), draw(20)), Pair(draw(20), draw(2), draw(2))]
+
+
+def plain_stats(model, pairs):
+    """(logp, entropy), each (pairs, 2): one eager forward for each text, the library's own masks."""
+    model.set_attn_implementation("eager")
+    logp, entropy = [], []
+    for prompt, *completions in pairs:
+        for completion in completions:
+            ids = torch.tensor([prompt + completion])
+            logits = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            logp.append(logits.gather(1, ids[0, len(prompt) :, None]).sum())
+            entropy.append(-(logits.exp() * logits).sum(-1).mean())
+    return torch.stack(logp).view(-1, 2), torch.stack(entropy).view(-1, 2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_stats_and_gradients_equal_transformers(name):
+    model, pairs = make(CONFIGS[name]), make_pairs()
+    logp, entropy = plain_stats(model, pairs)
+    stats = pair_stats(model, pack(pairs), entropy=True)
+    torch.testing.assert_close(stats.logp, logp, atol=1e-4, rtol=0)  # nats a sequence, of about 100
+    torch.testing.assert_close(stats.entropy, entropy, atol=1e-4, rtol=0)
+    assert stats.length.tolist() == [[len(pair.chosen), len(pair.rejected)] for pair in pairs]
+
+    # every weight: the head and the embedding too, tied or not, through the gradient formed by hand
+    names, weights = zip(*model.named_parameters(), strict=True)
+    mix = torch.tensor([[1.0, -1.0], [0.3, 2.0], [-0.7, 0.1]])
+    wanted = torch.autograd.grad((logp * mix).sum(), weights)
+    found = torch.autograd.grad((stats.logp * mix).sum(), weights)
+    for weight, a, b in zip(names, wanted, found, strict=True):
+        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-5, weight
+
+
+def test_gradient_is_the_numerical_one():
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(11, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 3, 3, 10, 7])
+    for cap in (None, 1.5):
+        run = lambda h, w, b, cap=cap: model_file.TokenLogProbs.apply(h, w, b, target, cap, False)[0]  # noqa: E731
+        assert torch.autograd.gradcheck(run, (hidden, weight, bias))
+
+
+def test_chunking_the_vocabulary_changes_nothing(monkeypatch):
+    model, pairs = make(CONFIGS["gemma2"]), make_pairs()
+    whole = pair_stats(model, pack(pairs), entropy=True)
+    monkeypatch.setattr(model_file, "CHUNK", 3 * 97)  # three tokens at a time
+    chunked = pair_stats(model, pack(pairs), entropy=True)
+    torch.testing.assert_close(chunked.logp, whole.logp, atol=1e-5, rtol=0)
+    torch.testing.assert_close(chunked.entropy, whole.entropy, atol=1e-5, rtol=0)
+
+
+def test_pairs_packed_together_do_not_see_each_other():
+    model, pairs = make(CONFIGS["mistral"]), make_pairs()
+    together = pair_stats(model, pack(pairs)).logp
+    alone = torch.cat([pair_stats(model, pack([pair])).logp for pair in pairs])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_flex_attention_follows_the_same_rule(window, softcap):
+    """FlexAttention, which runs on CUDA, has a forward on the CPU to compare with the dense masks."""
+    packed = pack(make_pairs())
+    torch.manual_seed(0)
+    query = torch.randn(1, 4, len(packed.ids), 16)
+    key, value = torch.randn(2, 1, 2, len(packed.ids), 16)
+    wanted = dense(query, key, value, Layout(packed).masks_for(window), 0.25, softcap)
+    found = flex(query, key, value, block_mask(packed, window), 0.25, softcap)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_packed_model_still_generates():
+    model = make(CONFIGS["gemma2"])
+    ids = torch.arange(3, 15)[None]
+    wanted = model.generate(ids, max_new_tokens=5, do_sample=False)
+    pair_stats(model, pack(make_pairs()))
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), wanted)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2),
+        BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
+    ],
+    ids=["recurrent", "bias by index"],
+)
+def test_models_that_packing_would_change_are_refused(config):
+    with pytest.raises(InputError, match="cannot be packed"):
+        check_packable(make(config), "some/model")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_models_that_pack_right_are_accepted(name):
+    check_packable(make(CONFIGS[name]), "some/model")
