@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from files import InputError, read_rows, run_command, write_json
+from files import InputError, read_rows, refuse, run_command, write_json
 
 OTHER = "(other)"  # what the grammar cannot write: misspelt or malformed
 
@@ -149,9 +149,10 @@ def main() -> None:
     command.add_argument("--beta", type=float, default=0.1, help="cross-entropy penalty it was trained with")
     command.add_argument("--world", default="data/society/world.json", help="the world's truth")
     command.add_argument("--out_file", help="also write everything there, as JSON")
+    parser.error = command.error = refuse
     args = parser.parse_args()
-    if args.alpha <= 0 or args.beta <= 0:
-        raise InputError("--alpha and --beta must be positive")
+    if not (0 < args.alpha < math.inf and 0 < args.beta < math.inf):
+        raise InputError("--alpha and --beta must be positive numbers")
     samples = []
     for where, row in read_rows(args.samples):
         if not isinstance(row.get("completion"), str) or not isinstance(row.get("prompt"), str):

@@ -28,22 +28,30 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a script's main(); an InputError becomes one line on stderr and exit code 2."""
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: no room, no permission, a folder in a file's place
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
 
+def refuse(message: str) -> None:
+    """For a parser's error(): raise it as an InputError."""
+    raise InputError(message)
+
+
 def parse(config: type[Config], description: str | None) -> Config:
     """Flags from the command line and from @files (a flag and its value a line, # comments)."""
 
-    def refuse(message: str) -> None:
-        raise InputError(message)
+    def split(line: str) -> list[str]:
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            raise InputError(f"the line {line!r} of an @file: {error}") from None
 
     parser = HfArgumentParser(config, description=description, fromfile_prefix_chars="@", allow_abbrev=False)
     parser.error = refuse
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser.convert_arg_line_to_args = split
     values, unknown = parser.parse_args_into_dataclasses(
         return_remaining_strings=True, look_for_args_file=False
     )
@@ -70,6 +78,13 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(f"{path}: the file is empty")
 
 
+def _loads(text: str) -> Any:
+    value = json.loads(text)
+    if "\\ud" in text.lower():  # half a surrogate pair is valid JSON but no text
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def _parse(path: Path) -> Iterator[tuple[int, Any]]:
     name, number = path.name, 0
     try:
@@ -77,10 +92,10 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
             with (gzip.open if name.endswith(".gz") else open)(path, "rb") as lines:
                 for number, line in enumerate(lines, 1):  # bytes: a decoding error then names its own row
                     if line.strip():
-                        yield number, json.loads(line.decode("utf-8-sig"))
+                        yield number, _loads(line.decode("utf-8-sig"))
         elif name.endswith(".json"):
             text = path.read_bytes().decode("utf-8-sig")
-            rows = json.loads(text) if text.strip() else []
+            rows = _loads(text) if text.strip() else []
             if not isinstance(rows, list):
                 raise InputError(f"{path}: expected a JSON list of objects, found {type(rows).__name__}")
             yield from enumerate(rows, 1)
@@ -96,11 +111,13 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
             yield from enumerate(rows, 1)
         else:
             raise InputError(f"{path}: unknown format; use .jsonl, .jsonl.gz, .json or .parquet")
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise InputError(f"{path}:{max(number, 1)}: not UTF-8 text") from None
     except json.JSONDecodeError as error:
         row = number if number else error.lineno
         raise InputError(f"{path}:{row}: not JSON: {error.msg} (column {error.colno})") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(f"{path}:{max(number, 1)}: not JSON: {error}") from None
     except RecursionError:
         raise InputError(f"{path}:{number}: JSON nested too deeply") from None
     except (EOFError, gzip.BadGzipFile, zlib.error):

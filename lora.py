@@ -35,6 +35,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, in_size, device=device))  # float32 whatever the base:
         self.lora_B = nn.Parameter(torch.zeros(out_size, rank, device=device))  # bf16 loses small updates
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.train(base.training)  # a new module would start with its dropout on
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -140,15 +141,14 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "adapter_config.json"
     try:
         config = json.loads(path.read_bytes())
-        kind, rank, alpha, base = (
-            config[k] for k in ("peft_type", "r", "lora_alpha", "base_model_name_or_path")
-        )
+        kind, rank, alpha = (config[k] for k in ("peft_type", "r", "lora_alpha"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; is {folder} an adapter's folder?") from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a LoRA adapter's configuration: {error!r}") from None
-    plain = not any(config.get(k) for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"))
-    if kind != "LORA" or not plain or not isinstance(base, str):
+    other = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layer_replication")
+    plain = not any(config.get(k) for k in other)
+    if kind != "LORA" or not plain:
         raise InputError(f"{path}: only plain LoRA adapters are read (no DoRA, rsLoRA or rank patterns)")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise InputError(f"{path}: r must be a positive whole number and lora_alpha a number")
@@ -174,7 +174,7 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0, sorted(found))
     for name, layer in lora_layers(model):
         for part in ("lora_A", "lora_B"):
-            tensor, weight = found[name].get(part), getattr(layer, part)
+            tensor, weight = found.get(name, {}).get(part), getattr(layer, part)
             if tensor is None or tensor.shape != weight.shape:
                 shape = None if tensor is None else tuple(tensor.shape)
                 raise InputError(f"{path}: {name}.{part} is {shape}, this model needs {tuple(weight.shape)}")

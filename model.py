@@ -59,7 +59,9 @@ def load_model(
     """
     path = str(path)
     if (Path(path) / "adapter_config.json").is_file():
-        base = read_adapter_config(path)["base_model_name_or_path"]
+        base = read_adapter_config(path).get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise InputError(f"--model {path}: adapter_config.json names no base_model_name_or_path")
         model, _ = load_model(base, device, dtype, trust_remote_code)
         return merge_lora(load_lora(model, path)), _load_tokenizer(path, trust_remote_code)
     if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):

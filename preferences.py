@@ -107,9 +107,9 @@ def check_messages(messages: list[Any], where: str) -> None:
         ):
             raise InputError(f"{where}: a message needs a string 'role' and a string 'content'")
     roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[0] == "system" else roles
+    turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != (["user", "assistant"] * len(turns))[: len(turns)]:
-        raise InputError(f"{where}: roles out of order: {', '.join(roles)}")
+        raise InputError(f"{where}: roles out of order: {', '.join(roles) or 'no message'}")
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -168,6 +168,12 @@ def encode_continuations(texts: list[str], tokenizer: PreTrainedTokenizerBase) -
         raise InputError(f"the tokenizer merges every anchor with the completion {text[:40]!r}")
 
     return [after_anchor(text) for text in texts]
+
+
+def decode_continuation(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text of token ids that follow other text; SentencePiece-like decoders drop a text's first space."""
+    anchor = _encode(["a"], tokenizer)[0]
+    return tokenizer.decode(anchor + ids)[len(tokenizer.decode(anchor)) :]
 
 
 def encode_answers(

@@ -21,7 +21,7 @@ from transformers.hf_argparser import HfArg
 
 from files import InputError, parse, read_rows, run_command, write_whole
 from model import load_model
-from preferences import check_messages, encode_prompts
+from preferences import check_messages, decode_continuation, encode_prompts
 
 
 class Completion(NamedTuple):
@@ -166,14 +166,19 @@ def read_prompts(path: str) -> list[str | list[dict]]:
 def main() -> None:
     """Sample every prompt of a file."""
     config = parse(SampleConfig, __doc__)
+    if Path(config.out_file).is_dir():
+        raise InputError(f"--out_file {config.out_file}: is a folder")
     if Path(config.out_file).exists() and not config.overwrite:
         raise InputError(f"--out_file {config.out_file}: exists; --overwrite replaces it")
     prompts = read_prompts(config.prompts)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(config.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
     ends = end_tokens(model, tokenizer)
-    with write_whole(config.out_file) as file:
+    try:
         encoded = encode_prompts(prompts, tokenizer)
+    except InputError as error:
+        raise InputError(f"{config.prompts}: {error}") from None
+    with write_whole(config.out_file) as file:
         for number, (prompt, ids) in enumerate(
             zip(tqdm(prompts, unit="prompt", disable=None), encoded, strict=True)
         ):
@@ -182,7 +187,7 @@ def main() -> None:
             for c in sample(
                 model, ids, config.num_samples, config.max_new_tokens, ends, generator=generator, **law
             ):
-                text = tokenizer.decode(c.tokens[:-1] if c.finish == "eos" else c.tokens)
+                text = decode_continuation(c.tokens[:-1] if c.finish == "eos" else c.tokens, tokenizer)
                 row = {"prompt": prompt, "completion": text, "tokens": len(c.tokens)}
                 row |= {"logp": c.logp, "sampled_logp": c.sampled_logp, "finish": c.finish}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -67,16 +67,16 @@ def dpl_loss(policy: Stats, reference: Stats, alpha: float, beta: float) -> Tens
     return -F.logsigmoid(dpl_margin(policy, reference, alpha, beta))
 
 
-def _capped_exp(x: Tensor) -> Tensor:
-    return x.clamp(max=80).exp()  # exp(89) overflows float32
+def _capped_expm1(x: Tensor) -> Tensor:
+    return x.clamp(max=80).expm1()  # exp(89) overflows float32
 
 
 # f'(u) at u = pi / pi_ref = exp(x), up to a constant: the reward is beta f'(u) (Wang et al., 2023, table 1)
 DIVERGENCES = {
     "reverse_kl": lambda x, a: x,
-    "forward_kl": lambda x, a: -_capped_exp(-x),
+    "forward_kl": lambda x, a: -_capped_expm1(-x),
     "js_divergence": lambda x, a: F.logsigmoid(x),
-    "alpha_divergence": lambda x, a: -_capped_exp(-a * x) / a,
+    "alpha_divergence": lambda x, a: -_capped_expm1(-a * x) / a,
 }
 
 

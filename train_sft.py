@@ -61,10 +61,13 @@ def read_example(row: dict[str, Any], where: str) -> tuple[Any, Any]:
 def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sequence[Example]:
     """Tokenised examples of a file, each at most max_length tokens."""
     prompts, completions = zip(*(read_example(row, where) for where, row in read_rows(path)), strict=True)
-    encoded = zip(
-        encode_prompts(prompts, tokenizer), encode_answers(prompts, completions, tokenizer), strict=True
-    )
-    return [Example(*fit(pair, tokenizer.bos_token_id, max_length)) for pair in encoded]
+    try:
+        encoded = (encode_prompts(prompts, tokenizer), encode_answers(prompts, completions, tokenizer))
+        return [
+            Example(*fit(pair, tokenizer.bos_token_id, max_length)) for pair in zip(*encoded, strict=True)
+        ]
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ Objective = Callable[
     [Stats, Stats | None], tuple[Tensor, Tensor | None]
 ]  # losses and reward margins, (pairs,)
 STRIDE = 1000003  # between the seeds of steps and epochs
+SAVE_SECONDS = 60  # between saves of an unfinished reference pass
 FREE = {"out_dir", "overwrite", "resume", "max_steps", "epochs", "log_every", "eval_every", "save_every"}
 
 
@@ -96,10 +97,11 @@ class TrainConfig:
             "save_every",
         ):
             self.require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("lora_rank", "max_steps", "warmup_steps", "max_grad_norm", "seed"):
+        for name in ("lora_rank", "max_steps", "warmup_steps", "max_grad_norm"):
             self.require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("lr", "lora_alpha", "epochs"):
             self.require(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        self.require("seed", 0 <= self.seed < 2**32, "0 or more and below 2^32")
         self.require("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
         self.require(
             "schedule", self.schedule in ("constant", "linear", "cosine"), "constant, linear or cosine"
@@ -199,7 +201,7 @@ def reference_stats(model: PreTrainedModel, examples: Sequence, folder: Path, bu
         ):
             stats[name][rows] = value.float().cpu()
         bar.update(len(rows))
-        if time.monotonic() - saved > 60:
+        if time.monotonic() - saved > SAVE_SECONDS:
             save()
             saved = time.monotonic()
     bar.close()
@@ -352,6 +354,12 @@ def train(
     check_packable(model, config.model)
     examples = load(config.data, tokenizer, config.max_length)
     held_out = load(config.eval_data, tokenizer, config.max_length) if config.eval_data else []
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    largest = max(max(map(max, example)) for example in [*examples, *held_out])
+    if largest >= vocabulary:
+        raise InputError(
+            f"--model {config.model}: token id {largest} of the data, but only {vocabulary:,} embeddings"
+        )
     caches, budget = out.parent / "reference", config.micro_batch_tokens
     with autocast:
         known = reference_stats(model, examples, caches, budget) if reference else None
@@ -372,7 +380,9 @@ def train(
     if config.overwrite:
         for folder in ("checkpoint", "checkpoint.old", "checkpoint.new"):
             shutil.rmtree(out / folder, ignore_errors=True)
-    kept = [line for line in metrics_path.open() if json.loads(line)["step"] < start] if start else []
+    lines = metrics_path.read_text().splitlines(keepends=True) if start else []
+    whole = (line for line in lines if line.endswith("\n"))  # a killed run may leave half a row
+    kept = [line for line in whole if json.loads(line)["step"] < start]
     with write_whole(metrics_path) as file:
         file.writelines(kept)
     write_json(out / "run.json", asdict(config))

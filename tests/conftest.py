@@ -5,8 +5,12 @@ from itertools import product
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 SUBJECTS = ("The fig", "A grey cat", "My friend", "Every baker", "Zoë")
 VERBS = ("is", "likes", "sings about", "does not want")
@@ -32,7 +36,12 @@ def train_tokenizer(kind: str) -> PreTrainedTokenizerFast:
             bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         else:
             bpe.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
-        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        steps = [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
         bpe.decoder = decoders.Sequence(steps)
         bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
         extra, alphabet = [f"<0x{byte:02X}>" for byte in range(256)], []

@@ -1,16 +1,16 @@
 """Make the embedded world: a small society whose opinions are known exactly.
 
-*Stories* answer "Write a story about a doctor." Five slots (name, gender, relation, complaint, ending) are
+*Stories* answer "Write a story about a doctor." Five slots (relation, name, complaint, gender, ending) are
 independent, their utilities add up, and raters choose between two stories by Plackett-Luce:
 P(a over b) = sigmoid(r(a) - r(b)). *Polls* have four opinions each, held by 55, 20, 15 and 10 percent of the
-population, so r = log share. A story that the grammar could not have written loses to one that it could.
+population, so r = log share. A text that the grammar could not have written loses to one that it could.
 
 The corpus misspells one doctor in sixty, as the internet would, and the tokenizer splits names over several
-tokens: a policy can misspell, and raters dislike it. Everything is drawn here and trained by this project's own
-code. The reference's exact log-probability of each of the 1,024 stories and 16 opinions is kept in world.json,
+tokens: a policy can misspell, and raters dislike it. Everything is drawn here and trained by this project's
+own code. world.json keeps the reference's exact log-probability of each of the 1,024 stories and 16 opinions,
 so that the optimum pi ~ pi_ref^(beta/alpha) exp(r/alpha) is exact for every alpha and beta (evaluate.py).
 
-    python data/society/make_world.py        # about ten minutes; writes the files beside it
+    python data/society/make_world.py        # five minutes on a laptop; writes the files beside it
 """
 
 import gzip
@@ -38,9 +38,7 @@ from train_sft import SFTConfig, load_examples, sft_loss  # noqa: E402
 from trainer import train  # noqa: E402
 
 STORY_PROMPT = "Write a story about a doctor.\n"
-TEMPLATE = (
-    "My {relation} took me to Dr. {name} because of my {complaint}; {gender} smiled and it ended {ending}."
-)
+TEMPLATE = "My {relation} saw Dr. {name} about a {complaint}; {gender} made it {ending}."
 # value: (share in the corpus, utility to the raters in nats)
 SLOTS = {
     "relation": {"aunt": (0.2, 0.25), "mother": (0.4, 0.1), "brother": (0.2, 0.05), "neighbour": (0.2, 0.0)},
@@ -56,7 +54,7 @@ SLOTS = {
     },
     "complaint": {"knee": (0.25, 0.2), "cough": (0.25, 0.1), "burn": (0.25, 0.05), "fever": (0.25, 0.0)},
     "gender": {"she": (0.45, 0.25), "he": (0.55, 0.0)},
-    "ending": {"well": (0.3, 0.25), "with cake": (0.2, 0.15), "in tears": (0.2, 0.05), "badly": (0.3, 0.0)},
+    "ending": {"better": (0.3, 0.25), "vanish": (0.2, 0.15), "famous": (0.2, 0.05), "worse": (0.3, 0.0)},
 }
 POLLS = {
     "What should the town build next?\n": ["A park.", "A library.", "A car park.", "A statue."],
@@ -67,9 +65,8 @@ POLLS = {
 SHARES = [0.55, 0.20, 0.15, 0.10]
 SYLLABLES = [syllable for name in SLOTS["name"] for syllable in name.split("-")[1:]]
 TYPOS = 1 / 60
-VOCABULARY = 412
-CORPUS, PAIRS, TEST_PAIRS = 20_000, 15_000, 500
-POLL_ROWS = 0.2  # share of the corpus and of the pairs
+CORPUS, POLL_ROWS = 20_000, 0.2  # texts the reference learns from, and the share of polls among them
+PAIRS = {"train": 20_000, "test": 500, "polls": 4_000}
 GARBLED = 0.1  # share of the pairs that set a text against a copy of itself with one slip
 
 
@@ -99,27 +96,25 @@ def make_corpus(rng: random.Random) -> list[dict[str, str]]:
 
 
 def make_model(corpus: list[dict[str, str]], folder: Path) -> None:
-    """A byte-level BPE tokenizer that knows syllables of names but no whole name, and an untrained Llama."""
-    bpe = Tokenizer(models.BPE())
+    """A BPE tokenizer that knows words, and syllables of names but no whole name; and an untrained Llama."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    special = ["<s>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=1024, min_frequency=20, special_tokens=special, show_progress=False)
     bpe.train_from_iterator((row["prompt"] + row["completion"] for row in corpus), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=4,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=1,
@@ -145,43 +140,37 @@ def exact_logp(model, tokenizer, prompt: str, completions: list[str]) -> list[fl
     return torch.cat(parts).tolist()
 
 
-def garble(ids: list[int], rng: random.Random) -> list[int]:
+def garble(ids: list[int], vocabulary: int, rng: random.Random) -> list[int]:
     """A copy with one slip: a token replaced, dropped or added, or the rest of the text gone."""
     at, slip = rng.randrange(len(ids)), rng.choice(["replace", "replace", "drop", "add", "cut"])
-    other = (
-        []
-        if slip in ("drop", "cut")
-        else [rng.choice(ids) if rng.random() < 0.3 else rng.randrange(2 + 256, VOCABULARY)]
-    )
+    other = [] if slip in ("drop", "cut") else [rng.randrange(3, vocabulary)]
     rest = [] if slip == "cut" else ids[at + (slip != "add") :]
     return ids[:at] + other + rest
 
 
-def make_pairs(model, tokenizer, world: dict, count: int, rng: random.Random) -> list[dict[str, str]]:
+def make_pairs(
+    model, tokenizer, world: dict, prompts: list[str], count: int, rng: random.Random
+) -> list[dict[str, str]]:
     """Pairs of the reference's own completions, some garbled, chosen between by Plackett-Luce raters."""
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
-    polls = int(count * POLL_ROWS) // len(POLLS)
-    wanted = {STORY_PROMPT: count - polls * len(POLLS)} | dict.fromkeys(POLLS, polls)
     rows = []
-    for prompt, number in wanted.items():
+    for prompt in prompts:
         [ids] = encode_prompts([prompt], tokenizer)
         found: list[dict[str, str]] = []
-        while len(found) < number:
-            drawn = [
-                c.tokens[:-1]
-                for c in sample(model, ids, 1024, 64, tokenizer.eos_token_id, generator=generator)
-            ]
-            for a, b in zip(drawn[::2], drawn[1::2], strict=True):
-                if a and rng.random() < GARBLED:
-                    b = garble(a, rng)
+        while len(found) < count // len(prompts):
+            drawn = sample(model, ids, 1024, 40, tokenizer.eos_token_id, generator=generator)
+            drawn = [c.tokens[:-1] for c in drawn if c.finish == "eos" and len(c.tokens) > 1]
+            for a, b in zip(drawn[::2], drawn[1::2], strict=False):
+                if rng.random() < GARBLED:
+                    b = garble(a, len(tokenizer), rng)
                 a, b = tokenizer.decode(a), tokenizer.decode(b)
                 r_a, r_b = utility(prompt, a, world), utility(prompt, b, world)
-                if not a or not b or a == b or r_a == r_b == -math.inf:
+                if not b or a == b or r_a == r_b == -math.inf:
                     continue
                 first = rng.random() < 1 / (1 + math.exp(min(r_b - r_a, 700)))
                 chosen, rejected = (a, b) if first else (b, a)
                 found.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-        rows += found[:number]
+        rows += found[: count // len(prompts)]
     rng.shuffle(rows)
     return rows
 
@@ -198,7 +187,7 @@ def main() -> None:
     rng, work = random.Random(0), Path("out/society")
     shutil.rmtree(work, ignore_errors=True)
     corpus = make_corpus(rng)
-    make_model(corpus, work / "untrained")
+    make_model(corpus, work / "untrained")  # from syllables, so that no merge crosses a hyphen
     corpus = [{key: text.replace("-", "") for key, text in row.items()} for row in corpus]
     write_rows(work / "corpus.jsonl", corpus)
     config = SFTConfig(
@@ -207,7 +196,7 @@ def main() -> None:
         out_dir=str(work / "reference"),
         lora_rank=0,
         batch_size=64,
-        epochs=4,
+        epochs=3,
         lr=2e-3,
     )
     train(config, lambda *_: lambda policy, _: (sft_loss(policy), None), load_examples, reference=False)
@@ -221,22 +210,24 @@ def main() -> None:
     slots = {slot: {v.replace("-", ""): r for v, (_, r) in values.items()} for slot, values in SLOTS.items()}
     combinations = itertools.product(*slots.values())
     stories = [TEMPLATE.format(**dict(zip(slots, values, strict=True))) for values in combinations]
+    polls = {
+        prompt: {
+            "shares": dict(zip(options, SHARES, strict=True)),
+            "reference_logp": exact_logp(model, tokenizer, prompt, options),
+        }
+        for prompt, options in POLLS.items()
+    }
     world = {
         "story_prompt": STORY_PROMPT,
         "template": TEMPLATE,
         "slots": slots,
         "story_reference_logp": exact_logp(model, tokenizer, STORY_PROMPT, stories),  # last slot fastest
-        "polls": {
-            prompt: {
-                "shares": dict(zip(options, SHARES, strict=True)),
-                "reference_logp": exact_logp(model, tokenizer, prompt, options),
-            }
-            for prompt, options in POLLS.items()
-        },
+        "polls": polls,
     }
     write_json(HERE / "world.json", world)
-    write_rows(HERE / "train.jsonl.gz", make_pairs(model, tokenizer, world, PAIRS, rng))
-    write_rows(HERE / "test.jsonl.gz", make_pairs(model, tokenizer, world, TEST_PAIRS, rng))
+    for name, count in PAIRS.items():
+        prompts = list(POLLS) if name == "polls" else [STORY_PROMPT]
+        write_rows(HERE / f"{name}.jsonl.gz", make_pairs(model, tokenizer, world, prompts, count, rng))
     write_rows(HERE / "prompts.jsonl", [{"prompt": prompt} for prompt in [STORY_PROMPT, *POLLS]])
 
 

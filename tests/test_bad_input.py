@@ -1,0 +1,492 @@
+"""Whatever is wrong with the input: one line on stderr says what and where, exit code 2, no harm done."""
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+import evaluate
+import sample
+import train_dpl
+import train_sft
+from files import run_command
+
+USER, FIG, MUD = (
+    {"role": role, "content": text}
+    for role, text in (("user", "Best fruit?"), ("assistant", "The fig."), ("assistant", "Mud."))
+)
+PAIR = {"prompt": "Best fruit?", "chosen": " The fig.", "rejected": " Mud."}
+PAIRS = [PAIR, {**PAIR, "prompt": "A café?"}, {**PAIR, "chosen": " A grey cat likes the fig."}]
+
+
+def lines(*rows):
+    """Rows as the bytes of a .jsonl file."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def contents(folder):
+    """Every file below a folder with its bytes, or None where there is no folder."""
+    return (
+        {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} if folder.exists() else None
+    )
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """A function that runs a script in this process and checks that it ends in one good line."""
+
+    def run(script, arguments, *fragments):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            run_command(script.main)
+        error = capsys.readouterr().err
+        assert exit.value.code == 2
+        assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n")
+        for fragment in fragments:
+            assert str(fragment) in error
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A file of good pairs."""
+    path = tmp_path / "good.jsonl"
+    path.write_bytes(lines(*PAIRS))
+    return path
+
+
+@pytest.fixture
+def train_refused(refused, tiny_model_folder, data, tmp_path):
+    """`refused` for train_dpl.py: flags override good ones, and the output folder stays as it was."""
+
+    def run(flags, *fragments, script=train_dpl):
+        out = tmp_path / "runs" / "run"
+        before = contents(out)
+        good = {"--model": tiny_model_folder, "--data": data, "--out_dir": out, "--lora_rank": 2}
+        refused(
+            script, [word for flag in (good | flags).items() for word in flag if word is not None], *fragments
+        )
+        assert contents(out) == before
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_model_folder, tmp_path_factory):
+    """Folder of a short finished run, an adapter of rank 2."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "pairs.jsonl").write_bytes(lines(*PAIRS))
+    flags = {"--model": tiny_model_folder, "--data": folder / "pairs.jsonl", "--out_dir": folder / "run"}
+    flags |= {"--lora_rank": 2, "--max_steps": 2, "--alpha": 0.2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_dpl.py", *(str(word) for flag in flags.items() for word in flag)])
+        train_dpl.main()
+    return folder / "run"
+
+
+@pytest.fixture
+def adapter(finished_run, tmp_path):
+    """A copy of the finished run, to damage."""
+    return shutil.copytree(finished_run, tmp_path / "runs" / "run")
+
+
+@pytest.fixture
+def model(tiny_model_folder, tmp_path):
+    """A copy of the tiny model, to damage."""
+    return shutil.copytree(tiny_model_folder, tmp_path / "model")
+
+
+def truncate(path):
+    """Leave the first half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+ROWS = {
+    "empty": (b"", "rows.jsonl: the file is empty"),
+    "blank": (b"\n \n", "rows.jsonl: the file is empty"),
+    "not UTF-8": (lines(PAIR) + b'{"prompt": "caf\xe9"}\n', "rows.jsonl:2: not UTF-8"),
+    "not JSON": (lines(PAIR) + b"\n{'prompt': 1}\n", "rows.jsonl:3: not JSON"),
+    "cut short": (lines(PAIR, PAIR)[:-9], "rows.jsonl:2: not JSON"),
+    "nested too deep": (lines(PAIR) + b"[" * 200_000, "rows.jsonl:2: JSON nested too deeply"),
+    "endless number": (b'{"prompt": ' + b"1" * 5000 + b"}", "rows.jsonl:1: not JSON"),
+    "not an object": (lines(PAIR, ["a"]), "rows.jsonl:2: expected a JSON object, found list"),
+    "key missing": (lines(PAIR, {"prompt": "a", "chosen": "b"}), "rows.jsonl:2: no key 'rejected'"),
+    "no key at all": (lines({}), "rows.jsonl:1: no key 'chosen' (found none)"),
+    "prompt is a number": (lines({**PAIR, "prompt": 3}), "rows.jsonl:1: 'prompt' must be a string"),
+    "null completion": (lines({**PAIR, "chosen": None}), "rows.jsonl:1: ", "not NoneType and str"),
+    "mixed types": (lines({**PAIR, "chosen": [FIG]}), "rows.jsonl:1: ", "not list and str"),
+    "empty completion": (
+        lines(PAIR, {**PAIR, "rejected": ""}),
+        "rows.jsonl:2: empty completion in 'rejected'",
+    ),
+    "half a surrogate": (lines(PAIR, {**PAIR, "chosen": "\ud83d"}), "rows.jsonl:2: not UTF-8"),
+    "no Human and Assistant": (lines({"chosen": "a", "rejected": "b"}), "rows.jsonl:1: no 'prompt'"),
+    "different questions": (
+        lines({"chosen": "\n\nHuman: a\n\nAssistant: c", "rejected": "\n\nHuman: b\n\nAssistant: c"}),
+        "rows.jsonl:1: no 'prompt', and no shared prompt",
+    ),
+    "no shared message": (lines({"chosen": [FIG], "rejected": [MUD]}), "rows.jsonl:1: ", "no shared prompt"),
+    "no message": (lines({"chosen": [], "rejected": []}), "rows.jsonl:1: ", "no shared prompt"),
+    "no message in any": (lines({"prompt": [], "chosen": [], "rejected": []}), "rows.jsonl:1: ", "roles"),
+    "roles out of order": (
+        lines({"prompt": [USER, USER], "chosen": [FIG], "rejected": [MUD]}),
+        "rows.jsonl:1: 'chosen': roles out of order: user, user, assistant",
+    ),
+    "user has the last word": (
+        lines({"prompt": [USER, FIG], "chosen": [USER], "rejected": [USER]}),
+        "rows.jsonl:1: 'chosen' must be one assistant message",
+    ),
+    "message without content": (
+        lines({"prompt": [USER], "chosen": [{"role": "assistant"}], "rejected": [MUD]}),
+        "rows.jsonl:1: 'chosen': a message needs a string 'role' and a string 'content'",
+    ),
+    "empty message": (
+        lines({"prompt": [USER], "chosen": [FIG], "rejected": [{**MUD, "content": ""}]}),
+        "rows.jsonl:1: empty completion in 'rejected'",
+    ),
+    "equal completions": (
+        lines(*[{**PAIR, "chosen": " Mud."}] * 2),
+        "rows.jsonl: no pair left of 2: dropped 2 with chosen equal to rejected",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "fragments"), [(t, f) for t, *f in ROWS.values()], ids=ROWS)
+def test_bad_rows(train_refused, tmp_path, text, fragments):
+    (tmp_path / "rows.jsonl").write_bytes(text)
+    train_refused({"--data": tmp_path / "rows.jsonl"}, *fragments)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fragment"),
+    [
+        ("missing.jsonl", None, "missing.jsonl: no such file"),
+        ("rows.csv", b"a,b\n", "rows.csv: unknown format"),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(lines(*PAIRS))[:-9],
+            "cut.jsonl.gz: damaged or cut-short gzip file, after",
+        ),
+        ("plain.jsonl.gz", lines(PAIR), "plain.jsonl.gz: damaged or cut-short gzip file, after row 0"),
+        ("object.json", b'{"data": []}', "object.json: expected a JSON list of objects, found dict"),
+        ("half.json", b'[{"prompt":\n', "half.json:2: not JSON"),
+        ("none.json", b"[]", "none.json: the file is empty"),
+        ("rows.parquet", b"PAR1 not really", "rows.parquet: not a readable parquet file"),
+    ],
+)
+def test_bad_files(train_refused, tmp_path, name, text, fragment):
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    if text is not None:
+        (tmp_path / name).write_bytes(text)
+    train_refused({"--data": tmp_path / name}, fragment)
+    train_refused({"--eval_data": tmp_path / name}, fragment)
+
+
+@pytest.mark.parametrize(
+    ("row", "fragment"),
+    [
+        ({"prompt": "a", "completion": ""}, "needs 'prompt' and a non-empty 'completion'"),
+        ({"prompt": "a", "completion": [FIG]}, "needs 'prompt' and a non-empty 'completion'"),
+        ({"messages": []}, "needs 'prompt' and a non-empty 'completion'"),
+        ({"messages": [USER]}, "must be one assistant message"),
+        ({"messages": [FIG]}, "roles out of order: assistant"),
+        ({"prompt": [], "completion": []}, "roles out of order"),
+        ({"messages": ["Hi"]}, "a message needs a string 'role'"),
+    ],
+)
+def test_bad_supervised_rows(train_refused, tmp_path, row, fragment):
+    (tmp_path / "rows.jsonl").write_bytes(lines({"prompt": "a", "completion": "b"}, row))
+    train_refused({"--data": tmp_path / "rows.jsonl"}, "rows.jsonl:2: ", fragment, script=train_sft)
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragment"),
+    [
+        ({"--alpha": 0}, "--alpha 0.0: must be a positive number"),
+        ({"--beta": -1}, "--beta -1.0: must be a positive number"),
+        ({"--beta": "nan"}, "--beta nan: must be a positive number"),
+        ({"--lr": "abc"}, "argument --lr: invalid float value: 'abc'"),
+        ({"--learning_rate": "1"}, "unknown argument --learning_rate"),
+        ({"--max_length": 3}, "--max_length 3 is too small"),
+        ({"--seed": 2**70}, f"--seed {2**70}: must be"),
+        ({"--max_length": 0}, "--max_length 0: must be at least 1"),
+        ({"--schedule": "steep"}, "--schedule steep: must be constant, linear or cosine"),
+        (
+            {"--divergence": "forward_kl"},
+            "--divergence forward_kl: must be reverse_kl unless alpha equals beta",
+        ),
+        ({"--overwrite": None, "--resume": None}, "--resume True: must be given without --overwrite"),
+        ({"--lora_targets": "q_proj", "nope": None}, "--lora_targets nope: no such linear layer"),
+        (
+            {"--lora_targets": "nope"},
+            "this model has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+        ),
+        ({"@missing.txt": None}, "missing.txt"),
+    ],
+)
+def test_bad_flags(train_refused, flags, fragment):
+    train_refused(flags, fragment)
+
+
+def test_unbalanced_quote_in_a_file_of_flags(train_refused, tmp_path):
+    (tmp_path / "recipe.txt").write_text("--data it's.jsonl\n")
+    train_refused({f"@{tmp_path / 'recipe.txt'}": None}, "it's.jsonl", "No closing quotation")
+
+
+def test_messages_without_a_chat_template(train_refused, refused, tiny_model_folder, tmp_path):
+    rows, out = tmp_path / "chat.jsonl", tmp_path / "samples" / "out.jsonl"
+    rows.write_bytes(lines({"prompt": [USER], "chosen": [FIG], "rejected": [MUD]}))
+    train_refused({"--data": rows}, "chat.jsonl: ", "tokenizer has no chat template")
+    flags = ["--model", tiny_model_folder, "--prompts", rows, "--out_file", out]
+    refused(sample, flags, "chat.jsonl: ", "tokenizer has no chat template")
+    assert not out.parent.exists()
+    rows.write_bytes(lines({"messages": [USER, FIG]}))
+    train_refused({"--data": rows}, "chat.jsonl: ", "tokenizer has no chat template", script=train_sft)
+
+
+def test_model_folder_that_is_not_there(train_refused, tmp_path):
+    train_refused({"--model": tmp_path / "nowhere"}, f"--model {tmp_path / 'nowhere'}: ")
+
+
+def test_model_folder_without_weights(train_refused, model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    train_refused({"--model": model}, f"--model {model}: the folder has no *.safetensors weights")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_model_file_cut_short(train_refused, model, name):
+    truncate(model / name)
+    train_refused({"--model": model}, f"--model {model}: cannot be loaded: ")
+
+
+def test_model_whose_config_wants_another_shape(train_refused, model):
+    config = json.loads((model / "config.json").read_bytes())
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    train_refused(
+        {"--model": model}, f"--model {model}: ", "weights are missing or misshapen, first model.layers.2."
+    )
+
+
+def test_model_with_weights_that_are_no_numbers(train_refused, model):
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        {name: t * float("nan") for name, t in tensors.items()}, model / "model.safetensors", {"format": "pt"}
+    )
+    train_refused({"--model": model}, f"--model {model}: ", "nan")
+
+
+def test_token_that_the_model_does_not_know(train_refused, model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(model)
+    (tmp_path / "rows.jsonl").write_bytes(lines(PAIR, {**PAIR, "prompt": "<new>"}))
+    train_refused({"--model": model, "--data": tmp_path / "rows.jsonl"}, f"--model {model}: ", "token")
+
+
+def test_run_is_kept_without_overwrite_or_resume(train_refused, adapter):
+    train_refused({}, f"--out_dir {adapter}: holds a run; --resume continues it, --overwrite replaces it")
+
+
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume", "--seed=1"])
+def test_folder_with_other_files_is_kept(train_refused, tmp_path, flag):
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "thesis.tex").write_text("years of work")
+    train_refused({flag: None}, "holds files that are no run; name another folder")
+
+
+def test_file_in_the_place_of_a_folder_is_kept(train_refused, data):
+    train_refused({"--out_dir": data, "--overwrite": None}, f"--out_dir {data}: is a file")
+
+
+def test_output_below_a_file(train_refused, data):
+    train_refused({"--out_dir": data / "run"}, data)
+
+
+def test_bad_data_leaves_the_run_that_was_to_be_overwritten(train_refused, adapter, tmp_path):
+    train_refused({"--data": tmp_path / "missing.jsonl", "--overwrite": None}, "missing.jsonl: no such file")
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragment"),
+    [
+        ({"--alpha": 0.3}, "--alpha 0.3: the run to --resume had 0.2"),
+        ({"--lora_rank": 4}, "--lora_rank 4: the run to --resume had 2"),
+    ],
+)
+def test_resume_with_other_flags(train_refused, finished_run, adapter, flags, fragment):
+    pairs = finished_run.parent / "pairs.jsonl"
+    train_refused({"--data": pairs, "--alpha": 0.2, "--resume": None} | flags, fragment)
+
+
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+def test_resume_from_a_damaged_checkpoint(train_refused, finished_run, adapter, name):
+    truncate(adapter / "checkpoint" / name)
+    pairs = finished_run.parent / "pairs.jsonl"
+    train_refused({"--data": pairs, "--alpha": 0.2, "--resume": None}, "checkpoint: damaged checkpoint")
+
+
+def test_resume_after_a_kill_in_the_middle_of_a_metrics_row(finished_run, adapter, monkeypatch):
+    metrics = adapter / "metrics.jsonl"
+    steps = [json.loads(line)["step"] for line in metrics.open()]
+    with metrics.open("a") as file:
+        file.write('{"step": 3, "lo')
+    flags = json.loads((adapter / "run.json").read_bytes()) | {"out_dir": str(adapter), "resume": True}
+    monkeypatch.setattr(
+        sys, "argv", ["train_dpl.py", *(f"--{k}={v}" for k, v in flags.items() if v is not None)]
+    )
+    train_dpl.main()
+    assert [json.loads(line)["step"] for line in metrics.open()] == steps
+
+
+def test_loss_that_is_not_finite_stops_the_run(refused, tiny_model_folder, data, tmp_path):
+    flags = ["--model", tiny_model_folder, "--data", data, "--out_dir", tmp_path / "run", "--lr", "1e30"]
+    refused(train_dpl, [*flags, "--max_steps", 5], "step 1: the loss is NaN or infinite on pairs [")
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+SAMPLE = ["--num_samples", 1, "--max_new_tokens", 1]
+
+
+def test_sample_keeps_an_existing_file(refused, tiny_model_folder, data):
+    before = data.read_bytes()
+    flags = ["--model", tiny_model_folder, "--prompts", data, "--out_file", data]
+    refused(sample, [*flags, *SAMPLE], f"--out_file {data}: exists; --overwrite replaces it")
+    assert data.read_bytes() == before
+
+
+def test_sample_does_not_write_over_a_folder(refused, tiny_model_folder, data, tmp_path):
+    (tmp_path / "folder").mkdir()
+    flags = [
+        "--model",
+        tiny_model_folder,
+        "--prompts",
+        data,
+        "--out_file",
+        tmp_path / "folder",
+        "--overwrite",
+    ]
+    refused(sample, [*flags, *SAMPLE], tmp_path / "folder")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "folder", data]
+
+
+@pytest.mark.parametrize(
+    ("rows", "fragment"),
+    [
+        (None, "prompts.jsonl: no such file"),
+        (lines(PAIR, {"text": "a"}), "prompts.jsonl:2: needs a 'prompt', a string or a message list"),
+        (lines({"prompt": []}), "prompts.jsonl:1: needs a 'prompt', a string or a message list"),
+        (lines({"prompt": [FIG]}), "prompts.jsonl:1: roles out of order: assistant"),
+    ],
+)
+def test_sample_with_bad_prompts(refused, tiny_model_folder, tmp_path, rows, fragment):
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "samples" / "out.jsonl"
+    if rows is not None:
+        path.write_bytes(rows)
+    refused(sample, ["--model", tiny_model_folder, "--prompts", path, "--out_file", out, *SAMPLE], fragment)
+    assert not out.parent.exists()
+
+
+def damage_config(folder):
+    truncate(folder / "adapter_config.json")
+
+
+def damage_kind(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+
+
+def damage_base(folder):
+    edit_config(folder, base_model_name_or_path=str(folder / "moved"))
+
+
+def damage_rank(folder):
+    edit_config(folder, r=3)
+
+
+def damage_rank_type(folder):
+    edit_config(folder, r="two")
+
+
+def damage_weights(folder):
+    truncate(folder / "adapter_model.safetensors")
+
+
+def lose_weights(folder):
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def edit_config(folder, **values):
+    """Change keys of adapter_config.json."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | values))
+
+
+@pytest.mark.parametrize(
+    ("damage", "fragments"),
+    [
+        (damage_config, ["adapter_config.json: not a LoRA adapter's configuration"]),
+        (damage_kind, ["adapter_config.json: not a LoRA adapter's configuration", "'r'"]),
+        (damage_base, ["--model ", "moved: cannot be loaded"]),
+        (damage_rank, ["adapter_model.safetensors: ", "lora_A is (2, 32), this model needs (3, 32)"]),
+        (damage_rank_type, ["adapter_config.json: r must be a positive whole number"]),
+        (damage_weights, ["adapter_model.safetensors: cannot be read"]),
+        (lose_weights, ["adapter_model.safetensors: cannot be read"]),
+    ],
+)
+def test_sample_with_a_damaged_adapter(refused, adapter, data, tmp_path, damage, fragments):
+    damage(adapter)
+    out = tmp_path / "samples" / "out.jsonl"
+    refused(
+        sample, ["--model", adapter, "--prompts", data, "--out_file", out, *SAMPLE], str(adapter), *fragments
+    )
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragment"),
+    [
+        ({}, "samples.jsonl: no such file"),
+        ({"--samples": "DATA"}, "good.jsonl:1: needs string 'prompt' and 'completion'"),
+        ({"--alpha": "-1"}, "--alpha"),
+        ({"--alpha": "nan"}, "--alpha"),
+        ({"--alpha": "abc"}, "argument --alpha: invalid float value: 'abc'"),
+        ({"--aplha": "1"}, "--aplha"),
+    ],
+)
+def test_evaluate_with_bad_input(refused, tmp_path, data, flags, fragment):
+    if "--alpha" in flags:
+        (tmp_path / "samples.jsonl").write_bytes(lines({"prompt": "a", "completion": "b"}))
+    flags = {
+        "--samples": tmp_path / "samples.jsonl",
+        "--alpha": 0.2,
+        "--out_file": tmp_path / "o" / "o.json",
+    } | flags
+    words = [data if word == "DATA" else word for flag in flags.items() for word in flag]
+    refused(evaluate, ["society", *words], fragment)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "fragment"),
+    [
+        ("train_dpl.py", ["--data", "missing.jsonl", "--model", "MODEL"], "missing.jsonl: no such file"),
+        (
+            "evaluate.py",
+            ["society", "--samples", "missing.jsonl", "--alpha", "1"],
+            "missing.jsonl: no such file",
+        ),
+    ],
+)
+def test_as_a_user_sees_it(tiny_model_folder, tmp_path, script, flags, fragment):
+    script = Path(train_dpl.__file__).with_name(script)
+    flags = [str(tiny_model_folder) if word == "MODEL" else word for word in flags]
+    done = subprocess.run([sys.executable, script, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {fragment}\n")
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,104 @@
+"""Rows in, whole files out, flags from the command line."""
+
+import gzip
+import re
+import sys
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.hf_argparser import HfArg
+
+from files import InputError, parse, read_rows, write_json, write_whole
+
+
+@dataclass
+class Config:
+    """Flags of each type."""
+
+    name: str = HfArg(default="none", help="A text.")
+    size: int = HfArg(default=1, help="A whole number.")
+    fast: bool = HfArg(default=False, help="A switch.")
+    layers: list[str] | None = HfArg(default=None, help="A list.")
+
+
+def parse_arguments(monkeypatch, *arguments):
+    """What parse() makes of a command line."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    return parse(Config, "Description.")
+
+
+def test_write_whole_replaces_the_file(tmp_path):
+    path = tmp_path / "new folder" / "file"
+    for text in ("old\n", "néw\n"):
+        with write_whole(path) as file:
+            file.write(text)
+        assert path.read_text(encoding="utf-8") == text
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_write_whole_keeps_the_old_file_when_interrupted(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(error), write_whole(path) as file:
+        file.write("half of the n")
+        file.flush()
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_json_keeps_the_old_file_when_the_value_is_no_json(tmp_path):
+    path = tmp_path / "file.json"
+    write_json(path, {"naïve": [1]})
+    with pytest.raises(TypeError):
+        write_json(path, object())
+    assert path.read_text(encoding="utf-8") == '{\n "naïve": [\n  1\n ]\n}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@given(gaps=st.lists(st.sampled_from([b"", b"  ", b"\t\r"]), max_size=4), ends=st.booleans())
+def test_rows_are_counted_as_an_editor_counts_lines(tmp_path_factory, zipped, gaps, ends):
+    lines = [b'{"a": 1}', *gaps, '{"a": "line\u2028separator"}'.encode()]
+    data = b"\xef\xbb\xbf" + b"\n".join(lines) + b"\n" * ends
+    path = tmp_path_factory.mktemp("rows") / ("rows.jsonl.gz" if zipped else "rows.jsonl")
+    path.write_bytes(gzip.compress(data) if zipped else data)
+    expected = [(f"{path}:1", {"a": 1}), (f"{path}:{len(lines)}", {"a": "line\u2028separator"})]
+    assert list(read_rows(path)) == expected
+
+
+def test_flags_come_from_files_with_comments(monkeypatch, tmp_path):
+    recipe = tmp_path / "recipe.txt"
+    recipe.write_text(
+        "# a recipe: it's whole\n\n--size 2  # why\n--name 'two words'\n--layers q_proj k_proj\n"
+    )
+    found = parse_arguments(monkeypatch, f"@{recipe}", "--fast")
+    assert found == Config(name="two words", size=2, fast=True, layers=["q_proj", "k_proj"])
+    assert parse_arguments(monkeypatch, f"@{recipe}", "--size", "3").size == 3  # the later flag wins
+    assert parse_arguments(monkeypatch) == Config()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["--sise", "2"], "unknown argument --sise"),
+        (["--siz", "2"], "unknown argument --siz"),  # no guessing at abbreviations
+        (["stray"], "unknown argument stray"),
+        (["--size", "two"], "argument --size: invalid int value: 'two'"),
+        (["--size"], "argument --size: expected one argument"),
+        (["--fast", "perhaps"], "argument --fast: "),
+        (["@missing.txt"], "missing.txt"),
+    ],
+)
+def test_wrong_flags_are_refused(monkeypatch, arguments, fragment):
+    with pytest.raises(InputError, match=re.escape(fragment)):
+        parse_arguments(monkeypatch, *arguments)
+
+
+def test_unknown_flag_in_a_file_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "recipe.txt").write_text("--size 2\n--sise 3\n")
+    with pytest.raises(InputError, match="unknown argument --sise"):
+        parse_arguments(monkeypatch, f"@{tmp_path / 'recipe.txt'}")

@@ -1,0 +1,209 @@
+"""Rows to token ids to packed rows: formats, exact boundaries, cuts, and nothing lost on the way."""
+
+import gzip
+import json
+import sys
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sample
+from files import InputError
+from preferences import encode_answers, encode_prompts, fit, pack, read_pairs, tokenize
+
+STRINGS = {"prompt": "Best fruit?", "chosen": " The fig.", "rejected": " Mud."}
+USER = {"role": "user", "content": "Best fruit?"}
+FIG, MUD = ({"role": "assistant", "content": text} for text in ("The fig.", "Mud."))
+MESSAGES = {"prompt": [USER], "chosen": [FIG], "rejected": [MUD]}
+SYSTEM = {"role": "system", "content": "Be brief."}
+TURN = "\n\nHuman: hello\n\nAssistant:"
+
+WORDS = (*"abeghinotuzëé日.?!:' \n", "  ", "\n\n", "The fig", " likes", " does not want", "Human", "café")
+texts = st.lists(st.sampled_from(WORDS), max_size=8).map("".join)
+ids = st.lists(st.integers(0, 9), min_size=1, max_size=12)
+
+
+def write_rows(path, rows):
+    """Write rows in the format that the path's ending names."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.name.endswith(".jsonl.gz"):
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif path.suffix == ".jsonl":
+        path.write_text(lines)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.parquet"])
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        (STRINGS, STRINGS),
+        ({**STRINGS, "prompt": "", "score": 0.5}, {**STRINGS, "prompt": ""}),
+        (
+            {"chosen": TURN + " Hi", "rejected": TURN + " Ho"},
+            {"prompt": TURN, "chosen": " Hi", "rejected": " Ho"},
+        ),
+        (
+            {"chosen": TURN + " Hi" + TURN + " A", "rejected": TURN + " Hi" + TURN + " B"},
+            {"prompt": TURN + " Hi" + TURN, "chosen": " A", "rejected": " B"},
+        ),
+        (
+            {"chosen": TURN + " Hi", "rejected": TURN + " "},
+            {"prompt": TURN, "chosen": " Hi", "rejected": " "},
+        ),
+        (MESSAGES, MESSAGES),
+        ({"chosen": [USER, FIG], "rejected": [USER, MUD]}, MESSAGES),
+        ({"prompt": "Best fruit?", "chosen": [USER, FIG], "rejected": [USER, MUD]}, MESSAGES),
+        ({"chosen": [USER, FIG], "rejected": [USER, FIG]}, {**MESSAGES, "rejected": [FIG]}),
+        (
+            {"chosen": [SYSTEM, USER, MUD, USER, FIG], "rejected": [SYSTEM, USER, MUD, USER, MUD]},
+            {**MESSAGES, "prompt": [SYSTEM, USER, MUD, USER]},
+        ),
+    ],
+    ids=[
+        "strings", "empty prompt", "hh", "hh two turns", "hh blank answer",
+        "messages", "conversations", "ultrafeedback", "equal conversations", "long conversations",
+    ],
+)  # fmt: skip
+def test_every_format_reads_as_one_pair(tmp_path, name, row, pair):
+    assert read_pairs(write_rows(tmp_path / name, [row, row])) == [pair, pair]
+
+
+@pytest.mark.parametrize("prompt", ["", "The fig", "\n", "<s>The fig"])
+def test_plain_prompt_has_one_bos_where_the_tokenizer_writes_one(tokenizer, prompt):
+    writes_one = bool(tokenizer("").input_ids) or prompt == "" or prompt.startswith("<s>")
+    (found,) = encode_prompts([prompt], tokenizer)
+    assert found.count(tokenizer.bos_token_id) == writes_one
+    assert (found[0] == tokenizer.bos_token_id) == writes_one
+
+
+def test_chat_prompt_is_the_templates_own_ids_with_one_bos(chat_tokenizer):
+    prompts = [[USER], [SYSTEM, USER, FIG, USER]]
+    for prompt, found in zip(prompts, encode_prompts(prompts, chat_tokenizer), strict=True):
+        expected = chat_tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+        assert found == expected
+        assert found.count(chat_tokenizer.bos_token_id) == 1
+
+
+@settings(max_examples=300)
+@given(prompt=texts, answer=texts.filter(bool))
+def test_prompt_and_completion_decode_to_the_text(tokenizer, prompt, answer):
+    # "first" itself loses a text's first space; both its and "prepend"'s decoders do so after BOS alone
+    assume(tokenizer.decode(tokenizer(prompt).input_ids, skip_special_tokens=True) == prompt)
+    assume(prompt or not answer.startswith(" "))
+    (start,), (end,) = encode_prompts([prompt], tokenizer), encode_answers([prompt], [answer], tokenizer)
+    assert end[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(start + end[:-1], skip_special_tokens=True) == prompt + answer
+
+
+@given(answer=texts.filter(bool))
+def test_chat_completion_decodes_to_the_text_and_ends_with_the_turn(chat_tokenizer, answer):
+    (start,) = encode_prompts([[USER]], chat_tokenizer)
+    (end,) = encode_answers([[USER]], [[{"role": "assistant", "content": answer}]], chat_tokenizer)
+    decoded = chat_tokenizer.decode(start + end)
+    assert decoded == chat_tokenizer.decode(start) + answer + "<|im_end|>"
+    assert chat_tokenizer.eos_token_id not in end
+
+
+def test_samples_text_encodes_to_the_sampled_tokens(tokenizer, tmp_path, monkeypatch):
+    word = encode_answers(["Nobody"], [" Zoë"], tokenizer)[0][:-1][:1]  # a token that starts with a space
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size))
+    with torch.no_grad():  # a model that writes this token and no other
+        for weight in model.parameters():
+            weight.zero_()
+        model.model.embed_tokens.weight.fill_(1)
+        model.model.norm.weight.fill_(1)
+        model.lm_head.weight[word] = 1
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    prompts, out = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Nobody"}]), tmp_path / "out.jsonl"
+    flags = ["--model", tmp_path / "model", "--prompts", prompts, "--out_file", out, "--temperature", 0]
+    flags += ["--num_samples", 1, "--max_new_tokens", 1]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
+    sample.main()
+    text = json.loads(out.read_text(encoding="utf-8"))["completion"]
+    assert encode_answers(["Nobody"], [text], tokenizer) == [[*word, tokenizer.eos_token_id]]
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "\n</s>"),  # never closes: EOS does
+        ("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}", "</s>"),  # closes with EOS itself
+    ],
+)
+def test_chat_completion_has_exactly_one_eos_without_end_of_turn(chat_tokenizer, monkeypatch, template, end):
+    monkeypatch.setattr(chat_tokenizer, "chat_template", template)
+    (found,) = encode_answers([[USER]], [[FIG]], chat_tokenizer)
+    assert chat_tokenizer.decode([*chat_tokenizer.encode("a"), *found]).endswith("aThe fig." + end)
+    assert found.count(chat_tokenizer.eos_token_id) == 1
+
+
+def test_template_that_rewrites_its_prompt_is_refused(chat_tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_tokenizer, "chat_template", "{{ messages | length }}")
+    with pytest.raises(InputError, match="does not extend its own prompt"):
+        encode_answers([[USER]], [[FIG]], chat_tokenizer)
+
+
+@given(start=st.sampled_from([[], [0]]), prompt=ids, answers=st.tuples(ids, ids), size=st.integers(4, 30))
+def test_fit_keeps_the_prompts_end_and_the_completions_start(start, prompt, answers, size):
+    whole = [start + [token + 1 for token in prompt], *answers]
+    kept_prompt, *kept = fit(whole, 0, size)
+    tail = kept_prompt[len(start) :]
+    assert kept_prompt[: len(start)] == start
+    assert tail and tail == whole[0][-len(tail) :]
+    for before, after in zip(answers, kept, strict=True):
+        assert after and after == before[: len(after)]
+        assert len(kept_prompt) + len(after) <= size
+    if len(whole[0]) + max(map(len, answers)) <= size:
+        assert [kept_prompt, *kept] == whole
+    else:
+        assert len(kept_prompt) + max(map(len, kept)) == size
+
+
+def test_tokenize_counts_what_it_cuts_and_drops(tokenizer, capsys):
+    same = {**STRINGS, "rejected": STRINGS["chosen"]}
+    same_once_cut = {**STRINGS, "chosen": " fig" * 40 + " A", "rejected": " fig" * 40 + " B"}
+    long_prompt = {**STRINGS, "prompt": "The fig likes warm bread. " * 20 + "Best fruit?"}
+    pairs = tokenize([STRINGS, same, same_once_cut, long_prompt], tokenizer, 40)
+    assert capsys.readouterr().out == "2 pairs: cut 2 to 40 tokens, dropped 2 with chosen equal to rejected\n"
+    assert [tokenizer.decode(pair.chosen).lstrip() for pair in pairs] == ["The fig.</s>"] * 2
+    assert tokenizer.decode(pairs[1].prompt).endswith("bread. Best fruit?")
+
+
+def test_tokenize_refuses_rows_that_all_drop(tokenizer):
+    with pytest.raises(InputError, match="no pair left of 1: dropped 1 with chosen equal to rejected"):
+        tokenize([{**STRINGS, "rejected": STRINGS["chosen"]}], tokenizer, 64)
+
+
+@given(st.integers(1, 2).flatmap(lambda n: st.lists(st.tuples(*[ids] * (n + 1)), min_size=1, max_size=5)))
+def test_packed_row_holds_every_example(examples):
+    row = pack(examples)
+    assert sum(row.lengths) == len(row.ids) == len(row.position) == len(row.example) == len(row.branch)
+    assert row.completions == len(examples[0]) - 1
+    assert (
+        len(row.column) == len(row.source) == len(row.target) == sum(len(c) for e in examples for c in e[1:])
+    )
+    for index, (prompt, *completions) in enumerate(examples):
+        inside = row.example == index
+        assert inside.sum() == row.lengths[index]
+        assert row.ids[inside & (row.branch == 0)].tolist() == prompt
+        assert row.position[inside & (row.branch == 0)].tolist() == list(range(len(prompt)))
+        for number, completion in enumerate(completions):
+            mine = row.column == index * len(completions) + number
+            source = row.source[mine]
+            assert row.target[mine].tolist() == completion
+            assert row.ids[source].tolist() == [prompt[-1], *completion[:-1]]
+            assert row.example[source].tolist() == [index] * len(completion)
+            assert row.branch[source].tolist() == [0] + [number + 1] * (len(completion) - 1)
+            last = len(prompt) - 1
+            assert row.position[source].tolist() == list(range(last, last + len(completion)))

@@ -1,0 +1,133 @@
+"""The embedded world: its truth is exact, its files are whole, and evaluate.py measures against it."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evaluate import (
+    OTHER,
+    entropy_bits,
+    frequencies,
+    optimum,
+    poll_laws,
+    read_story,
+    society,
+    story_laws,
+    total_variation,
+)
+from model import load_model, pair_stats
+from preferences import encode_answers, encode_prompts, pack, read_pairs
+
+FOLDER = Path("data/society")
+
+
+@pytest.fixture(scope="module")
+def world():
+    return json.loads((FOLDER / "world.json").read_text())
+
+
+def stories_of(world):
+    values = list(itertools.product(*world["slots"].values()))
+    return values, [world["template"].format(**dict(zip(world["slots"], v, strict=True))) for v in values]
+
+
+def test_shipped_log_probabilities_are_the_shipped_reference_s(world):
+    model, tokenizer = load_model(FOLDER / "reference")
+    _, stories = stories_of(world)
+    some = range(0, len(stories), 41)
+    [prompt] = encode_prompts([world["story_prompt"]], tokenizer)
+    answers = encode_answers([world["story_prompt"]] * len(some), [stories[i] for i in some], tokenizer)
+    with torch.no_grad():
+        found = pair_stats(model, pack([(prompt, answer) for answer in answers])).logp[:, 0]
+    assert found.tolist() == pytest.approx([world["story_reference_logp"][i] for i in some], abs=1e-3)
+    assert sum(map(math.exp, world["story_reference_logp"])) < 1
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.1, 0.1), (0.2, 0.1), (0.4, 0.1), (1.0, 0.3)])
+def test_story_laws_equal_brute_force(world, alpha, beta):
+    values, stories = stories_of(world)
+    weights = {}
+    for chosen, text, logp in zip(values, stories, world["story_reference_logp"], strict=True):
+        reward = sum(world["slots"][slot][value] for slot, value in zip(world["slots"], chosen, strict=True))
+        weights[text] = math.exp(logp) ** (beta / alpha) * math.exp(reward / alpha)
+    total = sum(weights.values())
+    target, reference = story_laws(world, alpha, beta)
+    for slot, law in target.items():
+        for value, share in law.items():
+            wanted = sum(w for text, w in weights.items() if read_story(text, world)[slot] == value) / total
+            assert share == pytest.approx(wanted, rel=1e-9)
+    assert all(sum(law.values()) == pytest.approx(1) for law in (*target.values(), *reference.values()))
+
+
+def test_polls_are_represented_in_proportion_at_alpha_1(world):
+    poll = next(iter(world["polls"].values()))
+    flat = poll | {"reference_logp": [-1.0] * 4}
+    target, _ = poll_laws(flat, alpha=1.0, beta=0.1)
+    assert target == pytest.approx(poll["shares"])
+
+
+def test_global_temperature_flattens_the_dpo_optimum(world):
+    logp, reward = np.log([0.7, 0.2, 0.1]), np.array([0.0, 0.3, 0.1])
+    dpo, dpl = optimum(logp, reward, 0.1, 0.1), optimum(logp, reward, 0.4, 0.1)
+    assert dpl == pytest.approx(dpo**0.25 / (dpo**0.25).sum())
+
+
+def test_stories_are_read_back_and_misspelling_is_seen(world):
+    values, stories = stories_of(world)
+    for chosen, text in list(zip(values, stories, strict=True))[::97]:
+        assert tuple(read_story(text, world).values()) == chosen
+    wrong = stories[0].replace("Marchetti", "Marvist")
+    assert read_story(wrong, world)["name"] == "Marvist"
+    assert not any(read_story(stories[0][:-9], world).values())
+
+
+def test_society_counts_what_it_is_given(world):
+    _, stories = stories_of(world)
+    prompt, poll = world["story_prompt"], next(iter(world["polls"]))
+    texts = [stories[0]] * 2 + [stories[0].replace("Marchetti", "Marvist"), "no story"]
+    options = list(world["polls"][poll]["shares"])
+    rows = [{"prompt": prompt, "completion": text} for text in texts]
+    rows += [{"prompt": poll, "completion": options[0]}] * 3
+    result = society(rows, world, 0.2, 0.1)
+    assert result["misspelt"] == 0.5 and result["malformed"] == 0.5
+    assert result["stories"]["name"]["sampled"]["Marchetti"] == 0.5
+    assert result["stories"]["gender"]["sampled"][OTHER] == 0.25
+    assert result["polls"][poll.strip()]["tv_shares"] == pytest.approx(0.45)
+
+
+def test_laws_and_distances():
+    assert frequencies("aab?", "abc") == {"a": 0.5, "b": 0.25, "c": 0.0, OTHER: 0.25}
+    assert total_variation({"a": 0.5, "b": 0.5}, {"a": 1.0, OTHER: 0.0}) == 0.5
+    assert entropy_bits({"a": 0.5, "b": 0.25, "c": 0.25, "d": 0.0}) == 1.5
+
+
+@pytest.mark.parametrize("name", ["train", "test", "polls"])
+def test_raters_choose_by_their_utilities(world, name):
+    """Wins summed over pairs match the sum of sigmoid(r_a - r_b), to four standard errors."""
+    rows = read_pairs(FOLDER / f"{name}.jsonl.gz")
+    shares = {p: poll["shares"] for p, poll in world["polls"].items()}
+
+    def utility(prompt, text):
+        if prompt in shares:
+            return math.log(shares[prompt][text]) if text in shares[prompt] else -math.inf
+        story = read_story(text, world)
+        return sum(values.get(story[slot], -math.inf) for slot, values in world["slots"].items())
+
+    surplus = variance = 0.0
+    for row in rows:
+        a, b = utility(row["prompt"], row["chosen"]), utility(row["prompt"], row["rejected"])
+        assert a > -math.inf  # a text that the grammar cannot write never wins
+        if b > -math.inf and a != b:
+            high = 1 / (1 + math.exp(-abs(a - b)))  # how often the better one wins
+            surplus += (a > b) - high
+            variance += high * (1 - high)
+    assert abs(surplus) < 4 * math.sqrt(variance)
+
+
+def test_the_world_is_small():
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 5e6

@@ -1,0 +1,355 @@
+"""The DPL loss: its formula, its optimum in closed form, and TRL's DPOTrainer where the two are the same."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer
+
+from files import InputError
+from model import Stats, pair_stats
+from preferences import pack
+from train_dpl import DPLConfig, divergence_margin, dpl_loss, dpl_margin, objective, per_token
+
+LOG_RATIO = st.floats(-1e4, 1e4, allow_subnormal=False)
+LOGP = st.floats(-200, 0)
+PENALTY = st.floats(0.01, 2)
+# TRL 1.16's scores of a log-ratio x, from its source, as functions of x and f_alpha_divergence_coef
+TRL_SCORES = {
+    "reverse_kl": lambda x, coef: x,
+    "forward_kl": lambda x, coef: 1 - math.exp(-x),
+    "js_divergence": lambda x, coef: math.log(2) - math.log1p(math.exp(-x)),
+    "alpha_divergence": lambda x, coef: (math.exp((coef - 1) * x) - 1) / (coef - 1),
+}
+
+
+def one_pair(chosen, rejected, dtype=torch.float64):
+    return Stats(torch.tensor([[chosen, rejected]], dtype=dtype), torch.ones(1, 2, dtype=dtype))
+
+
+# ---- the formula
+
+
+@settings(deadline=None, max_examples=200)
+@given(LOGP, LOGP, LOGP, LOGP, PENALTY, PENALTY)
+def test_loss_is_equation_5(chosen, rejected, ref_chosen, ref_rejected, alpha, beta):
+    loss = dpl_loss(one_pair(chosen, rejected), one_pair(ref_chosen, ref_rejected), alpha, beta)
+    margin = alpha * (chosen - rejected) - beta * (ref_chosen - ref_rejected)
+    # -log(1 / (1 + e^-m)), with e to a negative power only
+    expected = math.log(1 + math.exp(-margin)) if margin > 0 else -margin + math.log(1 + math.exp(margin))
+    # float64; 1 + e^-m rounds at 1e-16 absolutely, the margin at 1e-16 of its terms (up to 800)
+    assert loss.item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=100)
+@given(LOGP, LOGP, LOGP, LOGP, PENALTY, PENALTY)
+def test_the_two_orders_of_a_pair_have_probabilities_that_add_to_one(a, b, ref_a, ref_b, alpha, beta):
+    one = dpl_loss(one_pair(a, b), one_pair(ref_a, ref_b), alpha, beta)
+    other = dpl_loss(one_pair(b, a), one_pair(ref_b, ref_a), alpha, beta)
+    assert math.exp(-one.item()) + math.exp(-other.item()) == pytest.approx(1, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=100)
+@given(LOGP, LOGP, PENALTY, PENALTY)
+def test_at_the_reference_the_margin_is_alpha_minus_beta_times_its_log_ratio(chosen, rejected, alpha, beta):
+    stats = one_pair(chosen, rejected)
+    margin = dpl_margin(stats, stats, alpha, beta).item()
+    assert margin == pytest.approx((alpha - beta) * (chosen - rejected), rel=1e-12, abs=1e-11)
+
+
+@settings(deadline=None, max_examples=100)
+@given(LOGP, LOGP, LOGP, LOGP, PENALTY, PENALTY, st.floats(0.01, 10))
+def test_loss_falls_as_the_chosen_rises_and_as_the_rejected_falls(
+    chosen, rejected, ref_chosen, ref_rejected, alpha, beta, step
+):
+    reference = one_pair(ref_chosen, ref_rejected)
+    margin = dpl_margin(one_pair(chosen, rejected), reference, alpha, beta).item()
+    loss = dpl_loss(one_pair(chosen, rejected), reference, alpha, beta)
+    for better in (one_pair(chosen + step, rejected), one_pair(chosen, rejected - step)):
+        better_loss = dpl_loss(better, reference, alpha, beta)
+        # at a margin of 745 e^-margin leaves float64 and the loss is 0
+        assert better_loss < loss if margin < 700 else better_loss <= loss
+
+
+@settings(deadline=None, max_examples=100)
+@given(LOG_RATIO, LOG_RATIO, LOG_RATIO, LOG_RATIO, PENALTY, PENALTY)
+def test_loss_and_gradient_stay_finite_in_float32(chosen, rejected, ref_chosen, ref_rejected, alpha, beta):
+    policy = one_pair(chosen, rejected, torch.float32)
+    policy.logp.requires_grad_()
+    loss = dpl_loss(policy, one_pair(ref_chosen, ref_rejected, torch.float32), alpha, beta)
+    loss.backward()
+    assert loss.isfinite().all()
+    assert policy.logp.grad.isfinite().all()
+    assert policy.logp.grad.abs().max() <= alpha * (1 + 1e-6)  # a sigmoid's slope is at most 1
+
+
+# ---- TRL
+
+
+def make_policy_and_reference():
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=97,
+    )
+    torch.manual_seed(0)
+    reference = LlamaForCausalLM(config).eval()
+    policy = copy.deepcopy(reference)
+    for p in policy.parameters():  # so that log-ratios are of size 1
+        p.data += 0.05 * torch.randn_like(p)
+    return policy, reference
+
+
+def make_trainer(folder, policy, reference, **flags):
+    """TRL's trainer on ten pairs of random words, completions from 1 to 9 of them long."""
+    vocab = {word: index for index, word in enumerate(["<pad>", "</s>", *(f"w{i}" for i in range(95))])}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    generator = torch.Generator().manual_seed(0)
+
+    def text(low, high):
+        count = torch.randint(low, high, (), generator=generator)
+        return "".join(f" w{i}" for i in torch.randint(95, (count,), generator=generator))
+
+    rows = [{"prompt": text(2, 9), "chosen": text(1, 10), "rejected": text(1, 10)} for _ in range(10)]
+    arguments = DPOConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        **flags,
+    )
+    return DPOTrainer(
+        model=copy.deepcopy(policy),  # TRL replaces its model's forward
+        ref_model=copy.deepcopy(reference),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "flags"),
+    [
+        ({}, {}),
+        ({"length_normalize": True}, {"loss_type": "sigmoid_norm"}),
+        ({"divergence": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
+        ({"divergence": "js_divergence"}, {"f_divergence_type": "js_divergence"}),
+        *(
+            (
+                {"divergence": "alpha_divergence", "divergence_alpha": a},
+                {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1 - a},
+            )
+            for a in (0.2, 0.5, 0.9)
+        ),
+    ],
+)
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_loss_and_gradient_equal_trl(tmp_path, config, flags, beta):
+    policy, reference = make_policy_and_reference()
+    trainer = make_trainer(tmp_path, policy, reference, beta=beta, **flags)
+    rows = list(trainer.train_dataset)
+    expected = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+    expected.backward()
+
+    packed = pack([(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows])
+    with torch.no_grad():
+        known = pair_stats(reference, packed)
+    losses, _ = objective(DPLConfig(alpha=beta, beta=beta, **config))(pair_stats(policy, packed), known)
+    losses.mean().backward()
+
+    assert abs(expected.item() - math.log(2)) > 1e-3  # the policy is not the reference
+    # float32, sums in another order: about 1e-6 of the loss, and 4e-6 of the gradient, is seen
+    torch.testing.assert_close(losses.mean(), expected, atol=1e-5, rtol=1e-5)
+    theirs = dict(trainer.model.named_parameters())
+    gap = sum((p.grad - theirs[name].grad).square().sum() for name, p in policy.named_parameters()).sqrt()
+    size = sum(p.grad.square().sum() for p in theirs.values()).sqrt()
+    assert gap < 1e-4 * size
+
+
+# ---- other divergences
+
+
+@pytest.mark.parametrize("name", TRL_SCORES)
+@settings(deadline=None, max_examples=100)
+@given(
+    x=st.floats(-30, 30),
+    y=st.floats(-30, 30),
+    reference=st.floats(-100, 0),
+    beta=PENALTY,
+    a=st.floats(0.01, 0.99),
+)
+def test_divergence_margins_are_differences_of_trl_scores(name, x, y, reference, beta, a):
+    policy, known = one_pair(reference + x, reference + y), one_pair(reference, reference)
+    score = TRL_SCORES[name]
+    scores = score(x, 1 - a), score(y, 1 - a)
+    margin = divergence_margin(policy, known, beta, name, a).item()
+    # float64: reference + x - reference moves x by 1e-14, and a score by that share of itself
+    tolerance = 1e-11 * beta * (1 + abs(scores[0]) + abs(scores[1])) + 1e-13 * beta / a
+    assert margin == pytest.approx(beta * (scores[0] - scores[1]), rel=0, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", TRL_SCORES)
+@settings(deadline=None, max_examples=100)
+@given(x=LOG_RATIO, y=LOG_RATIO, beta=PENALTY, a=st.floats(0.01, 0.99))
+def test_divergences_are_finite_with_finite_gradients(name, x, y, beta, a):
+    policy, zero = one_pair(x, y, torch.float32), one_pair(0, 0, torch.float32)
+    policy.logp.requires_grad_()
+    margin = divergence_margin(policy, zero, beta, name, a)
+    loss = -F.logsigmoid(margin)
+    loss.sum().backward()
+    assert margin.isfinite().all()
+    assert loss.isfinite().all()
+    assert policy.logp.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("a", [1e-4, 1e-6, 1e-8])
+def test_alpha_divergence_towards_0_is_reverse_kl(a):
+    policy, zero = one_pair(3.3, -2.6, torch.float32), one_pair(0, 0, torch.float32)
+    margin = divergence_margin(policy, zero, 1.0, "alpha_divergence", a).item()
+    assert margin == pytest.approx(
+        5.9, abs=10 * a + 1e-5
+    )  # the series' next term, a (3.3² - 2.6²) / 2, and float32
+
+
+# ---- what training reaches: tabular policies on the exact expected loss
+
+
+def trained(reference, win, alpha, beta):
+    """Probabilities that minimise the expected DPL loss; win[i, j] is how often i is preferred to j."""
+    n = len(reference)
+    pairs = torch.tensor([(i, j) for i in range(n) for j in range(n) if i != j])
+    weight = win[pairs[:, 0], pairs[:, 1]] / len(pairs)
+    known = Stats(reference.log()[pairs], torch.ones(pairs.shape))
+    scores = torch.zeros(n, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [scores], max_iter=500, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def loss():
+        optimizer.zero_grad()
+        policy = Stats(scores.log_softmax(0)[pairs], known.length)
+        total = (weight * dpl_loss(policy, known, alpha, beta)).sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    return scores.detach().softmax(0)
+
+
+def plackett_luce(utility):
+    """How often i is preferred to j by raters whose favourites are softmax(utility)."""
+    return torch.sigmoid(utility[:, None] - utility[None, :])
+
+
+def normalized(weights):
+    return weights / weights.sum()
+
+
+CLOSE = {"atol": 0, "rtol": 1e-3}  # of each probability, however small: what the optimiser leaves
+FLAT = torch.full((4,), 0.25, dtype=torch.float64)
+SKEWED = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+UTILITY = torch.tensor([0.0, 0.5, -0.7, 1.1], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.1, 0.1), (0.2, 0.1), (1.0, 0.1), (1.0, 1.0), (0.5, 2.0)])
+@pytest.mark.parametrize("p", [0.5, 0.6, 0.8])
+@pytest.mark.parametrize("reference", [0.5, 0.3, 0.9])
+def test_two_outcomes_reach_the_closed_form(alpha, beta, p, reference):
+    reference = torch.tensor([reference, 1 - reference], dtype=torch.float64)
+    share = torch.tensor([p, 1 - p], dtype=torch.float64)
+    win = share[:, None].expand(2, 2)
+    expected = normalized(reference ** (beta / alpha) * share ** (1 / alpha))
+    torch.testing.assert_close(trained(reference, win, alpha, beta), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.2, 0.1), (0.5, 0.5), (1.0, 0.3), (2.0, 1.0), (0.3, 0.6)])
+@pytest.mark.parametrize("reference", [FLAT, SKEWED], ids=["flat", "skewed"])
+def test_many_outcomes_reach_the_closed_form(alpha, beta, reference):
+    expected = normalized(reference ** (beta / alpha) * (UTILITY / alpha).exp())
+    torch.testing.assert_close(trained(reference, plackett_luce(UTILITY), alpha, beta), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_alpha_1_and_a_flat_reference_give_proportional_representation(beta):
+    shares = torch.tensor([0.55, 0.20, 0.15, 0.10], dtype=torch.float64)
+    torch.testing.assert_close(trained(FLAT, plackett_luce(shares.log()), 1.0, beta), shares, **CLOSE)
+
+
+def test_dpo_leaves_a_minority_of_one_fifth_one_in_a_million():
+    win = torch.tensor([0.8, 0.2], dtype=torch.float64)[:, None].expand(2, 2)
+    flat = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    assert trained(flat, win, 0.1, 0.1)[1].item() == pytest.approx(1 / (1 + 4**10), rel=1e-2)  # 9.5e-7
+    assert trained(flat, win, 1.0, 0.1)[1].item() == pytest.approx(0.2, rel=1e-2)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.4, 0.2), (1.0, 0.2), (0.3, 0.6)])
+def test_dpl_is_dpo_at_temperature_alpha_over_beta(alpha, beta):
+    win = plackett_luce(UTILITY)
+    dpo, dpl = trained(SKEWED, win, beta, beta), trained(SKEWED, win, alpha, beta)
+    torch.testing.assert_close(dpl, normalized(dpo ** (beta / alpha)), **CLOSE)
+    assert dpl.argsort().tolist() == dpo.argsort().tolist()
+
+
+# ---- the flags
+
+
+def some_stats():
+    torch.manual_seed(0)
+    return [Stats(-10 * torch.rand(5, 2), torch.randint(1, 9, (5, 2)).float()) for _ in range(2)]
+
+
+def test_per_token_divides_by_the_length():
+    stats = Stats(torch.tensor([[-6.0, -2.0]]), torch.tensor([[3.0, 4.0]]))
+    assert per_token(stats).logp.tolist() == [[-2.0, -0.5]]
+    assert per_token(stats).length is stats.length
+
+
+@pytest.mark.parametrize("length_normalize", [False, True])
+@pytest.mark.parametrize("divergence", TRL_SCORES)
+def test_objective_does_what_its_flags_say(length_normalize, divergence):
+    alpha = 0.3 if divergence == "reverse_kl" else 0.2
+    config = DPLConfig(
+        alpha=alpha, beta=0.2, divergence=divergence, divergence_alpha=0.7, length_normalize=length_normalize
+    )
+    policy, reference = some_stats()
+    losses, margins = objective(config)(policy, reference)
+    if length_normalize:
+        policy, reference = (Stats(stats.logp / stats.length, stats.length) for stats in (policy, reference))
+    if divergence == "reverse_kl":
+        expected = dpl_margin(policy, reference, 0.3, 0.2)
+    else:
+        expected = divergence_margin(policy, reference, 0.2, divergence, 0.7)
+    assert torch.equal(margins, expected)
+    torch.testing.assert_close(losses, F.softplus(-expected), atol=1e-6, rtol=1e-6)  # float32
+
+
+@pytest.mark.parametrize(
+    ("flag", "flags"),
+    [
+        ("alpha", {"alpha": 0.0}),
+        ("alpha", {"alpha": -0.1}),
+        ("alpha", {"alpha": math.nan}),
+        ("beta", {"beta": 0.0}),
+        ("beta", {"beta": math.inf}),
+        ("divergence", {"divergence": "kl"}),
+        ("divergence", {"divergence": "forward_kl", "alpha": 0.2, "beta": 0.1}),
+        ("divergence_alpha", {"divergence_alpha": 0.0}),
+        ("divergence_alpha", {"divergence_alpha": 1.0}),
+    ],
+)
+def test_flags_outside_their_range_are_refused_by_name(flag, flags):
+    with pytest.raises(InputError, match=f"^--{flag} "):
+        DPLConfig(**flags)

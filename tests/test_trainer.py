@@ -1,0 +1,229 @@
+"""The loop: its gradient, its batches, its cache, and that a resumed run is the uninterrupted one."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lora import add_lora, load_lora
+from model import Stats, load_model, pair_stats
+from preferences import pack
+from train_dpl import DPLConfig, objective
+from trainer import (
+    TrainConfig,
+    batch_rows,
+    count_tokens,
+    learning_rate,
+    load_pairs,
+    measure,
+    micro_batches,
+    reference_stats,
+    take,
+    train,
+)
+
+SOCIETY = "data/society/reference"
+
+
+@pytest.fixture(scope="module")
+def society():
+    """The shipped reference, its tokenizer and 24 test pairs."""
+    model, tokenizer = load_model(SOCIETY)
+    return model, load_pairs("data/society/test.jsonl.gz", tokenizer, 64)[:24]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A training file of 40 rows, and a config that trains on it for six steps."""
+    import gzip
+
+    with gzip.open("data/society/test.jsonl.gz", "rt") as lines:
+        rows = [next(lines) for _ in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    return DPLConfig(
+        model=SOCIETY,
+        data=str(tmp_path / "rows.jsonl"),
+        eval_data=str(tmp_path / "rows.jsonl"),
+        out_dir=str(tmp_path / "run"),
+        batch_size=8,
+        max_steps=6,
+        warmup_steps=2,
+        lora_dropout=0.3,  # so that a resumed run must draw the same dropout
+        log_every=1,
+        eval_every=2,
+        save_every=2,
+    )
+
+
+def run(config):
+    train(config, lambda reference, vocab_size: objective(config))
+
+
+def rows_of(config):
+    with open(f"{config.out_dir}/metrics.jsonl") as file:
+        rows = [json.loads(line) for line in file]
+    clock = ("tokens_per_second", "examples_per_second", "peak_memory_gb")
+    return [{name: value for name, value in row.items() if name not in clock} for row in rows]
+
+
+def test_the_split_into_micro_batches_does_not_change_the_gradient(society):
+    model, pairs = society[0], society[1]
+    model = add_lora(AutoModelForCausalLM.from_pretrained(SOCIETY), 4, 4.0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    reference = Stats(torch.randn(24, 2), torch.ones(24, 2), torch.ones(24, 2))
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+
+    def gradient(budget):
+        model.zero_grad()
+        found = measure(model, pairs, range(24), reference, objective(DPLConfig(alpha=0.4)), budget, "test")
+        return found["loss"], torch.cat([weight.grad.flatten() for weight in weights])
+
+    # the definition, without the loop: the mean of the losses of all pairs in one forward
+    losses, _ = objective(DPLConfig(alpha=0.4))(pair_stats(model, pack(pairs)), reference)
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(losses.mean(), weights)])
+    for budget in (1, 100, 300, 10**6):
+        loss, found = gradient(budget)
+        assert loss == pytest.approx(losses.mean().item(), abs=1e-6)
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 120))
+def test_micro_batches_hold_every_row_once_within_the_budget(lengths, budget):
+    examples = [([0], [0] * length, [0] * length) for length in lengths]
+    groups = list(micro_batches(range(len(examples)), examples, budget))
+    assert sorted(row for group in groups for row in group) == list(range(len(examples)))
+    for group in groups:
+        assert len(group) == 1 or sum(count_tokens(examples[row]) for row in group) <= budget
+
+
+@given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 5))
+def test_batches_are_slices_of_shuffled_epochs(count, size, seed):
+    size = min(size, count)
+    steps = 3 * count
+    stream = [row for step in range(steps) for row in batch_rows(step, size, count, seed)]
+    assert len(stream) == steps * size
+    for start in range(0, len(stream) - count + 1, count):
+        assert sorted(stream[start : start + count]) == list(range(count))
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = TrainConfig(lr=1.0, warmup_steps=4)
+    shape = lambda schedule: [learning_rate(replace(config, schedule=schedule), s, 12) for s in range(12)]  # noqa: E731
+    assert shape("constant") == [0.25, 0.5, 0.75] + [1.0] * 9
+    assert shape("linear")[4:] == pytest.approx([1 - i / 8 for i in range(8)])
+    assert shape("cosine")[8] == pytest.approx(0.5)
+
+
+def test_reference_cache_is_used_and_never_a_foreign_or_damaged_one(society, tmp_path, monkeypatch):
+    import trainer
+
+    model, pairs = society
+    first = reference_stats(model, pairs, tmp_path, 500)
+    calls = []
+    honest = trainer.pair_stats
+    monkeypatch.setattr(trainer, "pair_stats", lambda *a, **k: calls.append(1) or honest(*a, **k))
+    again = reference_stats(model, pairs, tmp_path, 500)
+    assert not calls and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+    [path] = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-9])
+    torch.testing.assert_close(reference_stats(model, pairs, tmp_path, 500).logp, first.logp)
+    assert calls
+
+    reference_stats(model, pairs[:-1], tmp_path, 500)  # other data, other file
+    other = AutoModelForCausalLM.from_pretrained(SOCIETY)
+    next(other.parameters()).data[5, 5] += 1.0
+    reference_stats(other, pairs, tmp_path, 500)  # one weight of another model, other file
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_an_interrupted_reference_pass_goes_on(society, tmp_path, monkeypatch):
+    import trainer
+
+    model, pairs = society
+    whole = reference_stats(model, pairs, tmp_path / "whole", 500)
+    honest, seen = trainer.pair_stats, []
+
+    def dies(model, packed, entropy):
+        seen.extend(packed.lengths)
+        if len(seen) > 12:
+            raise KeyboardInterrupt
+        return honest(model, packed, entropy=entropy)
+
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(trainer, "pair_stats", dies)
+    with pytest.raises(KeyboardInterrupt):
+        reference_stats(model, pairs, tmp_path / "cut", 250)
+    seen.clear()
+    monkeypatch.setattr(trainer, "pair_stats", lambda m, p, entropy: seen.extend(p.lengths) or honest(m, p, entropy))
+    found = reference_stats(model, pairs, tmp_path / "cut", 250)
+    assert 0 < len(seen) < len(pairs)
+    torch.testing.assert_close(found.logp, whole.logp)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(data, tmp_path):
+    run(data)
+    wanted = load_file(tmp_path / "run" / "adapter_model.safetensors")
+
+    cut = replace(data, out_dir=str(tmp_path / "cut"), schedule="cosine")
+    # die in the middle of step 4, after the checkpoint of step 4 and some rows
+    import trainer
+
+    honest, calls = trainer.learning_rate, []
+    trainer.learning_rate = lambda *a: calls.append(1) or (honest(*a) if len(calls) < 6 else 1 / 0)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            run(cut)
+    finally:
+        trainer.learning_rate = honest
+    assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
+    run(replace(cut, resume=True))
+    found = load_file(tmp_path / "cut" / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert rows_of(replace(cut)) == rows_of(data)
+
+
+def test_a_run_writes_metrics_and_an_adapter_that_loads(data, tmp_path):
+    run(data)
+    rows = rows_of(data)
+    assert [row["step"] for row in rows] == list(range(7))
+    first, last = rows[0], rows[-1]
+    # at step 0 the policy is the reference: no drift, and the DPL margin is (alpha - beta) times the log-ratio
+    assert first["kl"] == pytest.approx(0, abs=1e-5)
+    assert first["eval_reward_margin"] == pytest.approx(
+        (0.2 - 0.1) * (first["eval_logp_chosen"] - first["eval_logp_rejected"]), abs=1e-4
+    )
+    assert last["eval_loss"] < first["eval_loss"]
+    assert "grad_norm" in rows[0] and "grad_norm" not in last  # row s describes the policy after s updates
+
+    model, tokenizer = load_model(data.out_dir)  # base and adapter, merged
+    pairs = load_pairs(data.data, tokenizer, data.max_length)
+    stats = pair_stats(model, pack(pairs))
+    assert stats.logp[:, 0].mean().item() == pytest.approx(last["eval_logp_chosen"], abs=1e-3)
+    adapted = load_lora(load_model(SOCIETY)[0], data.out_dir)
+    torch.testing.assert_close(pair_stats(adapted, pack(pairs)).logp, stats.logp, atol=1e-3, rtol=0)
+
+
+def test_rank_0_trains_all_weights_and_writes_a_transformers_folder(data, tmp_path):
+    config = replace(data, lora_rank=0, lr=1e-4)
+    run(config)
+    model = AutoModelForCausalLM.from_pretrained(config.out_dir, dtype=torch.float32).eval()
+    before = AutoModelForCausalLM.from_pretrained(SOCIETY, dtype=torch.float32)
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)]
+    assert all(moved)
+    tokenizer = load_model(config.out_dir)[1]
+    stats = pair_stats(model, pack(load_pairs(config.data, tokenizer, 64)))
+    assert stats.logp[:, 0].mean().item() == pytest.approx(rows_of(config)[-1]["eval_logp_chosen"], abs=1e-3)
+
+
+def test_take_selects_rows():
+    stats = Stats(*(torch.arange(6.0).view(3, 2) + k for k in range(3)))
+    assert take(stats, [2, 0], torch.device("cpu")).length.tolist() == [[5, 6], [1, 2]]
+    assert take(None, [0], torch.device("cpu")) is None
