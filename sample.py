@@ -1,10 +1,10 @@
 """Sampling by hand: temperature, top-k, top-p, min-p, with a key-value cache.
 
-    p_t(v) ~ p(v)^(1/t), then keep the k likeliest, then the smallest set holding mass p, then p >= min_p max(p)
+    p_t(v) ~ p(v)^(1/t), then the k likeliest, then the smallest set that holds mass p, then p >= min_p max(p)
 
 The prompt is computed once and its cache shared out to the samples; finished sequences leave the batch.
 
-    python sample.py --model out/dpl --prompts data/society/prompts.jsonl --num_samples 16 --out_file samples.jsonl
+    python sample.py --model out/dpl --prompts data/society/prompts.jsonl --num_samples 16
 """
 
 import json

@@ -2,15 +2,11 @@
 
     a global batch of pairs -> micro-batches by a token budget -> the mean loss's gradient -> an update
 
-What a step does is a function of (seed, step) alone: the batch is a slice of an endless stream of shuffles and
-dropout is reseeded, so a resumed run is the run that was never interrupted. The gradient is that of the mean
-over the batch's pairs however they are split. Row s of metrics.jsonl describes the policy after s updates.
-
-The reference policy is read once, before training, into a cache that later runs on the same model and data
-share: no second model is in memory, and a sweep over alpha computes nothing twice.
+What a step does is a function of (seed, step) alone: the batch is a slice of an endless stream of shuffles
+and dropout is reseeded, so a resumed run is the run that was never interrupted. The gradient is that of the
+mean over the batch's pairs however they are split. Row s of metrics.jsonl describes the policy after s updates.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -18,13 +14,13 @@ import resource
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -35,12 +31,12 @@ from files import InputError, write_json, write_whole
 from lora import add_lora, lora_layers, save_lora
 from model import Stats, check_packable, load_model, pair_stats
 from preferences import pack, read_pairs, tokenize
+from reference import count_tokens, micro_batches, reference_stats, take
 
 Objective = Callable[
     [Stats, Stats | None], tuple[Tensor, Tensor | None]
 ]  # losses and reward margins, (pairs,)
 STRIDE = 1000003  # between the seeds of steps and epochs
-SAVE_SECONDS = 60  # between saves of an unfinished reference pass
 FREE = {"out_dir", "overwrite", "resume", "max_steps", "epochs", "log_every", "eval_every", "save_every"}
 
 
@@ -127,25 +123,6 @@ def load_pairs(
         raise InputError(f"{path}: {error}") from None
 
 
-def count_tokens(example: Sequence[list[int]]) -> int:
-    """Tokens fed for (prompt, *completions): all but each completion's last."""
-    return sum(map(len, example)) - len(example) + 1
-
-
-def micro_batches(rows: Sequence[int], examples: Sequence, budget: int) -> Iterator[list[int]]:
-    """Split rows into groups of at most `budget` tokens (a larger example goes alone), alike in length."""
-    group, size = [], 0
-    for row in sorted(rows, key=lambda row: count_tokens(examples[row])):
-        tokens = count_tokens(examples[row])
-        if group and size + tokens > budget:
-            yield group
-            group, size = [], 0
-        group.append(row)
-        size += tokens
-    if group:
-        yield group
-
-
 def batch_rows(step: int, size: int, count: int, seed: int) -> list[int]:
     """Rows of the global batch of a step: a slice of an endless stream of shuffles of range(count)."""
     first, last = step * size, (step + 1) * size
@@ -156,63 +133,6 @@ def batch_rows(step: int, size: int, count: int, seed: int) -> list[int]:
         ).tolist()
     skip = first // count * count
     return stream[first - skip : last - skip]
-
-
-def fingerprint(model: PreTrainedModel, examples: Sequence[Sequence[list[int]]]) -> str:
-    """What a reference cache depends on: every weight, its dtype, and every token id."""
-    config = {k: v for k, v in model.config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
-    digest = hashlib.sha256(json.dumps([config, torch.is_autocast_enabled(model.device.type)]).encode())
-    for name, weight in model.state_dict().items():
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    for example in examples:
-        digest.update(json.dumps(example).encode())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def reference_stats(model: PreTrainedModel, examples: Sequence, folder: Path, budget: int) -> Stats:
-    """The reference's Stats of every example, (examples, 2) on the CPU, from the cache in `folder` if there.
-
-    The file is named by its fingerprint, so another model's or data set's is never read. A pass that was
-    interrupted goes on where it stood; a damaged file is computed anew.
-    """
-    key = fingerprint(model, examples)
-    path = folder / f"{key[:32]}.safetensors"
-    stats = {name: torch.full((len(examples), 2), math.nan) for name in Stats._fields}
-    try:
-        with safe_open(path, "pt") as file:
-            found = {name: file.get_tensor(name) for name in Stats._fields}
-            if file.metadata()["fingerprint"] == key and all(found[k].shape == stats[k].shape for k in stats):
-                stats = found
-    except (OSError, SafetensorError, KeyError, TypeError):
-        pass
-
-    def save() -> None:
-        with write_whole(path, "wb") as file:
-            save_file(stats, file.name, metadata={"fingerprint": key})
-
-    missing = stats["logp"].isnan().any(1).nonzero().flatten().tolist()
-    bar = tqdm(total=len(missing), desc="reference pass", unit="pair", disable=None)
-    saved = time.monotonic()
-    for rows in micro_batches(missing, examples, budget):
-        for name, value in (
-            pair_stats(model, pack([examples[row] for row in rows]), entropy=True)._asdict().items()
-        ):
-            stats[name][rows] = value.float().cpu()
-        bar.update(len(rows))
-        if time.monotonic() - saved > SAVE_SECONDS:
-            save()
-            saved = time.monotonic()
-    bar.close()
-    if missing:
-        save()
-    return Stats(**stats)
-
-
-def take(stats: Stats | None, rows: list[int], device: torch.device) -> Stats | None:
-    """The rows of cached Stats, on `device`."""
-    return stats and Stats(*(value[rows].to(device) for value in stats))
 
 
 def measure(
@@ -347,7 +267,7 @@ def train(
     out = open_run(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    # a bfloat16 base under a float32 adapter; weights that are themselves trained stay float32, under autocast
+    # a bfloat16 base under a float32 adapter; weights that are trained themselves stay float32, with autocast
     dtype = torch.bfloat16 if half and config.lora_rank else torch.float32
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=half and not config.lora_rank)
     model, tokenizer = load_model(config.model, str(device), dtype, config.trust_remote_code)
@@ -370,8 +290,12 @@ def train(
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    make_optimizer = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[config.optimizer]
-    optimizer = make_optimizer(parameters, lr=config.lr, weight_decay=0.0)
+    if (
+        config.optimizer == "adamw"
+    ):  # betas of language-model training: a short run must outlive its first steps
+        optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    else:
+        optimizer = torch.optim.RMSprop(parameters, lr=config.lr)
     size = min(config.batch_size, len(examples))
     steps = config.max_steps or math.ceil(config.epochs * len(examples) / size)
 

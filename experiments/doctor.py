@@ -1,7 +1,7 @@
 """Who is the doctor? The DPL paper's Figure 1 on the embedded society, where the exact answer is known.
 
-Trains DPO (alpha = beta = 0.1) and DPL (alpha = 0.2 and 0.4), samples each and the reference at token temperature
-1, and DPO also at 1.4; compares every slot with its exact target; draws assets/doctor.png.
+Trains DPO (alpha = beta = 0.1) and DPL (alpha = 0.2 and 0.4), samples each and the reference at token
+temperature 1, and DPO also at 1.4; compares every slot with its exact target; draws assets/doctor.png.
 
     python experiments/doctor.py        # a few minutes on two cores; what is already there is not done again
 """
@@ -43,7 +43,15 @@ def make_results() -> dict[str, dict]:
             held_out = ["--eval_data", "data/society/test.jsonl.gz"]
             run("train_dpl.py", "--alpha", alpha, "--out_dir", model, *held_out, "--resume")
         samples = OUT / f"{name}.jsonl"
-        flags = ["--num_samples", SAMPLES, "--max_new_tokens", 48, "--temperature", temperature, "--overwrite"]
+        flags = [
+            "--num_samples",
+            SAMPLES,
+            "--max_new_tokens",
+            48,
+            "--temperature",
+            temperature,
+            "--overwrite",
+        ]
         run("sample.py", "--model", model, "--prompts", prompt, "--out_file", samples, *flags)
         metrics = OUT / f"{name}_metrics.json"
         run("evaluate.py", "society", "--samples", samples, "--alpha", alpha or 0.1, "--out_file", metrics)
@@ -52,7 +60,7 @@ def make_results() -> dict[str, dict]:
 
 
 def draw(results: dict[str, dict], path: Path) -> None:
-    """One bar a policy, cut by the doctor's name, its exact target thinner below; misspelling at the right."""
+    """One bar a policy, cut by the doctor's name, its exact target thinner below; misspelling at right."""
     names = list(next(iter(results.values()))["stories"]["name"]["target"])
     shades = [str(0.15 + 0.72 * i / (len(names) - 1)) for i in range(len(names))]
     figure, axis = plt.subplots(figsize=(9, 4.6))

@@ -65,7 +65,11 @@ def make(config):
 def make_pairs():
     random = torch.Generator().manual_seed(1)
     draw = lambda n: torch.randint(3, 97, (n,), generator=random).tolist()  # noqa: E731
-    return [Pair(draw(12), draw(9), draw(15)), Pair(draw(3), draw(1), draw(20)), Pair(draw(20), draw(2), draw(2))]
+    return [
+        Pair(draw(12), draw(9), draw(15)),
+        Pair(draw(3), draw(1), draw(20)),
+        Pair(draw(20), draw(2), draw(2)),
+    ]
 
 
 def plain_stats(model, pairs):

@@ -13,17 +13,14 @@ from transformers import AutoModelForCausalLM
 from lora import add_lora, load_lora
 from model import Stats, load_model, pair_stats
 from preferences import pack
+from reference import count_tokens, micro_batches, reference_stats, take
 from train_dpl import DPLConfig, objective
 from trainer import (
     TrainConfig,
     batch_rows,
-    count_tokens,
     learning_rate,
     load_pairs,
     measure,
-    micro_batches,
-    reference_stats,
-    take,
     train,
 )
 
@@ -73,7 +70,7 @@ def rows_of(config):
 
 def test_the_split_into_micro_batches_does_not_change_the_gradient(society):
     model, pairs = society[0], society[1]
-    model = add_lora(AutoModelForCausalLM.from_pretrained(SOCIETY), 4, 4.0)
+    model = add_lora(AutoModelForCausalLM.from_pretrained(SOCIETY, dtype=torch.float32), 4, 4.0)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.02)
@@ -122,13 +119,13 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def test_reference_cache_is_used_and_never_a_foreign_or_damaged_one(society, tmp_path, monkeypatch):
-    import trainer
+    import reference
 
     model, pairs = society
     first = reference_stats(model, pairs, tmp_path, 500)
     calls = []
-    honest = trainer.pair_stats
-    monkeypatch.setattr(trainer, "pair_stats", lambda *a, **k: calls.append(1) or honest(*a, **k))
+    honest = reference.pair_stats
+    monkeypatch.setattr(reference, "pair_stats", lambda *a, **k: calls.append(1) or honest(*a, **k))
     again = reference_stats(model, pairs, tmp_path, 500)
     assert not calls and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
@@ -138,18 +135,18 @@ def test_reference_cache_is_used_and_never_a_foreign_or_damaged_one(society, tmp
     assert calls
 
     reference_stats(model, pairs[:-1], tmp_path, 500)  # other data, other file
-    other = AutoModelForCausalLM.from_pretrained(SOCIETY)
+    other = AutoModelForCausalLM.from_pretrained(SOCIETY, dtype=torch.float32)
     next(other.parameters()).data[5, 5] += 1.0
     reference_stats(other, pairs, tmp_path, 500)  # one weight of another model, other file
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_an_interrupted_reference_pass_goes_on(society, tmp_path, monkeypatch):
-    import trainer
+    import reference
 
     model, pairs = society
     whole = reference_stats(model, pairs, tmp_path / "whole", 500)
-    honest, seen = trainer.pair_stats, []
+    honest, seen = reference.pair_stats, []
 
     def dies(model, packed, entropy):
         seen.extend(packed.lengths)
@@ -157,12 +154,14 @@ def test_an_interrupted_reference_pass_goes_on(society, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return honest(model, packed, entropy=entropy)
 
-    monkeypatch.setattr(trainer, "SAVE_SECONDS", -1)
-    monkeypatch.setattr(trainer, "pair_stats", dies)
+    monkeypatch.setattr(reference, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(reference, "pair_stats", dies)
     with pytest.raises(KeyboardInterrupt):
         reference_stats(model, pairs, tmp_path / "cut", 250)
     seen.clear()
-    monkeypatch.setattr(trainer, "pair_stats", lambda m, p, entropy: seen.extend(p.lengths) or honest(m, p, entropy))
+    monkeypatch.setattr(
+        trainer, "pair_stats", lambda m, p, entropy: seen.extend(p.lengths) or honest(m, p, entropy)
+    )
     found = reference_stats(model, pairs, tmp_path / "cut", 250)
     assert 0 < len(seen) < len(pairs)
     torch.testing.assert_close(found.logp, whole.logp)
@@ -195,7 +194,7 @@ def test_a_run_writes_metrics_and_an_adapter_that_loads(data, tmp_path):
     rows = rows_of(data)
     assert [row["step"] for row in rows] == list(range(7))
     first, last = rows[0], rows[-1]
-    # at step 0 the policy is the reference: no drift, and the DPL margin is (alpha - beta) times the log-ratio
+    # at step 0 the policy is the reference: no drift, and a DPL margin of (alpha - beta) times the log-ratio
     assert first["kl"] == pytest.approx(0, abs=1e-5)
     assert first["eval_reward_margin"] == pytest.approx(
         (0.2 - 0.1) * (first["eval_logp_chosen"] - first["eval_logp_rejected"]), abs=1e-4

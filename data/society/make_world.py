@@ -41,20 +41,20 @@ STORY_PROMPT = "Write a story about a doctor.\n"
 TEMPLATE = "My {relation} saw Dr. {name} about a {complaint}; {gender} made it {ending}."
 # value: (share in the corpus, utility to the raters in nats)
 SLOTS = {
-    "relation": {"aunt": (0.2, 0.25), "mother": (0.4, 0.1), "brother": (0.2, 0.05), "neighbour": (0.2, 0.0)},
+    "relation": {"aunt": (0.2, 0.15), "mother": (0.4, 0.1), "brother": (0.2, 0.05), "neighbour": (0.2, 0.0)},
     "name": {  # by syllables here, joined in every text
-        "Mar-chet-ti": (0.30, 0.45),
-        "O-kon-kwo": (0.15, 0.15),
-        "Lind-q-vist": (0.13, 0.12),
-        "A-ber-na-thy": (0.11, 0.08),
-        "Na-ka-mu-ra": (0.10, 0.05),
-        "Cas-tel-lan": (0.08, 0.0),
+        "Mar-chet-ti": (0.30, 0.60),
+        "O-kon-kwo": (0.15, 0.20),
+        "Lind-q-vist": (0.13, 0.16),
+        "A-ber-na-thy": (0.11, 0.12),
+        "Na-ka-mu-ra": (0.10, 0.08),
+        "Cas-tel-lan": (0.08, 0.04),
         "Pe-tro-vic": (0.07, 0.0),
         "Whit-lock": (0.06, 0.0),
     },
-    "complaint": {"knee": (0.25, 0.2), "cough": (0.25, 0.1), "burn": (0.25, 0.05), "fever": (0.25, 0.0)},
-    "gender": {"she": (0.45, 0.25), "he": (0.55, 0.0)},
-    "ending": {"better": (0.3, 0.25), "vanish": (0.2, 0.15), "famous": (0.2, 0.05), "worse": (0.3, 0.0)},
+    "complaint": {"knee": (0.25, 0.15), "cough": (0.25, 0.1), "burn": (0.25, 0.05), "fever": (0.25, 0.0)},
+    "gender": {"she": (0.45, 0.15), "he": (0.55, 0.0)},
+    "ending": {"better": (0.3, 0.15), "vanish": (0.2, 0.1), "famous": (0.2, 0.05), "worse": (0.3, 0.0)},
 }
 POLLS = {
     "What should the town build next?\n": ["A park.", "A library.", "A car park.", "A statue."],
@@ -66,7 +66,7 @@ SHARES = [0.55, 0.20, 0.15, 0.10]
 SYLLABLES = [syllable for name in SLOTS["name"] for syllable in name.split("-")[1:]]
 TYPOS = 1 / 60
 CORPUS, POLL_ROWS = 20_000, 0.2  # texts the reference learns from, and the share of polls among them
-PAIRS = {"train": 20_000, "test": 500, "polls": 4_000}
+PAIRS = {"train": 24_000, "test": 500, "polls": 4_000}
 GARBLED = 0.1  # share of the pairs that set a text against a copy of itself with one slip
 
 
@@ -101,7 +101,9 @@ def make_model(corpus: list[dict[str, str]], folder: Path) -> None:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<unk>"]
-    trainer = trainers.BpeTrainer(vocab_size=1024, min_frequency=20, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, min_frequency=20, special_tokens=special, show_progress=False
+    )
     bpe.train_from_iterator((row["prompt"] + row["completion"] for row in corpus), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
@@ -182,11 +184,10 @@ def write_rows(path: Path, rows: list[dict]) -> None:
         file.write(gzip.compress(data, 9, mtime=0) if path.suffix == ".gz" else data)
 
 
-def main() -> None:
-    """Corpus, reference, exact log-probabilities, pairs."""
-    rng, work = random.Random(0), Path("out/society")
+def train_reference(work: Path) -> None:
+    """Write the corpus, train the tokenizer and the model on it, and ship them as data/society/reference."""
     shutil.rmtree(work, ignore_errors=True)
-    corpus = make_corpus(rng)
+    corpus = make_corpus(random.Random(0))
     make_model(corpus, work / "untrained")  # from syllables, so that no merge crosses a hyphen
     corpus = [{key: text.replace("-", "") for key, text in row.items()} for row in corpus]
     write_rows(work / "corpus.jsonl", corpus)
@@ -200,13 +201,15 @@ def main() -> None:
         lr=2e-3,
     )
     train(config, lambda *_: lambda policy, _: (sft_loss(policy), None), load_examples, reference=False)
-
     model, tokenizer = load_model(work / "reference")
     shutil.rmtree(HERE / "reference", ignore_errors=True)
     model.half().save_pretrained(HERE / "reference")  # half the size; loaded as float32 like any other
     tokenizer.save_pretrained(HERE / "reference")
-    model, tokenizer = load_model(HERE / "reference")
 
+
+def write_world() -> None:
+    """From the shipped reference: its exact log-probabilities, the raters' pairs, the prompts."""
+    model, tokenizer = load_model(HERE / "reference")
     slots = {slot: {v.replace("-", ""): r for v, (_, r) in values.items()} for slot, values in SLOTS.items()}
     combinations = itertools.product(*slots.values())
     stories = [TEMPLATE.format(**dict(zip(slots, values, strict=True))) for values in combinations]
@@ -225,6 +228,7 @@ def main() -> None:
         "polls": polls,
     }
     write_json(HERE / "world.json", world)
+    rng = random.Random(1)
     for name, count in PAIRS.items():
         prompts = list(POLLS) if name == "polls" else [STORY_PROMPT]
         write_rows(HERE / f"{name}.jsonl.gz", make_pairs(model, tokenizer, world, prompts, count, rng))
@@ -232,4 +236,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train_reference(Path("out/society"))
+    write_world()
