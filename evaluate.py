@@ -83,7 +83,7 @@ def entropy_bits(law: dict[str, float]) -> float:
 def society(
     samples: list[dict[str, Any]], world: dict[str, Any], alpha: float, beta: float
 ) -> dict[str, Any]:
-    """Each slot's and poll's sampled law against its target and the reference; the share of misspelt names."""
+    """Each slot's and poll's law as sampled, its target, the reference's; the share of misspelt names."""
     texts: dict[str, list[str]] = {}
     for row in samples:
         texts.setdefault(row["prompt"], []).append(row["completion"])

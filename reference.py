@@ -1,8 +1,8 @@
 """The reference pass: what the reference policy thinks of every pair, computed once.
 
-Every loss compares the policy with the reference, which never changes. One sweep without gradients writes its
-log-probabilities, lengths and entropies to a cache that later runs on the same model and data share: no second
-model is in memory, and a sweep over alpha computes nothing twice.
+Every loss compares the policy with the reference, which never changes. One sweep without gradients writes
+its log-probabilities, lengths and entropies to a cache that later runs on the same model and data share: no
+second model is in memory, and a sweep over alpha computes nothing twice.
 """
 
 import hashlib

@@ -4,7 +4,7 @@
 
 What a step does is a function of (seed, step) alone: the batch is a slice of an endless stream of shuffles
 and dropout is reseeded, so a resumed run is the run that was never interrupted. The gradient is that of the
-mean over the batch's pairs however they are split. Row s of metrics.jsonl describes the policy after s updates.
+mean over the batch's pairs however they are split. Row s of metrics.jsonl is the policy after s updates.
 """
 
 import json

@@ -160,7 +160,7 @@ def test_an_interrupted_reference_pass_goes_on(society, tmp_path, monkeypatch):
         reference_stats(model, pairs, tmp_path / "cut", 250)
     seen.clear()
     monkeypatch.setattr(
-        trainer, "pair_stats", lambda m, p, entropy: seen.extend(p.lengths) or honest(m, p, entropy)
+        reference, "pair_stats", lambda m, p, entropy: seen.extend(p.lengths) or honest(m, p, entropy)
     )
     found = reference_stats(model, pairs, tmp_path / "cut", 250)
     assert 0 < len(seen) < len(pairs)
