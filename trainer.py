@@ -54,21 +54,21 @@ class TrainConfig:
     out_dir: str = HfArg(default="out/run", help="Where the adapter, metrics.jsonl and checkpoint/ go.")
     overwrite: bool = HfArg(default=False, help="Replace the run that --out_dir holds.")
     resume: bool = HfArg(default=False, help="Continue the run that --out_dir holds, or start it.")
-    lora_rank: int = HfArg(default=16, help="Rank of the adapter; 0 trains all weights.")
+    lora_rank: int = HfArg(default=8, help="Rank of the adapter; 0 trains all weights.")
     lora_alpha: float = HfArg(
-        default=16.0, help="LoRA scale: the adapter's term is multiplied by alpha / rank."
+        default=8.0, help="LoRA scale: the adapter's term is multiplied by alpha / rank."
     )
     lora_dropout: float = HfArg(default=0.0, help="Dropout on the adapter's input.")
     lora_targets: list[str] | None = HfArg(
         default=None, help="Layers to adapt (default: all linear but the head)."
     )
-    batch_size: int = HfArg(default=128, help="Pairs per optimizer step, over all micro-batches.")
+    batch_size: int = HfArg(default=256, help="Pairs per optimizer step, over all micro-batches.")
     micro_batch_tokens: int = HfArg(default=2048, help="Tokens per forward pass: lower it to save memory.")
     max_length: int = HfArg(default=512, help="Longest prompt + completion, in tokens.")
     max_steps: int = HfArg(default=0, help="Optimizer steps; 0 means --epochs decides.")
     epochs: float = HfArg(default=1.0, help="Passes over the data, where --max_steps is 0.")
-    lr: float = HfArg(default=3e-3, help="Peak learning rate (the papers' 7B models: 1e-5).")
-    warmup_steps: int = HfArg(default=10, help="Steps of linear warm-up.")
+    lr: float = HfArg(default=4e-3, help="Peak learning rate (the papers' 7B models: 1e-5).")
+    warmup_steps: int = HfArg(default=20, help="Steps of linear warm-up.")
     schedule: str = HfArg(
         default="cosine", help="After the warm-up: constant, linear or cosine (both to zero)."
     )
