@@ -41,7 +41,7 @@ def make_results() -> dict[str, dict]:
     for label, (name, model, alpha, temperature) in ROWS.items():
         if alpha:
             held_out = ["--eval_data", "data/society/test.jsonl.gz"]
-            # Adam's step does not grow with the loss, and the optimum's log-ratios r / alpha are 1 / alpha away
+            # Adam's step does not grow with the loss, and the optimum is r / alpha away
             lr = f"{8e-4 / alpha:.0e}"
             run("train_dpl.py", "--alpha", alpha, "--lr", lr, "--out_dir", model, *held_out, "--resume")
         samples = OUT / f"{name}.jsonl"
