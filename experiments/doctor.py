@@ -34,9 +34,9 @@ def run(*command: object) -> None:
 
 def make_results() -> dict[str, dict]:
     """Train, sample and evaluate; returns each row's metrics."""
-    prompt = ROOT / OUT / "prompt.jsonl"
-    prompt.parent.mkdir(parents=True, exist_ok=True)
-    prompt.write_text((ROOT / "data/society/prompts.jsonl").read_text().splitlines(keepends=True)[0])
+    prompt = OUT / "prompt.jsonl"
+    (ROOT / OUT).mkdir(parents=True, exist_ok=True)
+    (ROOT / prompt).write_text((ROOT / "data/society/prompts.jsonl").read_text().splitlines(keepends=True)[0])
     results = {}
     for label, (name, model, alpha, temperature) in ROWS.items():
         if alpha:
