@@ -15,6 +15,7 @@ vocabulary size a token where autograd takes three, and never a batch of logits 
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,14 @@ def block_mask(packed: Packed, window: int | None) -> Any:
     return create_block_mask(may_attend(packed, window), None, None, size, size, device=packed.ids.device)
 
 
+@functools.cache
+def compiled_flex() -> Callable:
+    """FlexAttention compiled, wrapped once for all layers and steps."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
 def flex(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, softcap: float | None) -> Tensor:
     """FlexAttention over the row, (1, heads, T, head size); compiled where it runs for real, on CUDA."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -156,7 +165,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, sof
     def capped(score: Tensor, *_: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
-    run = torch.compile(flex_attention) if query.is_cuda else flex_attention
+    run = compiled_flex() if query.is_cuda else flex_attention
     score_mod = None if softcap is None else capped
     grouped = query.shape[1] != key.shape[1]
     return run(query, key, value, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=grouped)

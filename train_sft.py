@@ -70,10 +70,14 @@ def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int
         raise InputError(f"{path}: {error}") from None
 
 
+def finetune(config: SFTConfig) -> None:
+    """Train by `config`: no reference, no margins."""
+    train(config, lambda *_: lambda policy, _: (sft_loss(policy), None), load_examples, reference=False)
+
+
 def main() -> None:
     """Train by the command line's flags."""
-    config = parse(SFTConfig, __doc__)
-    train(config, lambda *_: lambda policy, _: (sft_loss(policy), None), load_examples, reference=False)
+    finetune(parse(SFTConfig, __doc__))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ from files import write_json, write_whole  # noqa: E402
 from model import load_model, pair_stats  # noqa: E402
 from preferences import encode_answers, encode_prompts, pack  # noqa: E402
 from sample import sample  # noqa: E402
-from train_sft import SFTConfig, load_examples, sft_loss  # noqa: E402
-from trainer import train  # noqa: E402
+from train_sft import SFTConfig, finetune  # noqa: E402
 
 STORY_PROMPT = "Write a story about a doctor.\n"
 TEMPLATE = "My {relation} saw Dr. {name} about a {complaint}; {gender} made it {ending}."
@@ -200,7 +199,7 @@ def train_reference(work: Path) -> None:
         epochs=3,
         lr=2e-3,
     )
-    train(config, lambda *_: lambda policy, _: (sft_loss(policy), None), load_examples, reference=False)
+    finetune(config)
     model, tokenizer = load_model(work / "reference")
     shutil.rmtree(HERE / "reference", ignore_errors=True)
     model.half().save_pretrained(HERE / "reference")  # half the size; loaded as float32 like any other
