@@ -12,6 +12,7 @@ import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -38,6 +39,11 @@ def run_command(main: Callable[[], None]) -> None:
 def refuse(message: str) -> None:
     """For a parser's error(): raise it as an InputError."""
     raise InputError(message)
+
+
+def flag(default: Any, help: str) -> Any:
+    """A dataclass field that parse() turns into a command-line flag."""
+    return field(default=default, metadata={"help": help})
 
 
 def parse(config: type[Config], description: str | None) -> Config:

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
-from transformers.hf_argparser import HfArg
 
-from files import InputError, parse, read_rows, run_command, write_whole
+from files import InputError, flag, parse, read_rows, run_command, write_whole
 from model import load_model
 from preferences import check_messages, decode_continuation, encode_prompts
 
@@ -123,19 +122,17 @@ def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
 class SampleConfig:
     """Flags of sample.py."""
 
-    model: str = HfArg(default="out/dpl", help="Folder or hub name of a model, or folder of an adapter.")
-    prompts: str = HfArg(
-        default="data/society/prompts.jsonl", help="Rows with a 'prompt': string or messages."
-    )
-    out_file: str = HfArg(default="samples.jsonl", help="Where to write one row a completion.")
-    overwrite: bool = HfArg(default=False, help="Replace --out_file.")
-    num_samples: int = HfArg(default=16, help="Completions per prompt.")
-    max_new_tokens: int = HfArg(default=256, help="Longest completion, in tokens.")
-    temperature: float = HfArg(default=1.0, help="Token temperature; 0 is greedy.")
-    top_k: int = HfArg(default=0, help="Keep the k likeliest tokens; 0 keeps all.")
-    top_p: float = HfArg(default=1.0, help="Keep the smallest set of tokens that holds this mass.")
-    min_p: float = HfArg(default=0.0, help="Keep tokens at least this share as likely as the likeliest.")
-    seed: int = HfArg(default=0, help="Decides the samples.")
+    model: str = flag("out/dpl", "Folder or hub name of a model, or folder of an adapter.")
+    prompts: str = flag("data/society/prompts.jsonl", "Rows with a 'prompt': string or messages.")
+    out_file: str = flag("samples.jsonl", "Where to write one row a completion.")
+    overwrite: bool = flag(False, "Replace --out_file.")
+    num_samples: int = flag(16, "Completions per prompt.")
+    max_new_tokens: int = flag(256, "Longest completion, in tokens.")
+    temperature: float = flag(1.0, "Token temperature; 0 is greedy.")
+    top_k: int = flag(0, "Keep the k likeliest tokens; 0 keeps all.")
+    top_p: float = flag(1.0, "Keep the smallest set of tokens that holds this mass.")
+    min_p: float = flag(0.0, "Keep tokens at least this share as likely as the likeliest.")
+    seed: int = flag(0, "Decides the samples.")
 
     def __post_init__(self) -> None:
         for name, holds, wanted in (

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.hf_argparser import HfArg
 
-from files import parse, run_command
+from files import flag, parse, run_command
 from model import Stats
 from trainer import Objective, TrainConfig, train
 
@@ -26,19 +25,15 @@ from trainer import Objective, TrainConfig, train
 class DPLConfig(TrainConfig):
     """DPL's own flags."""
 
-    out_dir: str = HfArg(default="out/dpl", help="Where the adapter, metrics.jsonl and checkpoint/ go.")
-    alpha: float = HfArg(default=0.2, help="Entropy bonus: alpha / beta is the global temperature.")
-    beta: float = HfArg(default=0.1, help="Cross-entropy penalty towards the reference; alpha = beta is DPO.")
-    length_normalize: bool = HfArg(
-        default=False, help="Average log-probabilities over tokens instead of summing."
+    out_dir: str = flag("out/dpl", "Where the adapter, metrics.jsonl and checkpoint/ go.")
+    alpha: float = flag(0.2, "Entropy bonus: alpha / beta is the global temperature.")
+    beta: float = flag(0.1, "Cross-entropy penalty towards the reference; alpha = beta is DPO.")
+    length_normalize: bool = flag(False, "Average log-probabilities over tokens instead of summing.")
+    divergence: str = flag(
+        "reverse_kl",
+        "Baselines, with alpha = beta only: DPO under forward_kl, js_divergence or alpha_divergence.",
     )
-    divergence: str = HfArg(
-        default="reverse_kl",
-        help="Baselines, with alpha = beta only: DPO under forward_kl, js_divergence or alpha_divergence.",
-    )
-    divergence_alpha: float = HfArg(
-        default=0.5, help="Which alpha_divergence, in (0, 1): towards 0 is reverse KL."
-    )
+    divergence_alpha: float = flag(0.5, "Which alpha_divergence, in (0, 1): towards 0 is reverse KL.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

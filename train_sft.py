@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.hf_argparser import HfArg
 
-from files import InputError, parse, read_rows, run_command
+from files import InputError, flag, parse, read_rows, run_command
 from model import Stats
 from preferences import check_messages, encode_answers, encode_prompts, fit
 from trainer import TrainConfig, train
@@ -32,10 +31,8 @@ class Example(NamedTuple):
 class SFTConfig(TrainConfig):
     """SFT's own flags."""
 
-    data: str = HfArg(default="out/society/corpus.jsonl", help="Training rows: .jsonl[.gz], .json, .parquet.")
-    out_dir: str = HfArg(
-        default="out/sft", help="Where the adapter or model, metrics.jsonl and checkpoint/ go."
-    )
+    data: str = flag("out/society/corpus.jsonl", "Training rows: .jsonl[.gz], .json, .parquet.")
+    out_dir: str = flag("out/sft", "Where the adapter or model, metrics.jsonl and checkpoint/ go.")
 
 
 def sft_loss(policy: Stats) -> Tensor:

@@ -25,9 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.hf_argparser import HfArg
 
-from files import InputError, write_json, write_whole
+from files import InputError, flag, write_json, write_whole
 from lora import add_lora, lora_layers, save_lora
 from model import Stats, check_packable, load_model, pair_stats
 from preferences import pack, read_pairs, tokenize
@@ -44,44 +43,32 @@ FREE = {"out_dir", "overwrite", "resume", "max_steps", "epochs", "log_every", "e
 class TrainConfig:
     """The flags of every train_*.py. Defaults suit data/society; recipes/ holds the papers' settings."""
 
-    model: str = HfArg(
-        default="data/society/reference", help="Folder or hub name of the policy to start from."
-    )
-    data: str = HfArg(
-        default="data/society/train.jsonl.gz", help="Training rows: .jsonl[.gz], .json, .parquet."
-    )
-    eval_data: str | None = HfArg(default=None, help="Held-out rows, measured every --eval_every steps.")
-    out_dir: str = HfArg(default="out/run", help="Where the adapter, metrics.jsonl and checkpoint/ go.")
-    overwrite: bool = HfArg(default=False, help="Replace the run that --out_dir holds.")
-    resume: bool = HfArg(default=False, help="Continue the run that --out_dir holds, or start it.")
-    lora_rank: int = HfArg(default=8, help="Rank of the adapter; 0 trains all weights.")
-    lora_alpha: float = HfArg(
-        default=8.0, help="LoRA scale: the adapter's term is multiplied by alpha / rank."
-    )
-    lora_dropout: float = HfArg(default=0.0, help="Dropout on the adapter's input.")
-    lora_targets: list[str] | None = HfArg(
-        default=None, help="Layers to adapt (default: all linear but the head)."
-    )
-    batch_size: int = HfArg(default=256, help="Pairs per optimizer step, over all micro-batches.")
-    micro_batch_tokens: int = HfArg(default=2048, help="Tokens per forward pass: lower it to save memory.")
-    max_length: int = HfArg(default=512, help="Longest prompt + completion, in tokens.")
-    max_steps: int = HfArg(default=0, help="Optimizer steps; 0 means --epochs decides.")
-    epochs: float = HfArg(default=1.0, help="Passes over the data, where --max_steps is 0.")
-    lr: float = HfArg(default=4e-3, help="Peak learning rate (the papers' 7B models: 1e-5).")
-    warmup_steps: int = HfArg(default=20, help="Steps of linear warm-up.")
-    schedule: str = HfArg(
-        default="cosine", help="After the warm-up: constant, linear or cosine (both to zero)."
-    )
-    optimizer: str = HfArg(default="adamw", help="adamw (no weight decay) or rmsprop.")
-    max_grad_norm: float = HfArg(default=1.0, help="Clip the gradient to this norm; 0 does not clip.")
-    seed: int = HfArg(default=0, help="Decides the order of pairs, the adapter's start and dropout.")
-    log_every: int = HfArg(default=10, help="Steps between rows of metrics.jsonl.")
-    eval_every: int = HfArg(default=100, help="Steps between evaluations, which also come first and last.")
-    save_every: int = HfArg(default=100, help="Steps between checkpoints; one also comes last.")
-    dtype: str = HfArg(default="auto", help="float32, bfloat16 or auto: bfloat16 on CUDA, else float32.")
-    trust_remote_code: bool = HfArg(
-        default=False, help="Let the model's folder or hub page run its own code."
-    )
+    model: str = flag("data/society/reference", "Folder or hub name of the policy to start from.")
+    data: str = flag("data/society/train.jsonl.gz", "Training rows: .jsonl[.gz], .json, .parquet.")
+    eval_data: str | None = flag(None, "Held-out rows, measured every --eval_every steps.")
+    out_dir: str = flag("out/run", "Where the adapter, metrics.jsonl and checkpoint/ go.")
+    overwrite: bool = flag(False, "Replace the run that --out_dir holds.")
+    resume: bool = flag(False, "Continue the run that --out_dir holds, or start it.")
+    lora_rank: int = flag(8, "Rank of the adapter; 0 trains all weights.")
+    lora_alpha: float = flag(8.0, "LoRA scale: the adapter's term is multiplied by alpha / rank.")
+    lora_dropout: float = flag(0.0, "Dropout on the adapter's input.")
+    lora_targets: list[str] | None = flag(None, "Layers to adapt (default: all linear but the head).")
+    batch_size: int = flag(256, "Pairs per optimizer step, over all micro-batches.")
+    micro_batch_tokens: int = flag(2048, "Tokens per forward pass: lower it to save memory.")
+    max_length: int = flag(512, "Longest prompt + completion, in tokens.")
+    max_steps: int = flag(0, "Optimizer steps; 0 means --epochs decides.")
+    epochs: float = flag(1.0, "Passes over the data, where --max_steps is 0.")
+    lr: float = flag(4e-3, "Peak learning rate (the papers' 7B models: 1e-5).")
+    warmup_steps: int = flag(20, "Steps of linear warm-up.")
+    schedule: str = flag("cosine", "After the warm-up: constant, linear or cosine (both to zero).")
+    optimizer: str = flag("adamw", "adamw (no weight decay) or rmsprop.")
+    max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0 does not clip.")
+    seed: int = flag(0, "Decides the order of pairs, the adapter's start and dropout.")
+    log_every: int = flag(10, "Steps between rows of metrics.jsonl.")
+    eval_every: int = flag(100, "Steps between evaluations, which also come first and last.")
+    save_every: int = flag(100, "Steps between checkpoints; one also comes last.")
+    dtype: str = flag("auto", "float32, bfloat16 or auto: bfloat16 on CUDA, else float32.")
+    trust_remote_code: bool = flag(False, "Let the model's folder or hub page run its own code.")
 
     def __post_init__(self) -> None:
         for name in (

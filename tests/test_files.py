@@ -8,19 +8,18 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.hf_argparser import HfArg
 
-from files import InputError, parse, read_rows, write_json, write_whole
+from files import InputError, flag, parse, read_rows, write_json, write_whole
 
 
 @dataclass
 class Config:
     """Flags of each type."""
 
-    name: str = HfArg(default="none", help="A text.")
-    size: int = HfArg(default=1, help="A whole number.")
-    fast: bool = HfArg(default=False, help="A switch.")
-    layers: list[str] | None = HfArg(default=None, help="A list.")
+    name: str = flag("none", "A text.")
+    size: int = flag(1, "A whole number.")
+    fast: bool = flag(False, "A switch.")
+    layers: list[str] | None = flag(None, "A list.")
 
 
 def parse_arguments(monkeypatch, *arguments):
