@@ -9,57 +9,15 @@ texts, pi ~ pi_ref^(beta/alpha) exp(r/alpha), which data/society/world.json make
 import argparse
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from data.society.truth import poll_laws, read_story, story_laws
 from files import InputError, read_rows, refuse, run_command, write_json
 
 OTHER = "(other)"  # what the grammar cannot write: misspelt or malformed
-
-
-def read_story(text: str, world: dict[str, Any]) -> dict[str, str]:
-    """A story's slots as written, right or wrong; all empty if it is no story of this grammar."""
-    pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+?)", re.escape(world["template"]))
-    match = re.fullmatch(pattern, text, re.DOTALL)
-    return match.groupdict() if match else dict.fromkeys(world["slots"], "")
-
-
-def optimum(reference_logp: np.ndarray, utility: np.ndarray, alpha: float, beta: float) -> np.ndarray:
-    """pi ~ pi_ref^(beta/alpha) exp(r/alpha): probabilities, in the shape given (DPL paper, appendix A)."""
-    score = beta / alpha * reference_logp + utility / alpha
-    p = np.exp(score - score.max())
-    return p / p.sum()
-
-
-def story_laws(world: dict[str, Any], alpha: float, beta: float) -> tuple[dict, dict]:
-    """({slot: target law}, {slot: reference law}) over each slot's values, exact."""
-    slots = world["slots"]
-    shape = [len(values) for values in slots.values()]
-    logp = np.array(world["story_reference_logp"]).reshape(shape)
-    utility = sum(np.ix_(*(list(values.values()) for values in slots.values())))
-    laws = []
-    for joint in (optimum(logp, utility, alpha, beta), np.exp(logp) / np.exp(logp).sum()):
-        axes = range(len(shape))
-        margins = (joint.sum(tuple(a for a in axes if a != axis)) for axis in axes)
-        laws.append(
-            {
-                s: dict(zip(v, m.tolist(), strict=True))
-                for (s, v), m in zip(slots.items(), margins, strict=True)
-            }
-        )
-    return laws[0], laws[1]
-
-
-def poll_laws(poll: dict[str, Any], alpha: float, beta: float) -> tuple[dict, dict]:
-    """(target law, reference law) over a poll's opinions, exact; r = log share."""
-    logp, shares = np.array(poll["reference_logp"]), np.array(list(poll["shares"].values()))
-    target, reference = optimum(logp, np.log(shares), alpha, beta), np.exp(logp) / np.exp(logp).sum()
-    return (dict(zip(poll["shares"], law.tolist(), strict=True)) for law in (target, reference))
 
 
 def frequencies(values: Iterable[str], known: Iterable[str]) -> dict[str, float]:
@@ -90,36 +48,24 @@ def society(
 
     def compare(values: list[str], target: dict, reference: dict) -> dict[str, Any]:
         law = frequencies(values, target)
-        return {
-            "sampled": law,
-            "target": target,
-            "reference": reference,
-            "tv_target": total_variation(law, target),
-            "tv_reference": total_variation(law, reference),
-            "entropy_bits": entropy_bits(law),
-            "target_entropy_bits": entropy_bits(target),
-        }
+        found = {"sampled": law, "target": target, "reference": reference}
+        found |= {"tv_target": total_variation(law, target), "tv_reference": total_variation(law, reference)}
+        return found | {"entropy_bits": entropy_bits(law), "target_entropy_bits": entropy_bits(target)}
 
     result: dict[str, Any] = {"alpha": alpha, "beta": beta, "stories": {}, "polls": {}}
     if stories := [read_story(text, world) for text in texts.get(world["story_prompt"], [])]:
         target, reference = story_laws(world, alpha, beta)
         for slot in world["slots"]:
-            result["stories"][slot] = compare(
-                [story[slot] for story in stories], target[slot], reference[slot]
-            )
-        names = world["slots"]["name"]
-        result["misspelt"] = sum(story["name"] not in names for story in stories) / len(stories)
-        result["malformed"] = sum(
-            any(story[slot] not in world["slots"][slot] for slot in story) for story in stories
-        ) / len(stories)
+            values = [story[slot] for story in stories]
+            result["stories"][slot] = compare(values, target[slot], reference[slot])
+        wrong = [[slot for slot in story if story[slot] not in world["slots"][slot]] for story in stories]
+        result["misspelt"] = sum("name" in slots for slots in wrong) / len(stories)
+        result["malformed"] = sum(map(bool, wrong)) / len(stories)
     for prompt, poll in world["polls"].items():
         if prompt in texts:
             found = compare(texts[prompt], *poll_laws(poll, alpha, beta))
-            found |= {
-                "shares": poll["shares"],
-                "tv_shares": total_variation(found["sampled"], poll["shares"]),
-            }
-            result["polls"][prompt.strip()] = found
+            found["tv_shares"] = total_variation(found["sampled"], poll["shares"])
+            result["polls"][prompt.strip()] = found | {"shares": poll["shares"]}
     if not result["stories"] and not result["polls"]:
         raise InputError("no sample answers a prompt of the society")
     return result
@@ -137,15 +83,12 @@ def print_society(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run one subcommand."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("society", help="samples against the embedded world's exact targets")
     command.add_argument("--samples", required=True, help="rows of sample.py")
-    command.add_argument(
-        "--alpha", type=float, required=True, help="entropy bonus the policy was trained with"
-    )
+    command.add_argument("--alpha", type=float, required=True, help="entropy bonus it was trained with")
     command.add_argument("--beta", type=float, default=0.1, help="cross-entropy penalty it was trained with")
     command.add_argument("--world", default="data/society/world.json", help="the world's truth")
     command.add_argument("--out_file", help="also write everything there, as JSON")

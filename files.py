@@ -41,6 +41,15 @@ def refuse(message: str) -> None:
     raise InputError(message)
 
 
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Inside, an InputError's message starts with the file that it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
 def flag(default: Any, help: str) -> Any:
     """A dataclass field that parse() turns into a command-line flag."""
     return field(default=default, metadata={"help": help})

@@ -63,11 +63,8 @@ def add_lora(
     A target is a module's name or its last part ("q_proj"). Raises InputError for one that is not there.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    }
+    kinds = (nn.Linear, Conv1D)
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m is not head}
     for target in targets or []:
         if not any(_named(name, [target]) for name in linear):
             real = ", ".join(sorted({name.split(".")[-1] for name in linear}))
@@ -88,13 +85,14 @@ def _named(name: str, targets: list[str]) -> bool:
 def lora_disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the model is the reference policy."""
     layers = [layer for _, layer in lora_layers(model)]
-    for layer in layers:
-        layer.enabled = False
+    before = [layer.enabled for layer in layers]
     try:
+        for layer in layers:
+            layer.enabled = False
         yield
     finally:
-        for layer in layers:
-            layer.enabled = True
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
@@ -139,19 +137,15 @@ def save_lora(model: nn.Module, folder: str | Path, base_model: str) -> None:
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     """A LoRA adapter's adapter_config.json. Raises InputError if it is damaged or not plain LoRA."""
     path = Path(folder) / "adapter_config.json"
+    other = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layer_replication")
     try:
         config = json.loads(path.read_bytes())
-        kind, rank, alpha = (config[k] for k in ("peft_type", "r", "lora_alpha"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; is {folder} an adapter's folder?") from None
-    except (ValueError, KeyError, TypeError) as error:
+        if config["peft_type"] != "LORA" or any(config.get(key) for key in other):
+            raise InputError(f"{path}: only plain LoRA adapters are read (no DoRA, rsLoRA or rank patterns)")
+        if not (isinstance(config["r"], int) and config["r"] > 0 and config["lora_alpha"] + 0.0 > 0):
+            raise InputError(f"{path}: r must be a positive whole number and lora_alpha a positive number")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a LoRA adapter's configuration: {error!r}") from None
-    other = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layer_replication")
-    plain = not any(config.get(k) for k in other)
-    if kind != "LORA" or not plain:
-        raise InputError(f"{path}: only plain LoRA adapters are read (no DoRA, rsLoRA or rank patterns)")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise InputError(f"{path}: r must be a positive whole number and lora_alpha a number")
     return config
 
 

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -40,6 +41,7 @@ from files import InputError
 from lora import load_lora, merge_lora, read_adapter_config
 from preferences import Packed, pack
 
+transformers_logging.disable_progress_bar()  # a small model loads faster than its bar draws
 CHUNK = 2**24  # logits held at once: 64 MiB in float32
 
 
@@ -66,18 +68,11 @@ def load_model(
         model, _ = load_model(base, device, dtype, trust_remote_code)
         return merge_lora(load_lora(model, path)), _load_tokenizer(path, trust_remote_code)
     if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
-        raise InputError(
-            f"--model {path}: the folder has no *.safetensors weights (other formats are not read)"
-        )
+        raise InputError(f"--model {path}: no *.safetensors weights there (other formats are not read)")
     tokenizer = _load_tokenizer(path, trust_remote_code)
-    with _reporting(path), quiet_transformers():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
+    options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": trust_remote_code}
+    with _reporting(path):
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
     broken = sorted(info["missing_keys"]) + [str(name) for name in info["mismatched_keys"]]
     if broken:  # transformers would train on from random numbers
         raise InputError(f"--model {path}: {len(broken)} weights are missing or misshapen, first {broken[0]}")
@@ -96,16 +91,6 @@ def _reporting(path: str):
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"--model {path}: cannot be loaded: {reason}") from error
-
-
-@contextlib.contextmanager
-def quiet_transformers():
-    """Loading bars off: a tiny model loads faster than its bar draws."""
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.enable_progress_bar()
 
 
 class Layout:
@@ -144,8 +129,6 @@ def dense_masks(packed: Packed, window: int | None) -> list[Tensor]:
 
 def block_mask(packed: Packed, window: int | None) -> Any:
     """The rule as a FlexAttention BlockMask over the whole row."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
     size = len(packed.ids)
     return create_block_mask(may_attend(packed, window), None, None, size, size, device=packed.ids.device)
 
@@ -153,22 +136,18 @@ def block_mask(packed: Packed, window: int | None) -> Any:
 @functools.cache
 def compiled_flex() -> Callable:
     """FlexAttention compiled, wrapped once for all layers and steps."""
-    from torch.nn.attention.flex_attention import flex_attention
-
     return torch.compile(flex_attention)
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, softcap: float | None) -> Tensor:
     """FlexAttention over the row, (1, heads, T, head size); compiled where it runs for real, on CUDA."""
-    from torch.nn.attention.flex_attention import flex_attention
 
     def capped(score: Tensor, *_: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
     run = compiled_flex() if query.is_cuda else flex_attention
-    score_mod = None if softcap is None else capped
     grouped = query.shape[1] != key.shape[1]
-    return run(query, key, value, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=grouped)
+    return run(query, key, value, capped if softcap else None, mask, scale, enable_gqa=grouped)
 
 
 def dense(
@@ -229,9 +208,8 @@ class TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, softcap, want_entropy):
-        logp = torch.empty(
-            len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
-        )
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logp = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         entropy = torch.zeros_like(logp)
         slope = torch.empty_like(hidden) if hidden.requires_grad else None
         for rows in _chunks(len(hidden), len(weight)):
@@ -255,9 +233,7 @@ class TokenLogProbs(torch.autograd.Function):
     def backward(ctx, grad, _):
         slope, hidden, weight, bias, target = ctx.saved_tensors
         grad_weight = grad_bias = None
-        if ctx.needs_input_grad[
-            1
-        ]:  # training the head itself: its gradient mixes tokens, so p comes once more
+        if ctx.needs_input_grad[1]:  # the head itself is trained: its gradient mixes tokens, so p comes again
             grad_weight = torch.zeros_like(weight)
             grad_bias = None if bias is None else torch.zeros_like(bias)
             for rows in _chunks(len(hidden), len(weight)):
@@ -300,9 +276,7 @@ def pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) ->
     hidden = model.base_model(
         input_ids=packed.ids[None],
         position_ids=packed.position[None],
-        attention_mask=torch.empty(
-            1, 1, 1, 1, device=device
-        ),  # 4-D: "already prepared", so that none is built
+        attention_mask=torch.empty(1, 1, 1, 1, device=device),  # 4-D: "already prepared", so none is built
         use_cache=False,
         layout=Layout(packed),
     ).last_hidden_state[0]

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from files import InputError, read_rows
 
+Text = str | list[dict[str, str]]  # plain, or a message list for the chat template
 TURN = "\n\nAssistant:"  # HH-RLHF's mark before each answer
 
 
@@ -77,9 +78,7 @@ def _as_pair(row: dict[str, Any], where: str) -> dict[str, Any]:
         if empty:
             raise InputError(f"{where}: empty completion in '{empty[0]}'")
     elif isinstance(chosen, list) and isinstance(rejected, list):
-        if not isinstance(
-            prompt, list
-        ):  # whole conversations; a string beside them only repeats the question
+        if not isinstance(prompt, list):  # whole conversations; a string beside them repeats the question
             same = [a == b for a, b in zip(chosen, rejected, strict=False)]
             cut = min(same.index(False) if False in same else len(same), len(chosen) - 1, len(rejected) - 1)
             prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
@@ -92,19 +91,15 @@ def _as_pair(row: dict[str, Any], where: str) -> dict[str, Any]:
             if not answer[0]["content"]:
                 raise InputError(f"{where}: empty completion in '{key}'")
     else:
-        kinds = f"{type(chosen).__name__} and {type(rejected).__name__}"
-        raise InputError(
-            f"{where}: 'chosen' and 'rejected' must both be strings or message lists, not {kinds}"
-        )
+        raise InputError(f"{where}: 'chosen' and 'rejected' must both be strings, or both message lists")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def check_messages(messages: list[Any], where: str) -> None:
     """Raise InputError unless roles run [system], user, assistant, user, ... with string contents."""
     for message in messages:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(k), str) for k in ("role", "content")
-        ):
+        fields = [message.get(k) for k in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(value, str) for value in fields):
             raise InputError(f"{where}: a message needs a string 'role' and a string 'content'")
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
@@ -116,9 +111,7 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[i
     return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
 
-def encode_prompts(
-    prompts: Sequence[str | list[dict]], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
+def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of prompts, to continue from: one BOS if the tokenizer or its chat template writes one.
 
     A message list goes through the chat template, opened for the assistant's answer.
@@ -139,8 +132,7 @@ def encode_prompts(
 def _template(messages: list[dict], tokenizer: PreTrainedTokenizerBase, generate: bool) -> str:
     if not tokenizer.chat_template:
         raise InputError(
-            "the rows are message lists, but the model's tokenizer has no chat template: "
-            "use a chat model, or rows of plain strings"
+            "rows are message lists, but the tokenizer has no chat template: write them as strings"
         )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
@@ -177,9 +169,7 @@ def decode_continuation(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def encode_answers(
-    prompts: Sequence[str | list[dict]],
-    answers: Sequence[str | list[dict]],
-    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text], answers: Sequence[Text], tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
     """Token ids of each answer to its prompt, with the end token: what the model itself would have to write.
 

@@ -82,9 +82,8 @@ def reference_stats(model: PreTrainedModel, examples: Sequence, folder: Path, bu
     bar = tqdm(total=len(missing), desc="reference pass", unit="pair", disable=None)
     saved = time.monotonic()
     for rows in micro_batches(missing, examples, budget):
-        for name, value in (
-            pair_stats(model, pack([examples[row] for row in rows]), entropy=True)._asdict().items()
-        ):
+        found = pair_stats(model, pack([examples[row] for row in rows]), entropy=True)
+        for name, value in found._asdict().items():
             stats[name][rows] = value.float().cpu()
         bar.update(len(rows))
         if time.monotonic() - saved > SAVE_SECONDS:

@@ -104,7 +104,7 @@ def objective(config: DPLConfig) -> Objective:
 def main() -> None:
     """Train by the command line's flags."""
     config = parse(DPLConfig, __doc__)
-    train(config, lambda reference, vocab_size: objective(config))
+    train(config, lambda *_: objective(config))
 
 
 if __name__ == "__main__":

@@ -9,22 +9,15 @@ Rows: {"prompt": ..., "completion": ...}, both strings or both message lists, or
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from files import InputError, flag, parse, read_rows, run_command
+from files import InputError, flag, naming, parse, read_rows, run_command
 from model import Stats
 from preferences import check_messages, encode_answers, encode_prompts, fit
 from trainer import TrainConfig, train
-
-
-class Example(NamedTuple):
-    """Token ids of one demonstration."""
-
-    prompt: list[int]
-    completion: list[int]
 
 
 @dataclass
@@ -55,16 +48,13 @@ def read_example(row: dict[str, Any], where: str) -> tuple[Any, Any]:
     return prompt, completion
 
 
-def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sequence[Example]:
-    """Tokenised examples of a file, each at most max_length tokens."""
+def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sequence:
+    """Token ids (prompt, completion) of a file's rows, each at most max_length tokens together."""
     prompts, completions = zip(*(read_example(row, where) for where, row in read_rows(path)), strict=True)
-    try:
-        encoded = (encode_prompts(prompts, tokenizer), encode_answers(prompts, completions, tokenizer))
-        return [
-            Example(*fit(pair, tokenizer.bos_token_id, max_length)) for pair in zip(*encoded, strict=True)
-        ]
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    with naming(path):
+        encoded = encode_prompts(prompts, tokenizer), encode_answers(prompts, completions, tokenizer)
+        bos = tokenizer.bos_token_id
+        return [fit(pair, bos, max_length) for pair in zip(*encoded, strict=True)]
 
 
 def finetune(config: SFTConfig) -> None:

@@ -26,16 +26,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from files import InputError, flag, write_json, write_whole
+from files import InputError, flag, naming, write_json, write_whole
 from lora import add_lora, lora_layers, save_lora
 from model import Stats, check_packable, load_model, pair_stats
 from preferences import pack, read_pairs, tokenize
 from reference import count_tokens, micro_batches, reference_stats, take
 
-Objective = Callable[
-    [Stats, Stats | None], tuple[Tensor, Tensor | None]
-]  # losses and reward margins, (pairs,)
+# (policy, reference) -> losses and reward margins, each (pairs,)
+Objective = Callable[[Stats, Stats | None], tuple[Tensor, Tensor | None]]
 STRIDE = 1000003  # between the seeds of steps and epochs
+CHOICES = {
+    "schedule": ("constant", "linear", "cosine"),
+    "optimizer": ("adamw", "rmsprop"),
+    "dtype": ("auto", "float32", "bfloat16"),
+}
+# flags that may change between a run and its --resume
 FREE = {"out_dir", "overwrite", "resume", "max_steps", "epochs", "log_every", "eval_every", "save_every"}
 
 
@@ -86,11 +91,8 @@ class TrainConfig:
             self.require(name, 0 < getattr(self, name) < math.inf, "a positive number")
         self.require("seed", 0 <= self.seed < 2**32, "0 or more and below 2^32")
         self.require("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
-        self.require(
-            "schedule", self.schedule in ("constant", "linear", "cosine"), "constant, linear or cosine"
-        )
-        self.require("optimizer", self.optimizer in ("adamw", "rmsprop"), "adamw or rmsprop")
-        self.require("dtype", self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
+        for name, choices in CHOICES.items():
+            self.require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         self.require("resume", not (self.resume and self.overwrite), "given without --overwrite")
 
     def require(self, name: str, holds: bool, wanted: str) -> None:
@@ -99,15 +101,11 @@ class TrainConfig:
             raise InputError(f"--{name} {getattr(self, name)}: must be {wanted}")
 
 
-def load_pairs(
-    path: str, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Sequence[Sequence[list[int]]]:
+def load_pairs(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sequence:
     """Tokenised pairs of a file; an InputError names it."""
     rows = read_pairs(path)
-    try:
+    with naming(path):
         return tokenize(rows, tokenizer, max_length)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def batch_rows(step: int, size: int, count: int, seed: int) -> list[int]:
@@ -115,9 +113,8 @@ def batch_rows(step: int, size: int, count: int, seed: int) -> list[int]:
     first, last = step * size, (step + 1) * size
     stream: list[int] = []
     for epoch in range(first // count, (last - 1) // count + 1):
-        stream += torch.randperm(
-            count, generator=torch.Generator().manual_seed(seed + STRIDE * epoch)
-        ).tolist()
+        generator = torch.Generator().manual_seed(seed + STRIDE * epoch)
+        stream += torch.randperm(count, generator=generator).tolist()
     skip = first // count * count
     return stream[first - skip : last - skip]
 
@@ -149,10 +146,8 @@ def measure(
         values = {"loss": losses}
         if margins is not None:
             values |= {"reward_margin": margins, "reward_accuracy": (margins > 0).float()}
-        for name, column in zip(
-            ("logp_chosen", "logp_rejected") if known else ("logp",), policy.logp.T, strict=True
-        ):
-            values[name] = column
+        names = ("logp_chosen", "logp_rejected") if known else ("logp",)
+        values |= dict(zip(names, policy.logp.T, strict=True))
         if known:
             values["kl"] = (known.logp - policy.logp).mean(1)
         for name, value in values.items():
@@ -174,7 +169,7 @@ def save_checkpoint(folder: Path, step: int, config: TrainConfig, model: nn.Modu
     """Write trained weights, optimizer state and step beside the old checkpoint, then take its place."""
     tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     for name, p in model.named_parameters():
-        tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state.get(p, {}).items()}
+        tensors |= {f"{name}|{key}": value for key, value in optimizer.state.get(p, {}).items()}
     new, old = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")
     shutil.rmtree(new, ignore_errors=True)
     with write_whole(new / "state.safetensors", "wb") as file:
@@ -198,21 +193,18 @@ def load_checkpoint(folder: Path, config: TrainConfig, model: nn.Module, optimiz
         return 0
     try:
         state = json.loads((folder / "state.json").read_bytes())
-        tensors, step, saved = load_file(folder / "state.safetensors"), state["step"], state["config"]
+        tensors, step = load_file(folder / "state.safetensors"), state["step"]
         for name, value in asdict(config).items():
-            if name not in FREE and saved[name] != value:
-                raise InputError(
-                    f"--{name} {value}: the run to --resume had {saved[name]}; give the same flags"
-                )
+            saved = state["config"][name]
+            if name not in FREE and saved != value:
+                raise InputError(f"--{name} {value}: the run to --resume had {saved}; give the same flags")
         for name, p in model.named_parameters():
             if p.requires_grad:
-                p.data.copy_(tensors.pop(name))
-                keys = [
-                    key for key in tensors if key.startswith("optimizer.") and key.split(".", 2)[2] == name
-                ]
-                optimizer.state[p] = {key.split(".")[1]: tensors.pop(key) for key in keys}
-                for key, value in optimizer.state[p].items():
-                    optimizer.state[p][key] = value if key == "step" else value.to(p.device)
+                p.data.copy_(tensors[name])
+                found = {
+                    k.removeprefix(f"{name}|"): v for k, v in tensors.items() if k.startswith(f"{name}|")
+                }
+                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in found.items()}
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{folder}: damaged checkpoint ({error}); delete it, or --overwrite the run"
@@ -264,9 +256,10 @@ def train(
     vocabulary = model.get_input_embeddings().weight.shape[0]
     largest = max(max(map(max, example)) for example in [*examples, *held_out])
     if largest >= vocabulary:
-        raise InputError(
-            f"--model {config.model}: token id {largest} of the data, but only {vocabulary:,} embeddings"
-        )
+        raise InputError(f"--model {config.model}: has no embedding for the tokenizer's id {largest}")
+    longest = max(len(prompt) + max(map(len, answers)) - 1 for prompt, *answers in [*examples, *held_out])
+    if longest > getattr(model.config.get_text_config(), "max_position_embeddings", longest):
+        raise InputError(f"--max_length {config.max_length}: more positions than {config.model} has")
     caches, budget = out.parent / "reference", config.micro_batch_tokens
     with autocast:
         known = reference_stats(model, examples, caches, budget) if reference else None
@@ -277,11 +270,9 @@ def train(
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if (
-        config.optimizer == "adamw"
-    ):  # betas of language-model training: a short run must outlive its first steps
-        optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    else:
+    # 0.95, not 0.999: a run of a hundred steps must forget its first gradients
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    if config.optimizer == "rmsprop":
         optimizer = torch.optim.RMSprop(parameters, lr=config.lr)
     size = min(config.batch_size, len(examples))
     steps = config.max_steps or math.ceil(config.epochs * len(examples) / size)
@@ -289,13 +280,12 @@ def train(
     checkpoint, metrics_path = out / "checkpoint", out / "metrics.jsonl"
     start = load_checkpoint(checkpoint, config, model, optimizer) if config.resume else 0
     if config.overwrite:
-        for folder in ("checkpoint", "checkpoint.old", "checkpoint.new"):
-            shutil.rmtree(out / folder, ignore_errors=True)
+        for folder in out.glob("checkpoint*"):
+            shutil.rmtree(folder)
     lines = metrics_path.read_text().splitlines(keepends=True) if start else []
     whole = (line for line in lines if line.endswith("\n"))  # a killed run may leave half a row
-    kept = [line for line in whole if json.loads(line)["step"] < start]
     with write_whole(metrics_path) as file:
-        file.writelines(kept)
+        file.writelines(line for line in whole if json.loads(line)["step"] < start)
     write_json(out / "run.json", asdict(config))
     trained = sum(p.numel() for p in parameters)
     print(f"{trained:,} trained parameters, {len(examples):,} examples, {steps:,} steps of {size}")
@@ -306,9 +296,8 @@ def train(
         evaluates = bool(held_out) and (step % config.eval_every == 0 or last)
         if evaluates:
             with autocast, torch.no_grad():
-                found = measure(
-                    model, held_out, range(len(held_out)), held_out_known, objective, budget, "held-out"
-                )
+                rows = range(len(held_out))
+                found = measure(model, held_out, rows, held_out_known, objective, budget, "held-out")
             row |= {f"eval_{name}": value for name, value in found.items()}
             bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         if last or (step % config.save_every == 0 and step > start):
@@ -332,12 +321,8 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.monotonic() - began
-            tokens = sum(count_tokens(examples[index]) for index in rows)
-            row |= {
-                "grad_norm": norm,
-                "tokens_per_second": tokens / seconds,
-                "examples_per_second": size / seconds,
-            }
+            row |= {"grad_norm": norm, "examples_per_second": size / seconds}
+            row["tokens_per_second"] = sum(count_tokens(examples[index]) for index in rows) / seconds
         row["peak_memory_gb"] = peak_memory(device)
         bar.set_postfix(loss=row["loss"])
         if step % config.log_every == 0 or evaluates or last:
@@ -346,9 +331,7 @@ def train(
     export(out, config, model, tokenizer, row)
 
 
-def export(
-    out: Path, config: TrainConfig, model: PreTrainedModel, tokenizer: Any, row: dict[str, float]
-) -> None:
+def export(out: Path, config: TrainConfig, model: PreTrainedModel, tokenizer: Any, row: dict) -> None:
     """Write the adapter (or, at rank 0, the whole model), the tokenizer and a model card."""
     if config.lora_rank:
         base = Path(config.model)
@@ -360,6 +343,6 @@ def export(
     results = "\n".join(f"    {name} {value:.4g}" for name, value in row.items())
     with write_whole(out / "README.md") as file:
         file.write(
-            f"# {out.name}\n\nTrained from `{config.model}` with\n\n{flags}\n\nand ended at\n\n{results}\n"
+            f"# {out.name}\n\nTrained from `{config.model}` with\n\n{flags}\n\nended at\n\n{results}\n"
         )
     print(f"wrote {out}")

@@ -40,21 +40,12 @@ def make_results() -> dict[str, dict]:
     results = {}
     for label, (name, model, alpha, temperature) in ROWS.items():
         if alpha:
-            held_out = ["--eval_data", "data/society/test.jsonl.gz"]
-            # Adam's step does not grow with the loss, and the optimum is r / alpha away
-            lr = f"{8e-4 / alpha:.0e}"
-            run("train_dpl.py", "--alpha", alpha, "--lr", lr, "--out_dir", model, *held_out, "--resume")
+            # all weights: a model this small chooses its words in the head, which LoRA leaves alone
+            flags = ["--lora_rank", 0, "--lr", 1e-3, "--eval_data", "data/society/test.jsonl.gz", "--resume"]
+            run("train_dpl.py", "--alpha", alpha, "--out_dir", model, *flags)
         samples = OUT / f"{name}.jsonl"
-        flags = [
-            "--num_samples",
-            SAMPLES,
-            "--max_new_tokens",
-            48,
-            "--temperature",
-            temperature,
-            "--overwrite",
-        ]
-        run("sample.py", "--model", model, "--prompts", prompt, "--out_file", samples, *flags)
+        law = ["--num_samples", SAMPLES, "--max_new_tokens", 48, "--temperature", temperature]
+        run("sample.py", "--model", model, "--prompts", prompt, "--out_file", samples, *law, "--overwrite")
         metrics = OUT / f"{name}_metrics.json"
         run("evaluate.py", "society", "--samples", samples, "--alpha", alpha or 0.1, "--out_file", metrics)
         results[label] = json.loads((ROOT / metrics).read_text())

@@ -1,5 +1,6 @@
 """The embedded world: its truth is exact, its files are whole, and evaluate.py measures against it."""
 
+import functools
 import itertools
 import json
 import math
@@ -9,17 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate import (
-    OTHER,
-    entropy_bits,
-    frequencies,
-    optimum,
-    poll_laws,
-    read_story,
-    society,
-    story_laws,
-    total_variation,
-)
+from data.society.truth import mallows_favourites, optimum, poll_laws, read_story, story_laws
+from evaluate import OTHER, entropy_bits, frequencies, society, total_variation
 from model import load_model, pair_stats
 from preferences import encode_answers, encode_prompts, pack, read_pairs
 
@@ -106,27 +98,49 @@ def test_laws_and_distances():
     assert entropy_bits({"a": 0.5, "b": 0.25, "c": 0.25, "d": 0.0}) == 1.5
 
 
-@pytest.mark.parametrize("name", ["train", "test", "polls"])
-def test_raters_choose_by_their_utilities(world, name):
-    """Wins summed over pairs match the sum of sigmoid(r_a - r_b), to four standard errors."""
-    rows = read_pairs(FOLDER / f"{name}.jsonl.gz")
-    shares = {p: poll["shares"] for p, poll in world["polls"].items()}
+def raters_prefer(world, prompt, a, b):
+    """P(a over b), written down again from the rules; a text that the grammar cannot write never wins."""
+    if prompt in world["debates"]:
+        debate = world["debates"][prompt]
+        rankings = list(itertools.permutations(debate["ranking"]))
+        place = {text: i for i, text in enumerate(debate["ranking"])}
+        if a not in place or b not in place:
+            return float(a in place)
+        disorder = [sum(place[x] > place[y] for x, y in itertools.combinations(r, 2)) for r in rankings]
+        weights = [debate["phi"] ** d for d in disorder]
+        wins = [w for w, r in zip(weights, rankings, strict=True) if r.index(a) < r.index(b)]
+        return sum(wins) / sum(weights)
 
-    def utility(prompt, text):
-        if prompt in shares:
-            return math.log(shares[prompt][text]) if text in shares[prompt] else -math.inf
+    def utility(text):
+        if prompt in world["polls"]:
+            shares = world["polls"][prompt]["shares"]
+            return math.log(shares[text]) if text in shares else -math.inf
         story = read_story(text, world)
         return sum(values.get(story[slot], -math.inf) for slot, values in world["slots"].items())
 
+    a, b = utility(a), utility(b)
+    return float(a > b) if min(a, b) == -math.inf else 1 / (1 + math.exp(b - a))
+
+
+@pytest.mark.parametrize("name", ["train", "test", "polls", "debates"])
+def test_raters_choose_as_the_world_says(world, name):
+    """How often the likelier text wins, over all pairs, is as often as it should, to four standard errors."""
+    chances = functools.cache(lambda *pair: raters_prefer(world, *pair))
     surplus = variance = 0.0
-    for row in rows:
-        a, b = utility(row["prompt"], row["chosen"]), utility(row["prompt"], row["rejected"])
-        assert a > -math.inf  # a text that the grammar cannot write never wins
-        if b > -math.inf and a != b:
-            high = 1 / (1 + math.exp(-abs(a - b)))  # how often the better one wins
-            surplus += (a > b) - high
-            variance += high * (1 - high)
+    for row in read_pairs(FOLDER / f"{name}.jsonl.gz"):
+        p = chances(row["prompt"], row["chosen"], row["rejected"])
+        assert p > 0
+        surplus += (p > 0.5) - max(p, 1 - p)
+        variance += p * (1 - p)
     assert abs(surplus) < 4 * math.sqrt(variance)
+
+
+def test_a_debate_s_favourites_are_held_by_the_mallows_law_s_raters(world):
+    for debate in world["debates"].values():
+        rankings = list(itertools.permutations(range(5)))
+        weights = [debate["phi"] ** sum(x > y for x, y in itertools.combinations(r, 2)) for r in rankings]
+        shares = np.bincount([r[0] for r in rankings], weights) / sum(weights)
+        assert mallows_favourites(debate["phi"], 5) == pytest.approx(shares)
 
 
 def test_the_world_is_small():

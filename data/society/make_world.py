@@ -3,12 +3,13 @@
 *Stories* answer "Write a story about a doctor." Five slots (relation, name, complaint, gender, ending) are
 independent, their utilities add up, and raters choose between two stories by Plackett-Luce:
 P(a over b) = sigmoid(r(a) - r(b)). *Polls* have four opinions each, held by 55, 20, 15 and 10 percent of the
-population, so r = log share. A text that the grammar could not have written loses to one that it could.
+population, so r = log share. *Debates* rank five places; raters' own rankings are drawn from a Mallows law
+whose dispersion phi runs from 0.05 to 0.95. A text that the grammar cannot write loses to one that it can.
 
 The corpus misspells one doctor in sixty, as the internet would, and the tokenizer splits names over several
 tokens: a policy can misspell, and raters dislike it. Everything is drawn here and trained by this project's
-own code. world.json keeps the reference's exact log-probability of each of the 1,024 stories and 16 opinions,
-so that the optimum pi ~ pi_ref^(beta/alpha) exp(r/alpha) is exact for every alpha and beta (evaluate.py).
+own code. world.json keeps the reference's exact log-probability of each story, opinion and place, so that the
+optimum pi ~ pi_ref^(beta/alpha) exp(r/alpha) is exact for every alpha and beta (truth.py).
 
     python data/society/make_world.py        # five minutes on a laptop; writes the files beside it
 """
@@ -16,7 +17,6 @@ so that the optimum pi ~ pi_ref^(beta/alpha) exp(r/alpha) is exact for every alp
 import gzip
 import itertools
 import json
-import math
 import random
 import shutil
 import sys
@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from evaluate import read_story  # noqa: E402
+from data.society.truth import mallows_favourites, preference, read_story  # noqa: E402
 from files import write_json, write_whole  # noqa: E402
 from model import load_model, pair_stats  # noqa: E402
 from preferences import encode_answers, encode_prompts, pack  # noqa: E402
@@ -64,9 +64,14 @@ POLLS = {
 SHARES = [0.55, 0.20, 0.15, 0.10]
 SYLLABLES = [syllable for name in SLOTS["name"] for syllable in name.split("-")[1:]]
 TYPOS = 1 / 60
-CORPUS, POLL_ROWS = 20_000, 0.2  # texts the reference learns from, and the share of polls among them
-PAIRS = {"train": 24_000, "test": 500, "polls": 4_000}
+PLACES = ["inn", "hill", "lake", "shop", "barn"]
+VERBS = ["read", "sleep", "dance", "eat", "sing", "rest", "draw", "talk", "think", "walk"]
+VERBS += ["hide", "meet", "write", "laugh", "play", "learn", "train", "work", "wait", "pray"]
+DISPERSION = [0.05 + 0.9 * i / (len(VERBS) - 1) for i in range(len(VERBS))]  # phi of each debate
+CORPUS = {"story": 16_000, "poll": 4_000, "debate": 5_000}  # texts the reference learns from
+PAIRS = {"train": 24_000, "test": 500, "polls": 4_000, "debates": 6_000}
 GARBLED = 0.1  # share of the pairs that set a text against a copy of itself with one slip
+COMPARED = [1, 4, 1, 1, 1]  # how often a pair of stories differs in each slot
 
 
 def write_story(rng: random.Random) -> str:
@@ -82,15 +87,31 @@ def write_story(rng: random.Random) -> str:
     return TEMPLATE.format(**slots)
 
 
+def make_debates() -> dict[str, dict]:
+    """Each debate's dispersion phi and its places, best first."""
+    rng = random.Random(2)
+    rankings = [rng.sample([f"At the {place}." for place in PLACES], len(PLACES)) for _ in VERBS]
+    return {
+        f"Where is it best to {verb}?\n": {"phi": phi, "ranking": ranking}
+        for verb, phi, ranking in zip(VERBS, DISPERSION, rankings, strict=True)
+    }
+
+
 def make_corpus(rng: random.Random) -> list[dict[str, str]]:
-    """(prompt, completion) rows; in polls the corpus holds every opinion equally often."""
-    rows = []
-    for _ in range(CORPUS):
-        if rng.random() < POLL_ROWS:
+    """(prompt, completion) rows: opinions on polls equally often, on debates as often as they are held."""
+    rows, debates = [], make_debates()
+    for kind in rng.sample(list(CORPUS), sum(CORPUS.values()), counts=CORPUS.values()):
+        if kind == "story":
+            prompt, completion = STORY_PROMPT, write_story(rng)
+        elif kind == "poll":
             prompt = rng.choice(list(POLLS))
-            rows.append({"prompt": prompt, "completion": rng.choice(POLLS[prompt])})
+            completion = rng.choice(POLLS[prompt])
         else:
-            rows.append({"prompt": STORY_PROMPT, "completion": write_story(rng)})
+            prompt = rng.choice(list(debates))
+            ranking = debates[prompt]["ranking"]
+            shares = mallows_favourites(debates[prompt]["phi"], len(ranking))
+            [completion] = rng.choices(ranking, shares.tolist())
+        rows.append({"prompt": prompt, "completion": completion})
     return rows
 
 
@@ -123,14 +144,6 @@ def make_model(corpus: list[dict[str, str]], folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def utility(prompt: str, completion: str, world: dict) -> float:
-    """What the raters think of a completion, in nats; minus infinity for what the grammar cannot write."""
-    if prompt in POLLS:
-        return math.log(SHARES[POLLS[prompt].index(completion)]) if completion in POLLS[prompt] else -math.inf
-    story = read_story(completion, world)
-    return sum(values.get(story[slot], -math.inf) for slot, values in world["slots"].items())
-
-
 @torch.no_grad()
 def exact_logp(model, tokenizer, prompt: str, completions: list[str]) -> list[float]:
     """The model's log-probability of each completion, end token included."""
@@ -149,10 +162,17 @@ def garble(ids: list[int], vocabulary: int, rng: random.Random) -> list[int]:
     return ids[:at] + other + rest
 
 
+def rival(a: str, b: str, world: dict, rng: random.Random) -> str:
+    """Story a with one slot of story b: raters compare like with like, so that a label is about one thing."""
+    slots, others = read_story(a, world), read_story(b, world)
+    [slot] = rng.choices(list(slots), COMPARED)
+    return TEMPLATE.format(**slots | {slot: others[slot]}) if slots[slot] and others[slot] else b
+
+
 def make_pairs(
     model, tokenizer, world: dict, prompts: list[str], count: int, rng: random.Random
 ) -> list[dict[str, str]]:
-    """Pairs of the reference's own completions, some garbled, chosen between by Plackett-Luce raters."""
+    """Pairs of the reference's own completions, some garbled, chosen between by the society's raters."""
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     rows = []
     for prompt in prompts:
@@ -161,16 +181,16 @@ def make_pairs(
         while len(found) < count // len(prompts):
             drawn = sample(model, ids, 1024, 40, tokenizer.eos_token_id, generator=generator)
             drawn = [c.tokens[:-1] for c in drawn if c.finish == "eos" and len(c.tokens) > 1]
-            for a, b in zip(drawn[::2], drawn[1::2], strict=False):
-                if rng.random() < GARBLED:
-                    b = garble(a, len(tokenizer), rng)
-                a, b = tokenizer.decode(a), tokenizer.decode(b)
-                r_a, r_b = utility(prompt, a, world), utility(prompt, b, world)
-                if not b or a == b or r_a == r_b == -math.inf:
-                    continue
-                first = rng.random() < 1 / (1 + math.exp(min(r_b - r_a, 700)))
-                chosen, rejected = (a, b) if first else (b, a)
-                found.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+            for first, second in zip(drawn[::2], drawn[1::2], strict=False):
+                garbled = rng.random() < GARBLED
+                second = garble(first, len(tokenizer), rng) if garbled else second
+                a, b = tokenizer.decode(first), tokenizer.decode(second)
+                if prompt == STORY_PROMPT and not garbled:
+                    b = rival(a, b, world, rng)
+                p = preference(prompt, a, b, world) if b and a != b else None
+                if p is not None:
+                    chosen, rejected = (a, b) if rng.random() < p else (b, a)
+                    found.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
         rows += found[: count // len(prompts)]
     rng.shuffle(rows)
     return rows
@@ -219,17 +239,22 @@ def write_world() -> None:
         }
         for prompt, options in POLLS.items()
     }
+    debates = {
+        prompt: debate | {"reference_logp": exact_logp(model, tokenizer, prompt, debate["ranking"])}
+        for prompt, debate in make_debates().items()
+    }
     world = {
         "story_prompt": STORY_PROMPT,
         "template": TEMPLATE,
         "slots": slots,
         "story_reference_logp": exact_logp(model, tokenizer, STORY_PROMPT, stories),  # last slot fastest
         "polls": polls,
+        "debates": debates,
     }
     write_json(HERE / "world.json", world)
     rng = random.Random(1)
     for name, count in PAIRS.items():
-        prompts = list(POLLS) if name == "polls" else [STORY_PROMPT]
+        prompts = {"polls": list(POLLS), "debates": list(debates)}.get(name, [STORY_PROMPT])
         write_rows(HERE / f"{name}.jsonl.gz", make_pairs(model, tokenizer, world, prompts, count, rng))
     write_rows(HERE / "prompts.jsonl", [{"prompt": prompt} for prompt in [STORY_PROMPT, *POLLS]])
 
