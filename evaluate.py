@@ -17,6 +17,7 @@ from typing import Any
 from data.society.truth import poll_laws, read_story, story_laws
 from files import InputError, read_rows, refuse, run_command, write_json
 
+WORLD = Path(__file__).parent / "data/society/world.json"
 OTHER = "(other)"  # what the grammar cannot write: misspelt or malformed
 
 
@@ -38,9 +39,7 @@ def entropy_bits(law: dict[str, float]) -> float:
     return -sum(p * math.log2(p) for p in law.values() if p > 0)
 
 
-def society(
-    samples: list[dict[str, Any]], world: dict[str, Any], alpha: float, beta: float
-) -> dict[str, Any]:
+def society(samples: list[dict], world: dict[str, Any], alpha: float, beta: float) -> dict[str, Any]:
     """Each slot's and poll's law as sampled, its target, the reference's; the share of misspelt names."""
     texts: dict[str, list[str]] = {}
     for row in samples:
@@ -83,14 +82,12 @@ def print_society(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run one subcommand."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("society", help="samples against the embedded world's exact targets")
     command.add_argument("--samples", required=True, help="rows of sample.py")
     command.add_argument("--alpha", type=float, required=True, help="entropy bonus it was trained with")
     command.add_argument("--beta", type=float, default=0.1, help="cross-entropy penalty it was trained with")
-    command.add_argument("--world", default="data/society/world.json", help="the world's truth")
     command.add_argument("--out_file", help="also write everything there, as JSON")
     parser.error = command.error = refuse
     args = parser.parse_args()
@@ -101,11 +98,7 @@ def main() -> None:
         if not isinstance(row.get("completion"), str) or not isinstance(row.get("prompt"), str):
             raise InputError(f"{where}: needs string 'prompt' and 'completion', as sample.py writes them")
         samples.append(row)
-    try:
-        world = json.loads(Path(args.world).read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"--world {args.world}: {error}") from None
-    result = society(samples, world, args.alpha, args.beta)
+    result = society(samples, json.loads(WORLD.read_bytes()), args.alpha, args.beta)
     print_society(result)
     if args.out_file:
         write_json(args.out_file, result)

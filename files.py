@@ -67,9 +67,7 @@ def parse(config: type[Config], description: str | None) -> Config:
     parser = HfArgumentParser(config, description=description, fromfile_prefix_chars="@", allow_abbrev=False)
     parser.error = refuse
     parser.convert_arg_line_to_args = split
-    values, unknown = parser.parse_args_into_dataclasses(
-        return_remaining_strings=True, look_for_args_file=False
-    )
+    values, unknown = parser.parse_args_into_dataclasses(None, True, look_for_args_file=False)
     if unknown:
         raise InputError(f"unknown argument {unknown[0]}; --help lists the flags")
     return values

@@ -282,9 +282,8 @@ def pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) ->
     ).last_hidden_state[0]
     head = model.get_output_embeddings()
     softcap = getattr(model.config, "final_logit_softcapping", None)
-    logp, h = TokenLogProbs.apply(
-        hidden.index_select(0, packed.source), head.weight, head.bias, packed.target, softcap, entropy
-    )
+    hidden = hidden.index_select(0, packed.source)
+    logp, h = TokenLogProbs.apply(hidden, head.weight, head.bias, packed.target, softcap, entropy)
     size = len(packed.lengths) * packed.completions
 
     def per_completion(values: Tensor) -> Tensor:

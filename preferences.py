@@ -131,9 +131,7 @@ def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) 
 
 def _template(messages: list[dict], tokenizer: PreTrainedTokenizerBase, generate: bool) -> str:
     if not tokenizer.chat_template:
-        raise InputError(
-            "rows are message lists, but the tokenizer has no chat template: write them as strings"
-        )
+        raise InputError("message lists need a chat template, and the tokenizer has no chat template")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
     except TemplateError as error:
@@ -182,9 +180,7 @@ def encode_answers(
             opened = _template(prompt, tokenizer, generate=True)
             whole = _template([*prompt, *answer], tokenizer, generate=False)
             if not whole.startswith(opened):
-                raise InputError(
-                    "the chat template does not extend its own prompt; write the rows as strings"
-                )
+                raise InputError("the chat template does not extend its own prompt; use rows of strings")
             answer = whole[len(opened) :]
             if answer.rstrip().endswith(special):  # the newline after <|im_end|> is not the model's to write
                 answer = answer.rstrip()
@@ -203,12 +199,9 @@ def tokenize(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_lengt
     start of its completions. Pairs left without a difference are dropped.
     Raises InputError when max_length is under 4, or when no pair is left.
     """
-    prompts = encode_prompts([row["prompt"] for row in rows], tokenizer)
-    answers = [
-        encode_answers([row["prompt"] for row in rows], [row[key] for row in rows], tokenizer)
-        for key in ("chosen", "rejected")
-    ]
-    whole = [Pair(*ids) for ids in zip(prompts, *answers, strict=True)]
+    prompts, chosen, rejected = ([row[key] for row in rows] for key in Pair._fields)
+    answers = (encode_answers(prompts, texts, tokenizer) for texts in (chosen, rejected))
+    whole = [Pair(*ids) for ids in zip(encode_prompts(prompts, tokenizer), *answers, strict=True)]
     pairs = [Pair(*fit(pair, tokenizer.bos_token_id, max_length)) for pair in whole]
     cut = sum(a != b for a, b in zip(whole, pairs, strict=True))
     kept = [pair for pair in pairs if pair.chosen != pair.rejected]

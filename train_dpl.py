@@ -29,10 +29,7 @@ class DPLConfig(TrainConfig):
     alpha: float = flag(0.2, "Entropy bonus: alpha / beta is the global temperature.")
     beta: float = flag(0.1, "Cross-entropy penalty towards the reference; alpha = beta is DPO.")
     length_normalize: bool = flag(False, "Average log-probabilities over tokens instead of summing.")
-    divergence: str = flag(
-        "reverse_kl",
-        "Baselines, with alpha = beta only: DPO under forward_kl, js_divergence or alpha_divergence.",
-    )
+    divergence: str = flag("reverse_kl", "DPO's baselines: forward_kl, js_divergence, alpha_divergence.")
     divergence_alpha: float = flag(0.5, "Which alpha_divergence, in (0, 1): towards 0 is reverse KL.")
 
     def __post_init__(self) -> None:

@@ -291,6 +291,15 @@ def test_model_with_weights_that_are_no_numbers(train_refused, model):
     train_refused({"--model": model}, f"--model {model}: ", "nan")
 
 
+def test_rows_longer_than_the_model_s_positions(train_refused, model, tmp_path):
+    config = json.loads((model / "config.json").read_bytes())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8}))
+    (tmp_path / "rows.jsonl").write_bytes(lines({**PAIR, "chosen": " The fig, the fig, the fig, the fig."}))
+    train_refused(
+        {"--model": model, "--data": tmp_path / "rows.jsonl"}, "--max_length 512: more positions than"
+    )
+
+
 def test_token_that_the_model_does_not_know(train_refused, model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens(["<new>"])
