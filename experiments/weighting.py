@@ -24,10 +24,10 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.society.truth import mallows_favourites, mallows_pair  # noqa: E402
-from files import write_json  # noqa: E402
-from model import load_model, pair_stats  # noqa: E402
-from preferences import encode_answers, encode_prompts, pack  # noqa: E402
+from data.society.truth import mallows_favourites, mallows_pair
+from files import write_json
+from model import load_model, pair_stats
+from preferences import encode_answers, encode_prompts, pack
 
 OUT = ROOT / "out" / "weighting"
 METHODS = {  # label: (folder, flags of train_mallows.py)

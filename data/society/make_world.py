@@ -29,12 +29,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from data.society.truth import mallows_favourites, preference, read_story  # noqa: E402
-from files import write_json, write_whole  # noqa: E402
-from model import load_model, pair_stats  # noqa: E402
-from preferences import encode_answers, encode_prompts, pack  # noqa: E402
-from sample import sample  # noqa: E402
-from train_sft import SFTConfig, finetune  # noqa: E402
+from data.society.truth import mallows_favourites, preference, read_story
+from files import write_json, write_whole
+from model import load_model, pair_stats
+from preferences import encode_answers, encode_prompts, pack
+from sample import sample
+from train_sft import SFTConfig, finetune
 
 STORY_PROMPT = "Write a story about a doctor.\n"
 TEMPLATE = "My {relation} saw Dr. {name} about a {complaint}; {gender} made it {ending}."
@@ -260,5 +260,6 @@ def write_world() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(2)  # whatever the machine: the order of sums, and so every bit, depends on it
     train_reference(Path("out/society"))
     write_world()

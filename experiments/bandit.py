@@ -1,0 +1,236 @@
+"""Five arms and sixteen pairs: which loss keeps the good arms? MallowsPO's section 5.2, Figures 8a, 8b and 9.
+
+Each arm pays a random reward (Table 4); sixteen draws of two arms say which one paid more (Table 5). There is
+no prompt: the policy is a table, pi = softmax(logits), and the reference is uniform, so it drops out of
+Delta = logit_w - logit_l. A step of gradient descent on the mean loss is then, pair by pair,
+
+    logits  +=  rate / 16 * beta * slope(beta Delta) * (onehot_w - onehot_l),       slope = -d loss / ds
+
+    DPO:            loss = -log sigmoid(s)       slope = sigmoid(-s)
+    MallowsPO-phi:  loss = -log g(s)             slope = g'(s) / g(s)
+
+Among the first four arms, arm 1 won three pairs of its four, arms 2 and 3 half of theirs, though they pay
+more. DPO's optimum, exp(r / beta), turns that accident into near certainty at beta = 0.1: reward collapse.
+g jumps at s = 0, and at phi = 0.05 its slope is 2.6 times as steep for a pair in the wrong order: pairs that
+contradict each other hold their arms level until the others pull harder. A logit moves as beta times steps,
+so that beta Delta moves as beta squared: the smallest betas stop long before their optimum. Ten times the
+steps take MallowsPO-phi too to 72% of arm 1 at beta = 0.02 (DPO: 100%): it is slower to collapse, not immune.
+
+    python experiments/bandit.py        # half a minute; out/bandit/metrics.json, assets/bandit_*.png
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from tqdm import trange
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from files import InputError, flag, parse, run_command, write_json, write_whole
+
+PAYS = np.array([[20, 11], [30, 3], [18, 15], [15, 10], [1, 4]])  # Table 4: an arm's two rewards ...
+CHANCE = np.array([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.99, 0.01], [0.99, 0.01]])  # ... and how likely
+WON = np.array([3, 2, 2, 1, 3, 1, 1, 1, 4, 2, 2, 2, 1, 3, 3, 4])  # Table 5, arms counted from 1
+LOST = np.array([5, 5, 5, 2, 5, 5, 4, 5, 5, 4, 1, 5, 3, 5, 4, 2])
+REWARD = (PAYS * CHANCE).sum(1)
+DUEL = np.eye(5)[WON - 1] - np.eye(5)[LOST - 1]  # (16 pairs, 5 arms)
+
+BETAS = [scale * b for scale in (0.01, 0.1, 1) for b in (1, 1.5, 2, 3, 4, 5, 6, 8)]
+BETAS = np.array([0.003, 0.005, 0.007, *BETAS, 10]).round(3)
+ENSEMBLE = [0.05, 0.1, 0.5, 1]  # Figure 8b averages these
+NAMED = {  # Figure 8a names these: beta, and where its label goes, in points
+    "DPO": [(0.01, 3, 9), (0.03, 8, 8), (0.1, 0, -10), (0.3, 0, -10), (1, 2, -10), (3, 9, -7)],
+    "MallowsPO-φ": [(0.01, -10, 6), (0.03, 13, 0), (0.1, 10, -5), (1, -8, 3)],
+}
+RATE, PHI, RECORD, LAST = 5e-3, 0.05, 100, 30
+STYLE = {
+    "DPO": {"color": "0.45", "marker": "s", "ms": 4, "ls": "--"},
+    "MallowsPO-φ": {"color": "black", "marker": "o", "ms": 4, "ls": "-"},
+}
+ARM_STYLE = [("-", "black"), ("--", "black"), (":", "black"), ("-", "0.6"), ("--", "0.6")]
+
+
+class Run(NamedTuple):
+    """What train() saw."""
+
+    history: NDArray  # policy before every hundredth step, (records, K, 5)
+    final: NDArray  # mean policy of the last 30 steps, (K, 5)
+
+
+@dataclass
+class BanditConfig:
+    """The experiment's flags."""
+
+    steps: int = flag(500_000, "Steps of full-batch gradient descent; the default is the paper's.")
+    out_dir: str = flag("out/bandit", "Where metrics.json goes.")
+    picture_dir: str = flag("assets", "Where bandit_frontier.png and bandit_training.png go.")
+
+    def __post_init__(self) -> None:
+        if self.steps < 1000:
+            raise InputError(f"--steps {self.steps}: the pictures need at least 1,000")
+
+
+def dpo_slope(s: NDArray) -> NDArray:
+    """sigmoid(-s): how fast -log sigmoid(s) falls; s = beta Delta of any shape."""
+    return 1 / (1 + np.exp(s))
+
+
+def phi_slope(s: NDArray, phi: float = PHI) -> NDArray:
+    """g'(s) / g(s): how fast -log g(s) falls, g of the paper's Corollary 3; s = beta Delta of any shape.
+
+    With L = -log phi and b(u) = u / (e^u - 1), g(s) = 1 - miss for s >= 0 and miss for s < 0, where
+    miss = (b(L|s|) - b(L|s| + L)) / L and b' = b (1 - u - b) / u. At s = 0, the slope as s falls to 0.
+    """
+    scale = -np.log(phi)
+    u = np.maximum(scale * np.abs(s), 1e-8)  # 0 / 0 at 0
+    v = u + scale
+    near, far = u / np.expm1(u), v / np.expm1(v)
+    miss = (near - far) / scale
+    rise = far * (1 - v - far) / v - near * (1 - u - near) / u
+    return rise / np.where(s >= 0, 1 - miss, miss)
+
+
+def softmax(logits: NDArray) -> NDArray:
+    """Policies (..., arms) of logits (..., arms)."""
+    weight = np.exp(logits - logits.max(-1, keepdims=True))
+    return weight / weight.sum(-1, keepdims=True)
+
+
+SLOPES = {"DPO": dpo_slope, "MallowsPO-φ": phi_slope}
+
+
+def train(slope: Callable[[NDArray], NDArray], betas: NDArray, steps: int, name: str | None = None) -> Run:
+    """Gradient descent from the uniform policy, a row for each of betas (K,), with a progress bar `name`.
+
+    The end is a mean over steps, as in the paper: the policy chatters about the jump of g.
+    """
+    logits = np.zeros((len(betas), 5))
+    beta, pull, duel = betas[:, None], RATE / len(DUEL) * betas[:, None], np.ascontiguousarray(DUEL.T)
+    history, last = [], []
+    for step in trange(steps, desc=name, unit=" steps", unit_scale=True, disable=name is None):
+        if step % RECORD == 0:
+            history.append(softmax(logits))
+        logits += pull * (slope(beta * (logits @ duel)) @ DUEL)
+        if step >= steps - LAST:
+            last.append(softmax(logits))
+    return Run(np.array(history), np.mean(last, 0))
+
+
+def reward_and_kl(policy: NDArray) -> tuple[NDArray, NDArray]:
+    """Exact expected reward, and exact KL(policy || uniform) in nats; policy (..., 5), both (...)."""
+    log = np.log(policy, out=np.zeros_like(policy), where=policy > 0)
+    return policy @ REWARD, (policy * log).sum(-1) + np.log(policy.shape[-1])
+
+
+def best_reward(kl: NDArray, frontier: NDArray) -> NDArray:
+    """The most reward that one method reached at no more than `kl`, linear between its policies.
+
+    kl (M,) in nats; frontier (K, 5), to which the reference itself is added; returns (M,).
+    """
+    reward, spent = reward_and_kl(np.vstack([np.full(5, 0.2), frontier]))
+    order = np.argsort(spent)
+    return np.interp(kl, spent[order], np.maximum.accumulate(reward[order]))
+
+
+def log_spaced(records: int) -> NDArray:
+    """About 200 of the indices 0 ... records - 1, closer at the start, where more happens."""
+    return np.unique(np.geomspace(1, records, 200).astype(int)) - 1
+
+
+def summary(runs: dict[str, Run], steps: int) -> dict:
+    """The numbers of Figures 8a and 8b, and by how much MallowsPO-phi's frontier lies above DPO's."""
+    result = {"steps": steps, "rate": RATE, "phi": PHI, "frontier": {}, "training": {}}
+    for name, run in runs.items():
+        rows = zip(BETAS, *reward_and_kl(run.final), run.final.tolist(), strict=True)
+        result["frontier"][name] = [
+            {"beta": beta, "reward": reward, "kl": kl, "policy": policy} for beta, reward, kl, policy in rows
+        ]
+        at = log_spaced(len(run.history))
+        reward, kl = reward_and_kl(run.history[at][:, np.isin(BETAS, ENSEMBLE)])
+        curve = {"step": RECORD * at, "reward": reward.mean(-1), "kl": kl.mean(-1)}
+        result["training"][name] = {key: values.tolist() for key, values in curve.items()}
+    dpo, phi = (run.final for run in runs.values())
+    reward, kl = reward_and_kl(dpo)
+    gain = best_reward(kl, phi) - best_reward(kl, dpo)
+    result["gain"] = {"least": gain.min(), "most": gain.max()}
+    return result
+
+
+def draw_frontier(result: dict, path: Path) -> None:
+    """Reward against KL: the last policy of each beta (Figure 8a), and on the way there (Figure 8b)."""
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, style in STYLE.items():
+        rows, curve = result["frontier"][name], result["training"][name]
+        left.plot([row["kl"] for row in rows], [row["reward"] for row in rows], label=name, **style)
+        right.plot(curve["kl"], curve["reward"], markevery=10, label=name, **style)
+        for beta, dx, dy in NAMED[name]:
+            row = next(row for row in rows if row["beta"] == beta)
+            at = {"xytext": (dx, dy), "textcoords": "offset points", "ha": "center", "va": "center"}
+            left.annotate(f"{beta:g}", (row["kl"], row["reward"]), fontsize=8, color=style["color"], **at)
+    left.set_title(f"after {result['steps']:,} steps, a point a β (some named)", loc="left", fontsize=10)
+    right.set_title("during training, mean of β = 0.05, 0.1, 0.5, 1", loc="left", fontsize=10)
+    left.set(ylabel="expected reward", ylim=(15.4, 16.2))
+    right.set(ylabel="mean expected reward")
+    right.legend(frameon=False, loc="lower right")
+    save(figure, "KL to the uniform reference, nats", path)
+
+
+def draw_training(runs: dict[str, Run], path: Path) -> None:
+    """Each arm's probability against the step, a row a beta and a column a loss (Figure 9)."""
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey=True)
+    for row, beta in zip(axes, (0.05, 0.1), strict=True):
+        row[0].set_ylabel("probability of each arm")
+        for axis, (name, run) in zip(row, runs.items(), strict=True):
+            at = log_spaced(len(run.history))
+            step = RECORD * at
+            for arm, (ls, color) in enumerate(ARM_STYLE):
+                label = f"arm {arm + 1}, pays {REWARD[arm]:.4g}"
+                policy = run.history[at, BETAS.tolist().index(beta), arm]
+                mark = {"marker": f"${arm + 1}$", "ms": 7, "markevery": (6 * arm, 30)}
+                axis.plot(step, policy, ls=ls, color=color, lw=1.2, label=label, **mark)
+            axis.set_title(f"{name}, β = {beta}", loc="left", fontsize=10)
+            axis.set(xscale="log", xlim=(max(step[-1] / 500, RECORD), None), ylim=(-0.03, 1.03))
+    axes[0, 0].legend(frameon=False, loc="upper left", fontsize=9)
+    save(figure, "steps", path)
+
+
+def save(figure: Figure, xlabel: str, path: Path) -> None:
+    """Label the lowest panels, take the frames' upper and right sides off, and write the picture."""
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_subplotspec().is_last_row():
+            axis.set_xlabel(xlabel)
+    with write_whole(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=150)
+    print(f"wrote {path}")
+
+
+def main() -> None:
+    """Train both losses at every beta, print the frontiers, write the numbers and the pictures."""
+    config = parse(BanditConfig, __doc__)
+    runs = {name: train(slope, BETAS, config.steps, name) for name, slope in SLOPES.items()}
+    result = summary(runs, config.steps)
+    print(" beta", *(f"{name:>12}: reward     KL  policy{'':28}" for name in runs))
+    for rows in zip(*result["frontier"].values(), strict=True):
+        policies = (" ".join(f"{p:.3f}" for p in row["policy"]) for row in rows)
+        cells = (
+            f"{row['reward']:21.3f} {row['kl']:6.3f}  {p}" for row, p in zip(rows, policies, strict=True)
+        )
+        print(f"{rows[0]['beta']:5g}", *cells)
+    gain = result["gain"]
+    print(f"MallowsPO-φ's frontier over DPO's at DPO's KLs: {gain['least']:+.3f} to {gain['most']:+.3f}")
+    write_json(Path(config.out_dir) / "metrics.json", result)
+    draw_frontier(result, Path(config.picture_dir) / "bandit_frontier.png")
+    draw_training(runs, Path(config.picture_dir) / "bandit_training.png")
+
+
+if __name__ == "__main__":
+    run_command(main)
