@@ -95,6 +95,31 @@ def _as_pair(row: dict[str, Any], where: str) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def read_prompts(path: str | Path) -> list[dict[str, Any]]:
+    """Rows with a 'prompt' to answer, a string or a message list; of a .txt file, one for each line.
+
+    Raises InputError naming the file and row.
+    """
+    path, rows = Path(path), []
+    if path.suffix == ".txt" and path.is_file():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeError:
+            raise InputError(f"{path}: not UTF-8 text") from None
+        rows = [{"prompt": line} for line in lines if line.strip()]
+        if not rows:
+            raise InputError(f"{path}: the file is empty")
+        return rows
+    for where, row in read_rows(path):
+        prompt = row.get("prompt")
+        if isinstance(prompt, list) and prompt:
+            check_messages(prompt, where)
+        elif not isinstance(prompt, str):
+            raise InputError(f"{where}: needs a 'prompt', a string or a message list")
+        rows.append(row)
+    return rows
+
+
 def check_messages(messages: list[Any], where: str) -> None:
     """Raise InputError unless roles run [system], user, assistant, user, ... with string contents."""
     for message in messages:

@@ -1,35 +1,47 @@
-"""Sampling by hand: temperature, top-k, top-p, min-p, with a key-value cache.
+"""Sampling by hand: token temperature, global temperature, and transformers' cuts.
 
-    p_t(v) ~ p(v)^(1/t), then the k likeliest, then the smallest set that holds mass p, then p >= min_p max(p)
+Token temperature t divides each step's logits: p_t(v) ~ p(v)^(1/t). *Global* temperature tau draws whole
+texts y from p(y)^(1/tau) / Z, which keeps their order. They differ by one factor: at token temperature tau a
+text has probability prod_i p(y_i|.)^(1/tau) / Z_i with Z_i = sum_v p(v|.)^(1/tau), so
 
-The prompt is computed once and its cache shared out to the samples; finished sequences leave the batch.
+    p(y)^(1/tau)  =  prod_i Z_i  *  (the probability of y at token temperature tau).
+
+Hence sequential Monte Carlo, for any model and with no training: grow many texts at token temperature tau,
+weight each by its Z_i, and when the weights get uneven let heavy texts multiply and light ones die. It is
+exact as the number of particles grows. The cuts (--min_p ...) come before tau and make another p; above
+tau = 1 they are needed, for texts of unlikely tokens are so many that together they outweigh the likely ones.
+
+Sample s of prompt n is a function of (seed, n, s), up to the rounding of floats: of neither the batch nor the
+number of processes. Under torchrun each process takes a share of the prompts.
 
     python sample.py --model out/dpl --prompts data/society/prompts.jsonl --num_samples 16
+    python sample.py --model out/dpl --prompt "Which meal?" --global_temperature 2 --min_p 0.01
 """
 
 import json
 import math
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from decode import Batch, Completion, race
 from files import InputError, flag, parse, read_rows, run_command, write_whole
 from model import load_model
-from preferences import check_messages, decode_continuation, encode_prompts
+from preferences import decode_continuation, encode_prompts, read_prompts
 
-
-class Completion(NamedTuple):
-    """One sampled completion."""
-
-    tokens: list[int]  # the end token included, if it ended
-    logp: float  # log-probability under the model, temperature 1 and no cuts, in nats
-    sampled_logp: float  # log-probability under the law it was drawn from
-    finish: str  # "eos", or "length" when max_new_tokens came first
+NUCLEUS = 1024  # tokens sorted at first for top_p: a whole vocabulary takes as long as a small model's step
+FORMATS = ("jsonl", "messages", "alpaca_eval", "arena_hard")
+FREE = {"out_file", "overwrite", "resume"}  # flags that a resumed run may change
 
 
 def next_token_probs(
@@ -37,26 +49,80 @@ def next_token_probs(
 ) -> Tensor:
     """The law of the next token, (batch, vocab), from logits (batch, vocab); temperature 0 is greedy.
 
-    The cuts come in transformers' order, each on what the one before left; 0, 1.0 and 0.0 switch them off.
+    Temperature, then the k likeliest tokens, then the smallest set that holds mass top_p, then p(v) >= min_p
+    max(p): transformers' order, each on what the one before left. 0, 1.0 and 0.0 switch the cuts off.
     """
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
+    logits = logits if temperature == 1 else logits / temperature
+    vocab = logits.shape[-1]
+    if 0 < top_k < vocab:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
-    if top_p < 1.0:
-        ascending, order = logits.sort(-1)
-        cut = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        cut[..., -1] = False
-        logits = logits.masked_fill(cut.scatter(-1, order, cut), -math.inf)
     probs = logits.softmax(-1)
+    if top_p < 1.0:
+        for size in (min(NUCLEUS, vocab), vocab):
+            top, order = probs.topk(size)
+            before = top.cumsum(-1) - top  # mass of the likelier ones
+            if (before[..., -1] >= top_p).all():
+                break
+        probs = torch.zeros_like(probs).scatter_(-1, order, top.masked_fill(before >= top_p, 0.0))
     if min_p > 0:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
-        probs = probs / probs.sum(-1, keepdim=True)
-    return probs
+    return probs / probs.sum(-1, keepdim=True) if top_p < 1.0 or min_p > 0 else probs
 
 
-@torch.no_grad()
+def draw_rows(batch: Batch, streams: Sequence[np.random.Generator], law: dict[str, Any]) -> list[Completion]:
+    """Complete every text of a batch, text r with the random numbers of streams[r].
+
+    `law` holds next_token_probs' arguments.
+    """
+    while batch.going:
+        probs = next_token_probs(batch.logits, **law)
+        batch.append(race(probs, [streams[row] for row in batch.root[: batch.going].tolist()]), probs)
+    return batch.completions(batch.root.argsort().tolist())
+
+
+def systematic(share: Tensor, count: int, stream: np.random.Generator) -> list[int]:
+    """`count` indices, each about count * share[i] times: evenly spaced points under one random shift."""
+    points = (torch.arange(count, dtype=share.dtype) + stream.random()) / count
+    return torch.searchsorted(share.cumsum(0), points).clamp_(max=len(share) - 1).tolist()
+
+
+def draw_global(
+    batch: Batch, num_samples: int, tau: float, stream: np.random.Generator, cuts: dict[str, Any]
+) -> tuple[list[Completion], float, float]:
+    """`num_samples` completions from p(y)^(1/tau) / Z, the batch's texts being the particles of one prompt.
+
+    `cuts` holds next_token_probs' arguments. Also gives the effective sample size, 1 / sum_i W_i^2 with W_i
+    the weight of all descendants of first particle i, so that copies count as one, and log Z in nats.
+    """
+    particles = batch.going
+    while batch.going:
+        probs = next_token_probs(batch.logits, **cuts)
+        batch.weight[: batch.going] += (probs.log() / tau).logsumexp(-1).cpu()
+        share = batch.weight.softmax(0)
+        if 1 / share.square().sum() < particles / 2:  # before the token is drawn, so that copies part at once
+            mean = batch.weight.logsumexp(0) - math.log(particles)
+            rows = batch.reorder(systematic(share, particles, stream))
+            batch.logits, probs = batch.logits[rows], probs[rows]
+            batch.weight[:] = mean
+        if batch.going:
+            batch.append(race(probs ** (1 / tau), [stream] * batch.going), probs)
+    share = batch.weight.softmax(0)
+    ess = 1 / torch.zeros_like(share).index_add(0, batch.root, share).square().sum().item()
+    log_z = batch.weight.logsumexp(0).item() - math.log(particles)
+    if ess < particles / 10:
+        advice = "give more --particles, or a --global_temperature nearer 1"
+        print(f"warning: effective sample size {ess:.1f} of {particles} particles: {advice}", file=sys.stderr)
+    chosen = batch.completions(stream.permutation(systematic(share, num_samples, stream)).tolist())
+    return [c._replace(sampled_logp=c.sampled_logp / tau - log_z) for c in chosen], ess, log_z
+
+
+def draw_seed(generator: torch.Generator | None) -> int:
+    """A seed from a generator, or from torch's own."""
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else None))
+
+
 def sample(
     model: PreTrainedModel,
     prompt_ids: list[int],
@@ -70,45 +136,33 @@ def sample(
     min_p: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> list[Completion]:
-    """Draw `num_samples` completions of one prompt."""
-    device = model.get_input_embeddings().weight.device
-    ends = torch.tensor([] if eos_token_id is None else eos_token_id, dtype=torch.long, device=device).view(
-        -1
-    )
-    cache = DynamicCache(config=model.config)
-    prompt = torch.tensor([prompt_ids], device=device)
-    logits = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    cache.batch_repeat_interleave(num_samples)
-    logits = logits.expand(num_samples, -1)
+    """Draw `num_samples` completions of one prompt, in one batch."""
+    batch = Batch(model, [prompt_ids], [0] * num_samples, max_new_tokens, eos_token_id)
+    seed = draw_seed(generator)
+    streams = [np.random.default_rng([seed, number]) for number in range(num_samples)]
+    law = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    return draw_rows(batch, streams, law)
 
-    tokens = torch.zeros(num_samples, max_new_tokens, dtype=torch.long, device=device)
-    scores = torch.zeros(num_samples, max_new_tokens, 2, device=device)  # model's and law's log-probabilities
-    length = torch.full((num_samples,), max_new_tokens, device=device)
-    finished = torch.zeros(num_samples, dtype=torch.bool, device=device)
-    alive = torch.arange(num_samples, device=device)
-    for step in range(max_new_tokens):
-        logits = logits.float()
-        probs = next_token_probs(logits, temperature, top_k, top_p, min_p)
-        token = torch.multinomial(probs, 1, generator=generator)
-        tokens[alive, step] = token[:, 0]
-        law = torch.stack([logits.log_softmax(-1).gather(1, token), probs.gather(1, token).log()], -1)
-        scores[alive, step] = law[:, 0]
-        ended = torch.isin(token[:, 0], ends)
-        if ended.any():
-            length[alive[ended]] = step + 1
-            finished[alive[ended]] = True
-            going = (~ended).nonzero()[:, 0]
-            alive, token = alive[going], token[going]
-            cache.batch_select_indices(going)
-        if not len(alive) or step + 1 == max_new_tokens:
-            break
-        position = torch.full_like(token, len(prompt_ids) + step)
-        logits = model(token, past_key_values=cache, position_ids=position, use_cache=True).logits[:, -1]
 
-    return [
-        Completion(row[:n].tolist(), *score.sum(0).tolist(), "eos" if end else "length")
-        for row, score, n, end in zip(tokens, scores, length.tolist(), finished.tolist(), strict=True)
-    ]
+def sample_global(
+    model: PreTrainedModel,
+    prompt_ids: list[int],
+    num_samples: int,
+    max_new_tokens: int,
+    eos_token_id: int | list[int] | None,
+    *,
+    global_temperature: float,
+    particles: int,
+    generator: torch.Generator | None = None,
+) -> list[Completion]:
+    """Draw `num_samples` completions from p(y)^(1/tau) / Z, exact as particles grow; few particles repeat.
+
+    `sampled_logp` is log p(y) / tau - log Z, with the run's estimate of log Z.
+    """
+    batch = Batch(model, [prompt_ids], [0] * particles, max_new_tokens, eos_token_id)
+    return draw_global(
+        batch, num_samples, global_temperature, np.random.default_rng(draw_seed(generator)), {}
+    )[0]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
@@ -123,18 +177,27 @@ class SampleConfig:
     """Flags of sample.py."""
 
     model: str = flag("out/dpl", "Folder or hub name of a model, or folder of an adapter.")
-    prompts: str = flag("data/society/prompts.jsonl", "Rows with a 'prompt': string or messages.")
-    out_file: str = flag("samples.jsonl", "Where to write one row a completion.")
+    prompts: str = flag("data/society/prompts.jsonl", "Rows with a 'prompt', or .txt with one a line.")
+    prompt: str | None = flag(None, "One prompt, in place of --prompts.")
+    chat: bool = flag(False, "Put string prompts into the chat template, as a user's message.")
+    out_file: str | None = flag(None, "Default: samples.jsonl, or for one prompt the terminal.")
     overwrite: bool = flag(False, "Replace --out_file.")
+    resume: bool = flag(False, "Continue --out_file where an interrupted run left it, or start it.")
+    format: str = flag("jsonl", "jsonl, messages, alpaca_eval (a .json file) or arena_hard (version 2).")
     num_samples: int = flag(16, "Completions per prompt.")
     max_new_tokens: int = flag(256, "Longest completion, in tokens.")
+    stop: list[str] | None = flag(None, "Strings that end a completion and are cut off its text.")
     temperature: float = flag(1.0, "Token temperature; 0 is greedy.")
     top_k: int = flag(0, "Keep the k likeliest tokens; 0 keeps all.")
     top_p: float = flag(1.0, "Keep the smallest set of tokens that holds this mass.")
     min_p: float = flag(0.0, "Keep tokens at least this share as likely as the likeliest.")
+    global_temperature: float | None = flag(None, "Temperature of whole texts, in place of the four above.")
+    particles: int = flag(128, "Texts grown side by side for --global_temperature.")
+    batch_size: int = flag(128, "Completions in one batch: lower it to save memory.")
     seed: int = flag(0, "Decides the samples.")
 
     def __post_init__(self) -> None:
+        tau = self.global_temperature
         for name, holds, wanted in (
             ("num_samples", self.num_samples >= 1, "at least 1"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
@@ -142,53 +205,162 @@ class SampleConfig:
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("global_temperature", tau is None or 0 < tau < math.inf, "a positive number"),
+            ("global_temperature", tau is None or self.temperature == 1, "given without --temperature"),
+            ("particles", tau is None or self.particles >= self.num_samples, "at least --num_samples"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("format", self.format in FORMATS, f"one of {', '.join(FORMATS)}"),
+            ("stop", all(self.stop or []), "strings that are not empty"),
+            ("resume", not (self.resume and self.overwrite), "given without --overwrite"),
         ):
             if not holds:
                 raise InputError(f"--{name} {getattr(self, name)}: must be {wanted}")
 
 
-def read_prompts(path: str) -> list[str | list[dict]]:
-    """The prompts of a file's rows, strings or message lists. Raises InputError naming the row."""
-    prompts = []
-    for where, row in read_rows(path):
-        prompt = row.get("prompt")
-        if isinstance(prompt, list) and prompt:
-            check_messages(prompt, where)
-        elif not isinstance(prompt, str):
-            raise InputError(f"{where}: needs a 'prompt', a string or a message list")
-        prompts.append(prompt)
-    return prompts
+def as_line(config: SampleConfig, row: dict, index: int, last: bool, text: str, stats: dict[str, Any]) -> str:
+    """Line `index` of the output: a sample of a prompt's row in the --format asked for."""
+    prompt = row["prompt"]
+    turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if config.format == "messages":
+        made = {"messages": [*turns, {"role": "assistant", "content": text}]} | stats
+    elif config.format == "alpaca_eval":
+        made = {"instruction": turns[-1]["content"], "output": text, "generator": config.model} | stats
+    elif config.format == "arena_hard":
+        answer = {"role": "assistant", "content": {"answer": text}}
+        made = {"uid": row.get("uid", prompt), "ans_id": str(index), "model": config.model}
+        made |= {"messages": [*turns, answer], "metadata": {"token_len": stats["tokens"]} | stats}
+    else:
+        made = {"prompt": prompt, "completion": text} | stats
+    line = json.dumps(made, ensure_ascii=False)
+    if config.format == "alpaca_eval":  # one JSON list
+        line = ("[" if index == 0 else " ") + line + ("]" if last else ",")
+    return line + "\n"
+
+
+def sample_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: list[list[int]],
+    numbers: Sequence[int],
+    config: SampleConfig,
+) -> list[tuple[str, dict[str, Any]]]:
+    """(text, statistics) of every sample of the prompts of these numbers, prompt by prompt."""
+    room, ends, stop, found = config.max_new_tokens, end_tokens(model, tokenizer), config.stop or [], []
+    law = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    reach = max((len(s.encode()) for s in stop), default=0) + 1  # tokens that a stop string may lie over
+
+    def stopped(tokens: list[int]) -> bool:
+        text = tokenizer.decode(tokens[-reach:])
+        return any(s in text for s in stop)
+
+    if tau := config.global_temperature:
+        for n in numbers:
+            batch = Batch(model, [encoded[n]], [0] * config.particles, room, ends, stopped if stop else None)
+            stream = np.random.default_rng([config.seed, n])
+            drawn, ess, log_z = draw_global(batch, config.num_samples, tau, stream, law)
+            found += [(c, {"ess": ess, "log_z": log_z}) for c in drawn]
+    else:
+        rows = [(n, sample) for n in numbers for sample in range(config.num_samples)]
+        for start in range(0, len(rows), config.batch_size):
+            part = rows[start : start + config.batch_size]
+            prompts = sorted({n for n, _ in part})
+            owner = [prompts.index(n) for n, _ in part]
+            batch = Batch(model, [encoded[n] for n in prompts], owner, room, ends, stopped if stop else None)
+            streams = [np.random.default_rng([config.seed, *row]) for row in part]
+            found += [(c, {}) for c in draw_rows(batch, streams, law)]
+    result = []
+    for c, extra in found:
+        text = decode_continuation(c.tokens[: -1 if c.finish == "eos" else None], tokenizer)
+        if c.finish == "stop":
+            text = text[: min((text.find(s) for s in stop if s in text), default=None)]
+        stats = {"tokens": len(c.tokens), "logp": c.logp, "sampled_logp": c.sampled_logp} | extra
+        stats = {name: round(value, 4) for name, value in stats.items()} | {"finish": c.finish}
+        result.append((text, stats))
+    return result
+
+
+def open_out_file(out: Path, config: SampleConfig, prompts: int, chunk: int) -> int:
+    """How many prompts an interrupted run has answered in `out`, which is cut after them; 0 in a new file.
+
+    The run's flags lie beside it until it is done. Raises InputError if they were others.
+    """
+    beside = Path(f"{out}.flags.jsonl")
+    flags = {name: value for name, value in asdict(config).items() if name not in FREE}
+    for _, saved in read_rows(beside) if config.resume and beside.exists() else ():
+        for name, value in flags.items():
+            if saved.get(name) != value:
+                raise InputError(
+                    f"--{name} {value}: the run to --resume had {saved.get(name)}; give the same"
+                )
+    with write_whole(beside) as file:
+        file.write(json.dumps(flags) + "\n")
+    lines = out.read_bytes().splitlines(keepends=True) if config.resume and out.exists() else []
+    done = sum(line.endswith(b"\n") for line in lines) // config.num_samples
+    done = prompts if done >= prompts else done // chunk * chunk  # the batches of a run that never stopped
+    with write_whole(out, "wb") as file:
+        file.writelines(lines[: done * config.num_samples])
+    return done
 
 
 def main() -> None:
-    """Sample every prompt of a file."""
+    """Sample every prompt of a file, or one prompt to the terminal."""
     config = parse(SampleConfig, __doc__)
-    if Path(config.out_file).is_dir():
-        raise InputError(f"--out_file {config.out_file}: is a folder")
-    if Path(config.out_file).exists() and not config.overwrite:
-        raise InputError(f"--out_file {config.out_file}: exists; --overwrite replaces it")
-    prompts = read_prompts(config.prompts)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(config.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    ends = end_tokens(model, tokenizer)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rows = read_prompts(config.prompts) if config.prompt is None else [{"prompt": config.prompt}]
+    for row in rows:
+        if config.chat and isinstance(row["prompt"], str):
+            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    out = Path(config.out_file or "samples.jsonl") if config.out_file or len(rows) > 1 else None
+    if out and out.is_dir():
+        raise InputError(f"--out_file {out}: is a folder")
+    if out and rank == 0 and out.exists() and not (config.overwrite or config.resume):
+        raise InputError(f"--out_file {out}: exists; --overwrite replaces it, --resume continues it")
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    model, tokenizer = load_model(config.model, device, torch.bfloat16 if cuda else torch.float32)
     try:
-        encoded = encode_prompts(prompts, tokenizer)
+        encoded = encode_prompts([row["prompt"] for row in rows], tokenizer)
     except InputError as error:
-        raise InputError(f"{config.prompts}: {error}") from None
-    with write_whole(config.out_file) as file:
-        for number, (prompt, ids) in enumerate(
-            zip(tqdm(prompts, unit="prompt", disable=None), encoded, strict=True)
-        ):
-            generator = torch.Generator(device).manual_seed(config.seed + 1000003 * number)
-            law = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-            for c in sample(
-                model, ids, config.num_samples, config.max_new_tokens, ends, generator=generator, **law
-            ):
-                text = decode_continuation(c.tokens[:-1] if c.finish == "eos" else c.tokens, tokenizer)
-                row = {"prompt": prompt, "completion": text, "tokens": len(c.tokens)}
-                row |= {"logp": c.logp, "sampled_logp": c.sampled_logp, "finish": c.finish}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    print(f"wrote {len(prompts) * config.num_samples:,} completions to {config.out_file}")
+        raise InputError(f"{config.prompts if config.prompt is None else '--prompt'}: {error}") from None
+    longest = max(map(len, encoded)) + config.max_new_tokens - 1  # the last token is never fed
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and longest > limit:
+        raise InputError(
+            f"--max_new_tokens {config.max_new_tokens}: {longest} positions, the model has {limit}"
+        )
+    if max(map(max, encoded)) >= model.get_input_embeddings().weight.shape[0]:
+        raise InputError(f"--model {config.model}: its tokenizer has tokens that it has no embeddings for")
+
+    count, total = config.num_samples, config.num_samples * len(rows)
+    chunk = max(1, config.batch_size // count)  # prompts that a process takes at a time
+    done = [open_out_file(out, config, len(rows), chunk) if out and rank == 0 else 0]
+    if world > 1:
+        dist.init_process_group("gloo")
+        dist.broadcast_object_list(done)
+    file = out.open("a", encoding="utf-8") if out and rank == 0 else None
+    bar = tqdm(total=len(rows), initial=done[0], unit="prompt", disable=None if file else True)
+    for first in range(done[0], len(rows), chunk * world):
+        start = first + rank * chunk
+        found = sample_prompts(model, tokenizer, encoded, range(start, min(start + chunk, len(rows))), config)
+        if world > 1:
+            parts = [None] * world if rank == 0 else None
+            dist.gather_object(found, parts)
+            found = [sample for part in parts or [] for sample in part]
+        for index, (text, stats) in enumerate(found, first * count):
+            if file:
+                file.write(as_line(config, rows[index // count], index, index + 1 == total, text, stats))
+            else:
+                print(f"--- {', '.join(f'{name} {value}' for name, value in stats.items())}\n{text}\n")
+        if file:
+            file.flush()
+        bar.update(len(found) // count)
+    if world > 1:
+        dist.destroy_process_group()
+    if file:
+        file.close()
+        Path(f"{out}.flags.jsonl").unlink()
+        print(f"wrote {total:,} completions to {out}")
 
 
 if __name__ == "__main__":
