@@ -99,23 +99,12 @@ def make_results() -> dict[str, dict]:
 def draw(results: dict[str, dict], path: Path) -> None:
     """Utility against KL, and the distance to the population where raters agree and where they do not."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for (label, found), marker in zip(results.items(), "*os^Dv", strict=True):
-        (x, dx), (y, dy) = found["kl"], found["utility"]
-        left.errorbar(
-            x,
-            100 * y,
-            100 * dy,
-            dx,
-            marker=marker,
-            ls="",
-            ms=9,
-            color="0.2",
-            mfc="0.8",
-            capsize=3,
-            label=label,
-        )
+    for label, marker in zip(METHODS, "os^Dv", strict=True):
+        (x, dx), (y, dy) = results[label]["kl"], results[label]["utility"]
+        style = {"marker": marker, "ls": "", "ms": 9, "color": "0.2", "mfc": "0.8", "capsize": 3}
+        left.errorbar(x, 100 * y, 100 * dy, dx, label=label, **style)
     left.set(xlabel="KL(policy || reference), nats", ylabel="preferred to the reference's answer, %")
-    left.legend(frameon=False, fontsize=9)
+    left.legend(frameon=False, fontsize=9, loc="lower right")
     places = np.arange(len(results))
     for shift, part, shade, label in (
         (-0.2, "_agreed", "0.35", "debates with φ < 0.5"),
