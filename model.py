@@ -28,7 +28,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -60,15 +59,11 @@ class Stats(NamedTuple):
 
 
 def load_model(
-    path: str | Path,
-    device: str = "cpu",
-    dtype: torch.dtype | str = torch.float32,
-    trust_remote_code: bool = False,
+    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer, from a folder or the hub; an adapter's folder gives its base, merged.
 
-    Only safetensors weights are read; dtype "auto" is the files' own. Raises InputError if either cannot be
-    loaded whole.
+    Only safetensors weights are read. Raises InputError if either cannot be loaded whole.
     """
     path = str(path)
     if (Path(path) / "adapter_config.json").is_file():
@@ -349,19 +344,16 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def shard(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, mixed: bool) -> None:
+def shard(model: PreTrainedModel, device: torch.device, mixed: bool) -> None:
     """Cut a model on the CPU into one piece a process (FSDP2), in place, on `device`.
 
-    Frozen weights become `dtype`, trained ones float32, gathered as bfloat16 if `mixed`. Loaded with dtype
-    "auto", weights are pages of their files, one copy a node; here they are cast, moved and cut a layer at a
-    time, so that no process ever holds more than its own piece and one layer.
+    Weights move and are cut a layer at a time: no device holds more than its piece and one layer. On the CPU,
+    weights loaded in their file's own dtype are pages of that file, one copy a node; in another dtype each
+    process has a copy until then. Trained weights are gathered as bfloat16 if `mixed`.
     """
     mesh = init_device_mesh(device.type, (world(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
     for module in [*decoder_layers(model), model]:
-        for p in module.parameters():
-            if not isinstance(p, DTensor):
-                p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
         # the root, too, lets go of what it gathered: a checkpoint after an evaluation must find shards
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)  # a sum: losses are divided by the global batch already

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -76,6 +77,7 @@ def joined() -> Iterator[None]:
             raise
         if ours and failures == 1:
             complain(error)
+        sys.stdout.flush()
         os._exit(2)  # at once: the usual way out would wait for processes that wait for this one
     finally:
         for number, handler in handlers.items():

@@ -64,14 +64,12 @@ def _fill(rows: Sequence[int], tokens: dict[int, int], budget: int) -> list[list
     return groups
 
 
-def digest_model(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
-    """SHA-256 of what a model computes with: its configuration, and every weight, as `dtype` if given."""
-    skip = ("dtype", "transformers_version")
-    config = {k: v for k, v in model.config.to_dict().items() if k[0] != "_" and k not in skip}
+def digest_model(model: PreTrainedModel) -> str:
+    """SHA-256 of what a model computes with: its configuration and every weight."""
+    config = {k: v for k, v in model.config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
     autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     found = hashlib.sha256(json.dumps([config, autocast]).encode())
     for name, weight in model.state_dict().items():
-        weight = weight.to(dtype) if dtype and weight.is_floating_point() else weight
         found.update(digest({name: weight}).encode())
     return found.hexdigest()
 

@@ -239,9 +239,8 @@ def train(
     dtype = torch.bfloat16 if half and config.lora_rank else torch.float32
     mixed = half and not config.lora_rank
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed)
-    merges = (Path(config.model) / "adapter_config.json").is_file()
-    how = ("cpu", dtype if merges else "auto") if fsdp else (str(device), dtype)  # shard() casts and moves
-    model, tokenizer = load_model(config.model, *how, config.trust_remote_code)
+    place = "cpu" if fsdp else str(device)  # whole, the model need not fit on a device
+    model, tokenizer = load_model(config.model, place, dtype, config.trust_remote_code)
     check_packable(model, config.model)
     examples = load(config.data, tokenizer, config.max_length)
     held_out = load(config.eval_data, tokenizer, config.max_length) if config.eval_data else []
@@ -256,7 +255,7 @@ def train(
     if world() > min(size, len(held_out) or size):
         raise InputError(f"{world()} processes need as many pairs in --batch_size and in --eval_data")
     with autocast:
-        facts = {"model": digest_model(model, dtype), "data": digest_examples(examples)}
+        facts = {"model": digest_model(model), "data": digest_examples(examples)}
     if any(other != facts for other in gathered(facts)):
         raise InputError(f"--model {config.model}, --data {config.data}: not the same for all processes")
     facts["config"] = asdict(config)
@@ -267,7 +266,7 @@ def train(
     if config.checkpoint_activations:
         checkpoint_activations(model)
     if fsdp:
-        shard(model, device, dtype, mixed)
+        shard(model, device, mixed)
     budget = config.micro_batch_tokens
     with autocast, lora_disabled(model):
         cache = (out.parent / "reference", budget, facts["model"])

@@ -6,8 +6,6 @@ torchrun --nproc_per_node 2 bench/fsdp_memory.py
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -21,10 +19,10 @@ from preferences import pack  # noqa: E402
 def main() -> None:
     """Print each process's share, frozen base with adapter and all weights trained."""
     for name, rank in (("LoRA, r = 8", 8), ("all weights", 0)):
-        model, _ = load_model(ROOT / "data/society/reference", dtype="auto")
+        model, _ = load_model(ROOT / "data/society/reference")
         if rank:
             add_lora(model, rank, 8.0)
-        shard(model, own_device(), torch.float32, mixed=False)
+        shard(model, own_device(), mixed=False)
         pair_stats(model, pack([([5, 6], [7, 8, 9], [7, 9])])).logp.sum().backward()
         weights = list(model.parameters())
         held = sum(local(weight).untyped_storage().nbytes() for weight in weights)

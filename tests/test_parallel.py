@@ -77,19 +77,17 @@ def same(found, wanted):
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=0)
     files = [{path.name for path in Path(config.out_dir).glob("*")} for config in (found, wanted)]
     assert files[0] == files[1]
-    for name in ("config.json", "adapter_config.json"):
-        if name in files[0]:
-            assert json.loads(Path(found.out_dir, name).read_text()) == json.loads(
-                Path(wanted.out_dir, name).read_text()
-            )
+    for name in {"config.json", "adapter_config.json"} & files[0]:
+        ours, theirs = (json.loads(Path(c.out_dir, name).read_text()) for c in (found, wanted))
+        assert ours == theirs
 
 
 @pytest.fixture
 def runs(tmp_path):
     """(name, parallel, processes) -> the config of a finished run.
 
-    "half" ones of two processes stopped at half way, and those of four went on from there; "lean" ones recompute
-    activations.
+    "half" ones of two processes stopped at half way, and those of four went on from there; "lean" ones
+    recompute activations.
     """
     folder = tmp_path / "runs"
     folder.mkdir()
@@ -98,7 +96,7 @@ def runs(tmp_path):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model, tokenizer = load_model(ROOT / "data/society/reference")
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
-    model.half().save_pretrained(folder / "model")  # its head is tied, its file not of the dtype trained in
+    model.half().save_pretrained(folder / "model")  # its head is tied
     tokenizer.save_pretrained(folder / "model")
 
     def config(name, parallel, world, **flags):
@@ -127,8 +125,9 @@ def runs(tmp_path):
             lean = {"checkpoint_activations": True}
             some |= {(f"lean {k}", "fsdp", 2): config(f"lean {k}", "fsdp", 2, **lean) for k in KINDS}
         else:
-            moved = [copied(made[f"half {k}", p, 2], folder / "resumed on 4" / f"{k}-{p}") for k, p in kinds]
-            some |= {(f"half {k}", p, 4): config for (k, p), config in zip(kinds, moved, strict=True)}
+            for kind, parallel in kinds:
+                place = folder / "resumed on 4" / f"{kind}-{parallel}"
+                some[f"half {kind}", parallel, 4] = copied(made[f"half {kind}", parallel, 2], place)
         run_many(world, list(some.values()))
         made |= some
     return made
@@ -174,11 +173,16 @@ def torchrun(*words):
     return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_one_process_s_bad_input_ends_all_in_one_line(tmp_path):
-    done = torchrun("train_dpl.py", "--data", tmp_path / "missing.jsonl", "--out_dir", tmp_path / "run")
+@pytest.mark.parametrize("name", ["missing.jsonl", "rows.jsonl"])
+def test_bad_input_ends_all_processes_in_one_line(tmp_path, name):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 2)
+    # the second data file is good, but there is no writing below it: only rank 0 finds out
+    data, out = tmp_path / name, tmp_path / "rows.jsonl" / "run"
+    done = torchrun("train_dpl.py", "--data", data, "--out_dir", out)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode != 0 and errors == [f"error: {tmp_path}/missing.jsonl: no such file"]
-    assert not (tmp_path / "run").exists()
+    assert done.returncode != 0 and len(errors) == 1 and name in errors[0]
+    assert done.stderr.count("Traceback") == 1  # torchrun's own
+    assert list(tmp_path.iterdir()) == [tmp_path / "rows.jsonl"]
 
 
 def test_fsdp_holds_half_of_the_weights_on_each_of_two_processes():
