@@ -6,6 +6,7 @@ so that a reader never meets half of one and an interrupted run never harms what
 
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 import shlex
@@ -30,10 +31,16 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except (InputError, OSError) as error:  # OSError: no room, no permission, a folder in a file's place
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's processes all read the same bad flags
+            complain(error)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def complain(error: Exception) -> None:
+    """An error as one line on stderr."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
 def refuse(message: str) -> None:
@@ -118,7 +125,7 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
             except ImportError:
                 raise InputError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
             try:
-                rows = pyarrow.parquet.read_table(path).to_pylist()
+                rows = pyarrow.parquet.read_table(path, page_checksum_verification=True).to_pylist()
             except (pyarrow.ArrowException, OSError) as error:
                 raise InputError(f"{path}: not a readable parquet file: {error}") from None
             yield from enumerate(rows, 1)
@@ -151,6 +158,24 @@ def write_whole(path: str | Path, mode: str = "w") -> Iterator[IO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> str:
+    """Write a safetensors file, whole or not at all; returns its SHA-256."""
+    from safetensors.torch import save  # here: scripts that only read rows start without torch
+
+    # in memory first: save_file renames a file of its own over ours, unsynced and for its owner's eyes only
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    with write_whole(path, "wb") as file:
+        file.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest(tensors: dict[str, Any]) -> str:
+    """SHA-256 of tensors' names, shapes, dtypes and values."""
+    from safetensors.torch import save
+
+    return hashlib.sha256(save({name: tensor.contiguous() for name, tensor in tensors.items()})).hexdigest()
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from files import InputError, write_json, write_whole
+import parallel
+from files import InputError, digest, write_json, write_tensors
 
 
 class LoRALinear(nn.Module):
@@ -31,10 +31,10 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base, self.scale, self.dropout, self.enabled = base, alpha / rank, dropout, True
         out_size, in_size = base.weight.T.shape if isinstance(base, Conv1D) else base.weight.shape
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, in_size, device=device))  # float32 whatever the base:
-        self.lora_B = nn.Parameter(torch.zeros(out_size, rank, device=device))  # bf16 loses small updates
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        # float32 whatever the base: bf16 loses small updates; drawn on the CPU: the same start on any device
+        a = nn.init.kaiming_uniform_(torch.empty(rank, in_size), a=math.sqrt(5))
+        self.lora_A = nn.Parameter(a.to(base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(out_size, rank, device=base.weight.device))
         self.train(base.training)  # a new module would start with its dropout on
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,12 +106,15 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 
 def save_lora(model: nn.Module, folder: str | Path, base_model: str) -> None:
-    """Write adapter_model.safetensors and adapter_config.json as PEFT, TRL and vLLM read them."""
+    """Write adapter_model.safetensors and adapter_config.json as PEFT, TRL and vLLM read them.
+
+    All processes must call it; rank 0 writes. The weights' metadata holds a checksum that load_lora compares.
+    """
     folder, layers = Path(folder), dict(lora_layers(model))
     if not layers:
         raise ValueError("the model has no LoRA layers to save")
     tensors = {
-        f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach().cpu().contiguous()
+        f"base_model.model.{name}.{part}.weight": parallel.whole(getattr(layer, part).detach()).cpu()
         for name, layer in layers.items()
         for part in ("lora_A", "lora_B")
     }
@@ -129,9 +132,15 @@ def save_lora(model: nn.Module, folder: str | Path, base_model: str) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    with write_whole(folder / "adapter_model.safetensors", "wb") as file:
-        save_file(tensors, file.name, metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", config)
+    if parallel.rank() == 0:
+        metadata = {"format": "pt", "sha256": checksum(tensors, config)}
+        write_tensors(folder / "adapter_model.safetensors", tensors, metadata)
+        write_json(folder / "adapter_config.json", config)
+
+
+def checksum(tensors: dict[str, Tensor], config: dict[str, Any]) -> str:
+    """SHA-256 of an adapter's weights and of the scale that it is applied with."""
+    return digest(tensors | {"scale": torch.tensor(config["lora_alpha"] / config["r"])})
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
@@ -144,7 +153,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
             raise InputError(f"{path}: only plain LoRA adapters are read (no DoRA, rsLoRA or rank patterns)")
         if not (isinstance(config["r"], int) and config["r"] > 0 and config["lora_alpha"] + 0.0 > 0):
             raise InputError(f"{path}: r must be a positive whole number and lora_alpha a positive number")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: not a LoRA adapter's configuration: {error!r}") from None
     return config
 
@@ -156,7 +165,9 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     config, path = read_adapter_config(folder), Path(folder) / "adapter_model.safetensors"
     try:
-        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+            expected = (file.metadata() or {}).get("sha256")  # PEFT writes none
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     found: dict[str, dict[str, Tensor]] = {}
@@ -173,4 +184,6 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
                 shape = None if tensor is None else tuple(tensor.shape)
                 raise InputError(f"{path}: {name}.{part} is {shape}, this model needs {tuple(weight.shape)}")
             weight.data.copy_(tensor)
+    if expected not in (None, checksum(tensors, config)):
+        raise InputError(f"{path}: damaged, or not the weights of its adapter_config.json")
     return model

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,10 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -39,6 +43,7 @@ from transformers.utils import logging as transformers_logging
 
 from files import InputError
 from lora import load_lora, merge_lora, read_adapter_config
+from parallel import world
 from preferences import Packed, pack
 
 transformers_logging.disable_progress_bar()  # a small model loads faster than its bar draws
@@ -65,8 +70,8 @@ def load_model(
         base = read_adapter_config(path).get("base_model_name_or_path")
         if not isinstance(base, str):
             raise InputError(f"--model {path}: adapter_config.json names no base_model_name_or_path")
-        model, _ = load_model(base, device, dtype, trust_remote_code)
-        return merge_lora(load_lora(model, path)), _load_tokenizer(path, trust_remote_code)
+        model, _ = load_model(base, "cpu", dtype, trust_remote_code)  # a GPU would round the sum its own way
+        return merge_lora(load_lora(model, path)).to(device), _load_tokenizer(path, trust_remote_code)
     if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
         raise InputError(f"--model {path}: no *.safetensors weights there (other formats are not read)")
     tokenizer = _load_tokenizer(path, trust_remote_code)
@@ -269,6 +274,11 @@ def pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) ->
     For examples with one completion, (examples, 1). `model` is any transformers causal LM whose layers go
     through the library's attention interface; check_packable tells.
     """
+    run = getattr(model, "pair_stats", partial(_pair_stats, model))  # the first is shard()'s
+    return run(packed, entropy)
+
+
+def _pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) -> Stats:
     if model.config._attn_implementation != "packed":
         model.set_attn_implementation("packed")
     device = model.get_input_embeddings().weight.device
@@ -287,7 +297,8 @@ def pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) ->
     size = len(packed.lengths) * packed.completions
 
     def per_completion(values: Tensor) -> Tensor:
-        return values.new_zeros(size).index_add(0, packed.column, values).view(-1, packed.completions)
+        flat = values.new_zeros(size).index_add(0, packed.column, values)
+        return flat.view(-1, packed.completions).clone()  # FSDP hooks what leaves, and warns of views
 
     length = per_completion(torch.ones_like(h))
     return Stats(per_completion(logp), length, per_completion(h) / length if entropy else None)
@@ -319,3 +330,32 @@ def check_packable(model: PreTrainedModel, path: str) -> None:
         reason = "it attends in chunks by index"
     if reason:
         raise InputError(f"--model {path}: {type(model).__name__} cannot be packed: {reason}")
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that a transformers model names as its indivisible ones."""
+    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let each layer keep its input only and run again in the backward pass, in place."""
+    for layer in decoder_layers(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def shard(model: PreTrainedModel, device: torch.device, mixed: bool) -> None:
+    """Cut a model on the CPU into one piece a process (FSDP2), in place, on `device`.
+
+    Weights move and are cut a layer at a time: no device holds more than its piece and one layer. On the CPU,
+    weights loaded in their file's own dtype are pages of that file, one copy a node; in another dtype each
+    process has a copy until then. Trained weights are gathered as bfloat16 if `mixed`.
+    """
+    mesh = init_device_mesh(device.type, (world(),))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
+    for module in [*decoder_layers(model), model]:
+        # the root, too, lets go of what it gathered: a checkpoint after an evaluation must find shards
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        module.set_gradient_divide_factor(1.0)  # a sum: losses are divided by the global batch already
+        module.set_force_sum_reduction_for_comms(True)
+    model.pair_stats = partial(_pair_stats, model)
+    register_fsdp_forward_method(model, "pair_stats")  # weights are gathered around such methods only

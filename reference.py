@@ -5,23 +5,25 @@ its log-probabilities, lengths and entropies to a cache that later runs on the s
 second model is in memory, and a sweep over alpha computes nothing twice.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from files import write_whole
+from files import digest, write_tensors
 from model import Stats, pair_stats
+from parallel import rank, summed, world
 from preferences import pack
 
+EXCHANGE = 16  # micro-batches between exchanges of what the processes found
 SAVE_SECONDS = 60  # between saves of an unfinished reference pass
 
 
@@ -30,69 +32,98 @@ def count_tokens(example: Sequence[list[int]]) -> int:
     return sum(map(len, example)) - len(example) + 1
 
 
-def micro_batches(rows: Sequence[int], examples: Sequence, budget: int) -> Iterator[list[int]]:
-    """Split rows into groups of at most `budget` tokens (a larger example goes alone), alike in length."""
-    group, size = [], 0
-    for row in sorted(rows, key=lambda row: count_tokens(examples[row])):
-        tokens = count_tokens(examples[row])
-        if group and size + tokens > budget:
-            yield group
-            group, size = [], 0
-        group.append(row)
-        size += tokens
-    if group:
-        yield group
+def micro_batches(
+    rows: Sequence[int], examples: Sequence, budget: int, rank: int = 0, world: int = 1
+) -> list[list[int]]:
+    """One process's groups of rows, alike in length, at most `budget` tokens each (a larger row goes alone).
+
+    All processes get near-equal tokens and, since FSDP's gathers are everyone's, equally many groups; for
+    that two rows may have to share a group beyond the budget. Needs at least `world` rows.
+    """
+    tokens = {row: count_tokens(examples[row]) for row in rows}
+    order = sorted(rows, key=tokens.__getitem__)
+    shares = [_fill(order[first::world], tokens, budget) for first in range(world)]
+    count, mine = min(max(map(len, shares)), len(order) // world), shares[rank]
+    if len(mine) > count:  # by one at most: shares differ by a row
+        mine[:2] = [mine[0] + mine[1]]
+    while len(mine) < count:
+        most = max(mine, key=len)
+        mine.remove(most)
+        mine += [most[::2], most[1::2]]
+    return mine
 
 
-def fingerprint(model: PreTrainedModel, examples: Sequence[Sequence[list[int]]]) -> str:
-    """What a reference cache depends on: every weight, its dtype, and every token id."""
+def _fill(rows: Sequence[int], tokens: dict[int, int], budget: int) -> list[list[int]]:
+    groups, size = [], math.inf
+    for row in rows:
+        if size + tokens[row] > budget:
+            groups.append([])
+            size = 0
+        groups[-1].append(row)
+        size += tokens[row]
+    return groups
+
+
+def digest_model(model: PreTrainedModel) -> str:
+    """SHA-256 of what a model computes with: its configuration and every weight."""
     config = {k: v for k, v in model.config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
-    digest = hashlib.sha256(json.dumps([config, torch.is_autocast_enabled(model.device.type)]).encode())
+    autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    found = hashlib.sha256(json.dumps([config, autocast]).encode())
     for name, weight in model.state_dict().items():
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        found.update(digest({name: weight}).encode())
+    return found.hexdigest()
+
+
+def digest_examples(examples: Sequence[Sequence[list[int]]]) -> str:
+    """SHA-256 of every token id."""
+    found = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps(example).encode())
-    return digest.hexdigest()
+        found.update(json.dumps(example).encode())
+    return found.hexdigest()
 
 
 @torch.no_grad()
-def reference_stats(model: PreTrainedModel, examples: Sequence, folder: Path, budget: int) -> Stats:
+def reference_stats(
+    model: PreTrainedModel, examples: Sequence, folder: Path, budget: int, model_key: str | None = None
+) -> Stats:
     """The reference's Stats of every example, (examples, 2) on the CPU, from the cache in `folder` if there.
 
-    The file is named by its fingerprint, so another model's or data set's is never read. A pass that was
-    interrupted goes on where it stood; a damaged file is computed anew.
+    The file is named by a digest of the examples and the model (`model_key`, if taken before an adapter was
+    added), so another's is never read. An interrupted pass goes on where it stood; a damaged file is written
+    anew. Processes share the work.
     """
-    key = fingerprint(model, examples)
+    keys = f"{model_key or digest_model(model)} {digest_examples(examples)}"
+    key = hashlib.sha256(keys.encode()).hexdigest()
     path = folder / f"{key[:32]}.safetensors"
-    stats = {name: torch.full((len(examples), 2), math.nan) for name in Stats._fields}
-    try:
-        with safe_open(path, "pt") as file:
-            found = {name: file.get_tensor(name) for name in Stats._fields}
-            if file.metadata()["fingerprint"] == key and all(found[k].shape == stats[k].shape for k in stats):
-                stats = found
-    except (OSError, SafetensorError, KeyError, TypeError):
-        pass
+    stats = torch.full((len(Stats._fields), len(examples), 2), math.nan)
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+        found = {name: file.get_tensor(name) for name in Stats._fields}
+        if file.metadata() == {"fingerprint": key, "sha256": digest(found)}:
+            stats = torch.stack(list(found.values()))
+    stats = summed(stats if rank() == 0 else torch.zeros_like(stats))  # what rank 0 could read
 
-    def save() -> None:
-        with write_whole(path, "wb") as file:
-            save_file(stats, file.name, metadata={"fingerprint": key})
-
-    missing = stats["logp"].isnan().any(1).nonzero().flatten().tolist()
-    bar = tqdm(total=len(missing), desc="reference pass", unit="pair", disable=None)
-    saved = time.monotonic()
-    for rows in micro_batches(missing, examples, budget):
-        found = pair_stats(model, pack([examples[row] for row in rows]), entropy=True)
-        for name, value in found._asdict().items():
-            stats[name][rows] = value.float().cpu()
-        bar.update(len(rows))
-        if time.monotonic() - saved > SAVE_SECONDS:
-            save()
+    missing = stats[0].isnan().any(1)
+    count = int(missing.sum())
+    # one row a process at least, be it one that is known
+    rows = (~missing).argsort(stable=True).tolist()[: max(count, world())] if count else []
+    groups = micro_batches(rows, examples, budget, rank(), world()) if rows else []
+    bar = tqdm(total=count, desc="reference pass", unit="pair", disable=rank() > 0 or None)
+    new, saved = torch.zeros_like(stats), time.monotonic()
+    for index, group in enumerate(groups, 1):
+        found = pair_stats(model, pack([examples[row] for row in group]), entropy=True)
+        new[:, group] = torch.stack(found).float().cpu()
+        bar.update(len(group) * world())
+        if index % EXCHANGE and index < len(groups):
+            continue
+        new = summed(new)
+        stats = torch.where(new[1] > 0, new, stats)  # a length is never 0
+        new.zero_()
+        if rank() == 0 and (index == len(groups) or time.monotonic() - saved > SAVE_SECONDS):
+            tensors = dict(zip(Stats._fields, stats, strict=True))
+            write_tensors(path, tensors, {"fingerprint": key, "sha256": digest(tensors)})
             saved = time.monotonic()
     bar.close()
-    if missing:
-        save()
-    return Stats(**stats)
+    return Stats(*stats)
 
 
 def take(stats: Stats | None, rows: list[int], device: torch.device) -> Stats | None:

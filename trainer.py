@@ -1,36 +1,43 @@
 """The one training loop, and the reference pass before it.
 
-    a global batch of pairs -> micro-batches by a token budget -> the mean loss's gradient -> an update
+    a global batch of pairs -> a share a process -> micro-batches by a token budget -> the mean loss's
+    gradient, summed over processes once -> an update
 
 What a step does is a function of (seed, step) alone: the batch is a slice of an endless stream of shuffles
 and dropout is reseeded, so a resumed run is the run that was never interrupted. The gradient is that of the
 mean over the batch's pairs however they are split. Row s of metrics.jsonl is the policy after s updates.
+
+    python train_dpl.py                                         # one process
+    torchrun --nproc_per_node 8 train_dpl.py                    # eight, each with the whole model
+    torchrun --nproc_per_node 8 train_dpl.py --parallel fsdp    # eight, each with an eighth of it
 """
 
+import importlib.util
 import json
 import math
 import os
 import resource
-import shutil
+import signal
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from files import InputError, flag, naming, write_json, write_whole
-from lora import add_lora, lora_layers, save_lora
-from model import Stats, check_packable, load_model, pair_stats
+from checkpoint import export, go_back, open_run, save_checkpoint, start_files
+from files import InputError, flag, naming
+from lora import add_lora, lora_disabled, lora_layers
+from model import Stats, check_packable, checkpoint_activations, load_model, pair_stats, shard
+from parallel import gathered, joined, note_signals, own_device, rank, reduced, sum_gradients, whole, world
 from preferences import pack, read_pairs, tokenize
-from reference import count_tokens, micro_batches, reference_stats, take
+from reference import count_tokens, digest_examples, digest_model, micro_batches, reference_stats, take
 
 # (policy, reference) -> losses and reward margins, each (pairs,)
 Objective = Callable[[Stats, Stats | None], tuple[Tensor, Tensor | None]]
@@ -39,9 +46,10 @@ CHOICES = {
     "schedule": ("constant", "linear", "cosine"),
     "optimizer": ("adamw", "rmsprop"),
     "dtype": ("auto", "float32", "bfloat16"),
+    "parallel": ("ddp", "fsdp"),
 }
-# flags that may change between a run and its --resume
-FREE = {"out_dir", "overwrite", "resume", "max_steps", "epochs", "log_every", "eval_every", "save_every"}
+# dense bfloat16 FLOP/s, by a word of the GPU's name
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 @dataclass
@@ -72,6 +80,11 @@ class TrainConfig:
     log_every: int = flag(10, "Steps between rows of metrics.jsonl.")
     eval_every: int = flag(100, "Steps between evaluations, which also come first and last.")
     save_every: int = flag(100, "Steps between checkpoints; one also comes last.")
+    keep: int = flag(2, "Checkpoints to keep: the newest ones.")
+    parallel: str = flag("ddp", "With torchrun: ddp (each process the whole model) or fsdp (a share of it).")
+    checkpoint_activations: bool = flag(False, "Save memory: run each layer again in the backward pass.")
+    wandb: bool = flag(False, "Log to Weights & Biases too.")
+    tensorboard: bool = flag(False, "Log to --out_dir/tensorboard too.")
     dtype: str = flag("auto", "float32, bfloat16 or auto: bfloat16 on CUDA, else float32.")
     trust_remote_code: bool = flag(False, "Let the model's folder or hub page run its own code.")
 
@@ -83,6 +96,7 @@ class TrainConfig:
             "log_every",
             "eval_every",
             "save_every",
+            "keep",
         ):
             self.require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lora_rank", "max_steps", "warmup_steps", "max_grad_norm"):
@@ -93,6 +107,11 @@ class TrainConfig:
         self.require("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
         for name, choices in CHOICES.items():
             self.require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        torchrun = self.parallel == "ddp" or "RANK" in os.environ
+        self.require("parallel", torchrun, "started by torchrun")
+        for name in ("wandb", "tensorboard"):
+            if getattr(self, name) and not importlib.util.find_spec(name):
+                raise InputError(f"--{name}: needs its package: pip install {name}")
         self.require("resume", not (self.resume and self.overwrite), "given without --overwrite")
 
     def require(self, name: str, holds: bool, wanted: str) -> None:
@@ -130,11 +149,16 @@ def measure(
 ) -> dict[str, float]:
     """Means over `rows` of the loss and what explains it; with gradients on, adds the mean loss's gradient.
 
+    Each process measures its share of the rows; the means are of all of them.
+
     `kl` is the mean of log pi_ref - log pi over completions: an estimate of KL(pi_ref || pi), in nats a
     sequence, if the reference wrote the completions, else only the policy's drift away from them.
     """
     total: defaultdict[str, float] = defaultdict(float)
-    for group in micro_batches(rows, examples, budget):
+    groups = micro_batches(rows, examples, budget, rank(), world())
+    for group in groups:
+        if isinstance(model, FSDPModule):  # it sums gradients over processes during a backward pass
+            model.set_requires_gradient_sync(group is groups[-1])
         policy = pair_stats(model, pack([examples[row] for row in group]))
         known = take(reference, group, policy.logp.device)
         losses, margins = objective(policy, known)
@@ -152,7 +176,7 @@ def measure(
             values["kl"] = (known.logp - policy.logp).mean(1)
         for name, value in values.items():
             total[name] += value.detach().sum().item() / len(rows)
-    return dict(total)
+    return dict(zip(total, reduced(list(total.values())), strict=True))
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -165,66 +189,6 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     return config.lr * (left if config.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
-def save_checkpoint(folder: Path, step: int, config: TrainConfig, model: nn.Module, optimizer: Any) -> None:
-    """Write trained weights, optimizer state and step beside the old checkpoint, then take its place."""
-    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    for name, p in model.named_parameters():
-        tensors |= {f"{name}|{key}": value for key, value in optimizer.state.get(p, {}).items()}
-    new, old = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")
-    shutil.rmtree(new, ignore_errors=True)
-    with write_whole(new / "state.safetensors", "wb") as file:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file.name)
-    write_json(new / "state.json", {"step": step, "config": asdict(config)})
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def load_checkpoint(folder: Path, config: TrainConfig, model: nn.Module, optimizer: Any) -> int:
-    """Restore the newest whole checkpoint and return its step, 0 if there is none.
-
-    Raises InputError if it belongs to a run with other flags, or if it is damaged.
-    """
-    if not folder.exists():  # interrupted between the two renames of save_checkpoint
-        folder = folder.with_name("checkpoint.old")
-    if not folder.exists():
-        return 0
-    try:
-        state = json.loads((folder / "state.json").read_bytes())
-        tensors, step = load_file(folder / "state.safetensors"), state["step"]
-        for name, value in asdict(config).items():
-            saved = state["config"][name]
-            if name not in FREE and saved != value:
-                raise InputError(f"--{name} {value}: the run to --resume had {saved}; give the same flags")
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                p.data.copy_(tensors[name])
-                found = {
-                    k.removeprefix(f"{name}|"): v for k, v in tensors.items() if k.startswith(f"{name}|")
-                }
-                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"{folder}: damaged checkpoint ({error}); delete it, or --overwrite the run"
-        ) from None
-    return step
-
-
-def open_run(config: TrainConfig) -> Path:
-    """The run's folder, checked but untouched. Raises InputError if it holds something to keep."""
-    out = Path(config.out_dir)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out_dir {out}: is a file")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / "run.json").is_file():
-            raise InputError(f"--out_dir {out}: holds files that are no run; name another folder")
-        if not (config.overwrite or config.resume):
-            raise InputError(f"--out_dir {out}: holds a run; --resume continues it, --overwrite replaces it")
-    return out
-
-
 def peak_memory(device: torch.device) -> float:
     """Most memory held so far, in GB: the device's on CUDA, else the process's."""
     if device.type == "cuda":
@@ -232,6 +196,31 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def utilisation(flops: float, device: torch.device) -> dict[str, float]:
+    """FLOP/s over what this run's GPUs could do; nothing on a CPU, or on a GPU that PEAK_FLOPS lacks."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peaks = [peak for gpu, peak in PEAK_FLOPS.items() if gpu in name]
+    return {"flop_utilisation": flops / (peaks[0] * world())} if peaks else {}
+
+
+def open_logs(config: TrainConfig, out: Path) -> list[Callable[[dict[str, float]], None]]:
+    """What takes each row besides metrics.jsonl: Weights & Biases and TensorBoard, where asked for."""
+    logs: list[Callable[[dict[str, float]], None]] = []
+    if config.wandb:
+        import wandb
+
+        wandb.init(project="diverse-preferences", name=out.name, dir=out, config=asdict(config))
+        logs.append(lambda row: wandb.log(row, step=row["step"]))
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(out / "tensorboard"))
+        logs.append(lambda row: [writer.add_scalar(name, row[name], row["step"]) for name in row])
+        logs.append(lambda _: writer.flush())
+    return logs
+
+
+@joined()
 def train(
     config: TrainConfig,
     make_objective: Callable[[Stats | None, int], Objective],
@@ -242,14 +231,16 @@ def train(
 
     make_objective(reference, vocabulary size) returns the objective; `reference` is the training set's Stats,
     or None where none is wanted. `load` reads and tokenises a file into (prompt, *completions) examples.
+    Under torchrun every process calls this. SIGTERM and SIGINT end it with exit code 128 + the signal, saved.
     """
-    out = open_run(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out, device, fsdp = open_run(config), own_device(), config.parallel == "fsdp"
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     # a bfloat16 base under a float32 adapter; weights that are trained themselves stay float32, with autocast
     dtype = torch.bfloat16 if half and config.lora_rank else torch.float32
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half and not config.lora_rank)
-    model, tokenizer = load_model(config.model, str(device), dtype, config.trust_remote_code)
+    mixed = half and not config.lora_rank
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed)
+    place = "cpu" if fsdp else str(device)  # whole, the model need not fit on a device
+    model, tokenizer = load_model(config.model, place, dtype, config.trust_remote_code)
     check_packable(model, config.model)
     examples = load(config.data, tokenizer, config.max_length)
     held_out = load(config.eval_data, tokenizer, config.max_length) if config.eval_data else []
@@ -260,39 +251,60 @@ def train(
     longest = max(len(prompt) + max(map(len, answers)) - 1 for prompt, *answers in [*examples, *held_out])
     if longest > getattr(model.config.get_text_config(), "max_position_embeddings", longest):
         raise InputError(f"--max_length {config.max_length}: more positions than {config.model} has")
-    caches, budget = out.parent / "reference", config.micro_batch_tokens
+    size = min(config.batch_size, len(examples))
+    if world() > min(size, len(held_out) or size):
+        raise InputError(f"{world()} processes need as many pairs in --batch_size and in --eval_data")
     with autocast:
-        known = reference_stats(model, examples, caches, budget) if reference else None
-        held_out_known = reference_stats(model, held_out, caches, budget) if reference and held_out else None
-    objective = make_objective(known, model.config.get_text_config().vocab_size)
+        facts = {"model": digest_model(model), "data": digest_examples(examples)}
+    if any(other != facts for other in gathered(facts)):
+        raise InputError(f"--model {config.model}, --data {config.data}: not the same for all processes")
+    facts["config"] = asdict(config)
 
     torch.manual_seed(config.seed)
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
+    if config.checkpoint_activations:
+        checkpoint_activations(model)
+    if fsdp:
+        shard(model, device, mixed)
+    budget = config.micro_batch_tokens
+    with autocast, lora_disabled(model):
+        cache = (out.parent / "reference", budget, facts["model"])
+        known = reference_stats(model, examples, *cache) if reference else None
+        held_out_known = reference_stats(model, held_out, *cache) if reference and held_out else None
+
     parameters = [p for p in model.parameters() if p.requires_grad]
     # 0.95, not 0.999: a run of a hundred steps must forget its first gradients
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     if config.optimizer == "rmsprop":
         optimizer = torch.optim.RMSprop(parameters, lr=config.lr)
-    size = min(config.batch_size, len(examples))
     steps = config.max_steps or math.ceil(config.epochs * len(examples) / size)
-
-    checkpoint, metrics_path = out / "checkpoint", out / "metrics.jsonl"
-    start = load_checkpoint(checkpoint, config, model, optimizer) if config.resume else 0
-    if config.overwrite:
-        for folder in out.glob("checkpoint*"):
-            shutil.rmtree(folder)
-    lines = metrics_path.read_text().splitlines(keepends=True) if start else []
-    whole = (line for line in lines if line.endswith("\n"))  # a killed run may leave half a row
-    with write_whole(metrics_path) as file:
-        file.writelines(line for line in whole if json.loads(line)["step"] < start)
-    write_json(out / "run.json", asdict(config))
     trained = sum(p.numel() for p in parameters)
-    print(f"{trained:,} trained parameters, {len(examples):,} examples, {steps:,} steps of {size}")
+    multiplied = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    flops = 4 * multiplied + 2 * trained  # a token: forward, back to its activations, back to trained weights
 
-    bar = tqdm(range(start, steps + 1), initial=start, total=steps, desc=out.name, unit="step", disable=None)
+    start = go_back(config, facts, model, optimizer) if config.resume else 0
+    if rank() == 0:
+        start_files(config, out, start)
+    logs = open_logs(config, out) if rank() == 0 else []
+    gathered(None)  # the folder is a run's before anyone writes into it
+    objective = make_objective(known, model.config.get_text_config().vocab_size)
+    processes = f" on {world()} processes ({config.parallel})" if world() > 1 else ""
+    print(f"{trained:,} trained parameters, {len(examples):,} examples, {steps:,} steps of {size}{processes}")
+
+    caught, quiet = note_signals(), rank() > 0 or None
+    bar = tqdm(range(start, steps + 1), initial=start, total=steps, desc=out.name, unit="step", disable=quiet)
     for step in bar:
         row, last = {"step": step}, step == steps
+        stop = int(reduced([max(caught, default=0)], largest=True)[0])
+        if step > start and (stop or last or step % config.save_every == 0):
+            save_checkpoint(out / "checkpoint", step, facts, model, optimizer, config.keep)
+        if stop:
+            bar.close()
+            if rank() == 0:
+                name = signal.Signals(stop).name
+                print(f"stopped by {name} at step {step} of {steps}; --resume goes on", file=sys.stderr)
+            sys.exit(128 + stop)
         evaluates = bool(held_out) and (step % config.eval_every == 0 or last)
         if evaluates:
             with autocast, torch.no_grad():
@@ -300,18 +312,18 @@ def train(
                 found = measure(model, held_out, rows, held_out_known, objective, budget, "held-out")
             row |= {f"eval_{name}": value for name, value in found.items()}
             bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
-        if last or (step % config.save_every == 0 and step > start):
-            save_checkpoint(checkpoint, step, config, model, optimizer)
 
         began, rows = time.monotonic(), batch_rows(step, size, len(examples), config.seed)
-        torch.manual_seed(config.seed + STRIDE * (step + 1))  # dropout, the same whether or not resumed here
+        torch.manual_seed(config.seed + STRIDE * (step + 1) + rank())  # dropout, resumed here or not
         for _, layer in lora_layers(model):  # dropout is the adapter's alone: the base stays the reference
             layer.train(not last)
         with autocast, torch.set_grad_enabled(not last):
             row |= measure(model, examples, rows, known, objective, budget, f"step {step}")
         model.eval()
         if not last:
-            norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf).item()
+            if not fsdp:
+                sum_gradients(parameters)
+            norm = whole(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)).item()
             if not math.isfinite(norm):
                 raise InputError(
                     f"step {step}: the gradient is NaN or infinite on pairs {sorted(rows)}; stopped"
@@ -323,26 +335,13 @@ def train(
             seconds = time.monotonic() - began
             row |= {"grad_norm": norm, "examples_per_second": size / seconds}
             row["tokens_per_second"] = sum(count_tokens(examples[index]) for index in rows) / seconds
-        row["peak_memory_gb"] = peak_memory(device)
+            row |= utilisation(flops * row["tokens_per_second"], device)
         bar.set_postfix(loss=row["loss"])
         if step % config.log_every == 0 or evaluates or last:
-            with metrics_path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            [row["peak_memory_gb"]] = reduced([peak_memory(device)], largest=True)
+            if rank() == 0:
+                with (out / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            for log in logs:
+                log(row)
     export(out, config, model, tokenizer, row)
-
-
-def export(out: Path, config: TrainConfig, model: PreTrainedModel, tokenizer: Any, row: dict) -> None:
-    """Write the adapter (or, at rank 0, the whole model), the tokenizer and a model card."""
-    if config.lora_rank:
-        base = Path(config.model)
-        save_lora(model, out, base.resolve() if base.is_dir() else config.model)
-    else:
-        model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    flags = "\n".join(f"    --{name} {value}" for name, value in asdict(config).items())
-    results = "\n".join(f"    {name} {value:.4g}" for name, value in row.items())
-    with write_whole(out / "README.md") as file:
-        file.write(
-            f"# {out.name}\n\nTrained from `{config.model}` with\n\n{flags}\n\nended at\n\n{results}\n"
-        )
-    print(f"wrote {out}")

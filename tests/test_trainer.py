@@ -1,6 +1,12 @@
 """The loop: its gradient, its batches, its cache, and that a resumed run is the uninterrupted one."""
 
+import importlib.util
 import json
+import os
+import resource
+import signal
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -10,6 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from checkpoint import checkpoints
+from files import InputError, run_command
 from lora import add_lora, load_lora
 from model import Stats, load_model, pair_stats
 from preferences import pack
@@ -155,6 +163,7 @@ def test_an_interrupted_reference_pass_goes_on(society, tmp_path, monkeypatch):
         return honest(model, packed, entropy=entropy)
 
     monkeypatch.setattr(reference, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(reference, "EXCHANGE", 1)
     monkeypatch.setattr(reference, "pair_stats", dies)
     with pytest.raises(KeyboardInterrupt):
         reference_stats(model, pairs, tmp_path / "cut", 250)
@@ -226,3 +235,107 @@ def test_take_selects_rows():
     stats = Stats(*(torch.arange(6.0).view(3, 2) + k for k in range(3)))
     assert take(stats, [2, 0], torch.device("cpu")).length.tolist() == [[5, 6], [1, 2]]
     assert take(None, [0], torch.device("cpu")) is None
+
+
+def same_end(config, whole):
+    """A run's adapter and rows are those of the uninterrupted run, bit for bit."""
+    found, wanted = (load_file(f"{c.out_dir}/adapter_model.safetensors") for c in (config, whole))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert rows_of(config) == rows_of(whole)
+
+
+def run_until(config, step, act):
+    """Train, and call `act` in the forward pass of `step`'s training batch."""
+
+    def make(*_):
+        wanted = objective(config)
+
+        def losses(policy, reference):
+            if len(policy.logp) == config.batch_size and torch.is_grad_enabled():
+                calls.append(1)
+                if len(calls) == step + 1:
+                    act()
+            return wanted(policy, reference)
+
+        return losses
+
+    calls = []
+    run_command(lambda: train(config, make))
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
+def test_a_signal_saves_and_leaves(data, tmp_path, capsys, number, name):
+    run(data)
+    before, cut = signal.getsignal(number), replace(data, out_dir=str(tmp_path / "cut"), save_every=100)
+    with pytest.raises(SystemExit) as left:
+        run_until(cut, 2, lambda: os.kill(os.getpid(), number))
+    assert left.value.code == 128 + number and signal.getsignal(number) == before
+    assert f"stopped by {name} at step 3 of 6; --resume goes on" in capsys.readouterr().err
+    run(replace(cut, resume=True))
+    same_end(cut, data)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path, capsys):
+    run(data)
+    cut, (_, most) = replace(data, out_dir=str(tmp_path / "cut")), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(SystemExit) as left:
+            run_until(cut, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and error.startswith("error: [Errno ") and error.count("\n") == 1
+    assert [path.name for path in checkpoints(tmp_path / "cut" / "checkpoint")] == ["000002"]
+    run(replace(cut, resume=True))
+    same_end(cut, data)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(data, tmp_path, capsys):
+    run(data)
+    half = replace(data, out_dir=str(tmp_path / "cut"), keep=3)
+    run(half)
+    assert [path.name for path in checkpoints(tmp_path / "cut" / "checkpoint")] == [
+        "000002",
+        "000004",
+        "000006",
+    ]
+    for name in ("000004", "000006"):
+        path = tmp_path / "cut" / "checkpoint" / name / "state-0-of-1.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    capsys.readouterr()
+    run(replace(half, resume=True))
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and all(line.endswith("changed; going on from 000002") for line in warnings)
+    same_end(half, data)
+
+
+def test_a_run_stopped_before_its_first_step_can_be_resumed(data):
+    with pytest.raises(ZeroDivisionError):
+        train(data, lambda *_: 1 / 0)
+    run(replace(data, resume=True))
+
+
+def test_overwriting_with_all_weights_leaves_no_adapter(data, tmp_path):
+    run(data)
+    run(replace(data, overwrite=True, lora_rank=0, lr=1e-4))
+    assert not list((tmp_path / "run").glob("adapter_*"))
+    load_model(data.out_dir)
+
+
+def test_rows_go_to_the_loggers_that_are_asked_for(data, monkeypatch):
+    seen = []
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="--wandb: needs its package"):
+        patch.setattr(importlib.util, "find_spec", lambda _: None)
+        replace(data, wandb=True)
+    # the tests install neither: two that only take notes
+    fake = types.SimpleNamespace(init=lambda **_: None, log=lambda row, step: seen.append(("wandb", step)))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    writer = types.SimpleNamespace(add_scalar=lambda *row: seen.append(row), flush=lambda: None)
+    board = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    run(replace(data, wandb=True, tensorboard=True))
+    assert [row[1] for row in seen if row[0] == "wandb"] == list(range(7))
+    assert [row[1:] for row in seen if row[0] == "loss"] == [
+        (row["loss"], row["step"]) for row in rows_of(data)
+    ]

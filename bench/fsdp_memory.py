@@ -1,0 +1,34 @@
+"""How much of a model a process holds under FSDP2: bytes of weights, counted between two training steps.
+
+torchrun --nproc_per_node 2 bench/fsdp_memory.py
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from lora import add_lora  # noqa: E402
+from model import load_model, pair_stats, shard  # noqa: E402
+from parallel import gathered, joined, local, own_device, world  # noqa: E402
+from preferences import pack  # noqa: E402
+
+
+@joined()
+def main() -> None:
+    """Print each process's share, frozen base with adapter and all weights trained."""
+    for name, rank in (("LoRA, r = 8", 8), ("all weights", 0)):
+        model, _ = load_model(ROOT / "data/society/reference")
+        if rank:
+            add_lora(model, rank, 8.0)
+        shard(model, own_device(), mixed=False)
+        pair_stats(model, pack([([5, 6], [7, 8, 9], [7, 9])])).logp.sum().backward()
+        weights = list(model.parameters())
+        held = sum(local(weight).untyped_storage().nbytes() for weight in weights)
+        shares = gathered(held / sum(weight.numel() * weight.element_size() for weight in weights))
+        print(f"{name}: {world()} processes hold " + ", ".join(f"{share:.1%}" for share in shares))
+
+
+if __name__ == "__main__":
+    main()

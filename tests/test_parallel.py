@@ -1,0 +1,191 @@
+"""Many processes: the same losses and the same weights for any number, DDP or FSDP2, also across a resume."""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from files import read_rows
+from model import load_model
+from reference import count_tokens, micro_batches
+from train_dpl import DPLConfig, objective
+from trainer import train
+
+ROOT = Path(__file__).parent.parent
+STEPS = 20
+KINDS = {"lora": {"lora_rank": 8, "lr": 1e-3}, "full": {"lora_rank": 0, "lr": 1e-4}}
+
+
+def run(config):
+    """Train in this process, as one of many if the environment says so."""
+    train(config, lambda *_: objective(config))
+
+
+def work(rank, world, port, configs):
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    for config in configs:
+        run(replace(config))  # with torchrun's environment: --parallel fsdp is checked here
+
+
+def run_many(world, configs):
+    """Train every config in turn on `world` processes, which start once."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_dpl"])  # one import of torch for all processes
+    processes = [context.Process(target=work, args=(rank, world, port, configs)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0] * world
+
+
+def losses(config):
+    with open(f"{config.out_dir}/metrics.jsonl") as file:
+        return [json.loads(line)["loss"] for line in file]
+
+
+def weights(config):
+    name = "adapter_model" if config.lora_rank else "model"
+    return load_file(f"{config.out_dir}/{name}.safetensors")
+
+
+def same(found, wanted):
+    """Losses of every step, final weights and exported files of two runs agree."""
+    assert losses(found) == pytest.approx(losses(wanted), abs=1e-5)
+    ours, theirs = weights(found), weights(wanted)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=0)
+    files = [{path.name for path in Path(config.out_dir).glob("*")} for config in (found, wanted)]
+    assert files[0] == files[1]
+    for name in {"config.json", "adapter_config.json"} & files[0]:
+        ours, theirs = (json.loads(Path(c.out_dir, name).read_text()) for c in (found, wanted))
+        assert ours == theirs
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """(name, parallel, processes) -> the config of a finished run.
+
+    "half" ones of two processes stopped at half way, and those of four went on from there; "lean" ones
+    recompute activations.
+    """
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    rows = [row for _, row in read_rows(ROOT / "data/society/test.jsonl.gz")]
+    rows = rows[::25]  # stories and polls: long pairs and short ones
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, tokenizer = load_model(ROOT / "data/society/reference")
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
+    model.half().save_pretrained(folder / "model")  # its head is tied
+    tokenizer.save_pretrained(folder / "model")
+
+    def config(name, parallel, world, **flags):
+        """Of a kind, the word in its name."""
+        defaults = {"max_steps": STEPS, "schedule": "constant", "log_every": 1, "eval_every": STEPS}
+        defaults |= {"batch_size": 9, "micro_batch_tokens": 120, "save_every": 10, "warmup_steps": 5}
+        config = DPLConfig(
+            model=str(folder / "model"),
+            data=str(folder / "rows.jsonl"),
+            eval_data=str(folder / "rows.jsonl"),
+            out_dir=str(folder / f"{world}" / f"{name}-{parallel}"),
+            **(defaults | KINDS[name.split()[-1]] | flags),
+        )
+        config.parallel = parallel  # after the check for torchrun, which is not here yet
+        return config
+
+    made = {(kind, "ddp", 1): config(kind, "ddp", 1) for kind in KINDS}
+    for one in made.values():
+        run(one)
+    kinds = list(product(KINDS, ("ddp", "fsdp")))
+    for world in (2, 4):
+        some = {(kind, parallel, world): config(kind, parallel, world) for kind, parallel in kinds}
+        if world == 2:
+            half = {"max_steps": STEPS // 2}
+            some |= {(f"half {k}", p, 2): config(f"half {k}", p, 2, **half) for k, p in kinds}
+            lean = {"checkpoint_activations": True}
+            some |= {(f"lean {k}", "fsdp", 2): config(f"lean {k}", "fsdp", 2, **lean) for k in KINDS}
+        else:
+            for kind, parallel in kinds:
+                place = folder / "resumed on 4" / f"{kind}-{parallel}"
+                some[f"half {kind}", parallel, 4] = copied(made[f"half {kind}", parallel, 2], place)
+        run_many(world, list(some.values()))
+        made |= some
+    return made
+
+
+def copied(half, folder):
+    """The config that resumes a copy of a run stopped at half way."""
+    shutil.copytree(half.out_dir, folder)
+    resumed = replace(half, parallel="ddp", out_dir=str(folder), resume=True, max_steps=STEPS)
+    resumed.parallel = half.parallel
+    return resumed
+
+
+def test_any_number_of_processes_trains_the_same_and_resumes_another_s_checkpoint(runs, tmp_path):
+    for (name, parallel, world), config in runs.items():
+        print(f"{name}, {parallel}, {world} processes")
+        kind = name.split()[-1]
+        if name.startswith("half") and world == 2:
+            files = {path.name for path in Path(config.out_dir).glob("checkpoint/*/*")}
+            shards = [f"state-{i}-of-2" for i in (0, 1)] if parallel == "fsdp" else ["state-0-of-1"]
+            assert files == {"state.json", *(f"{shard}.safetensors" for shard in shards)}
+            config = replace(copied(config, tmp_path / f"{kind}-{parallel}"), parallel="ddp")
+            run(config)
+        same(config, runs[kind, "ddp", 1])
+
+
+@given(st.lists(st.integers(1, 50), min_size=4, max_size=40), st.integers(1, 150), st.integers(1, 4))
+def test_processes_share_every_row_once_in_as_many_groups_of_near_equal_load(lengths, budget, world):
+    examples = [([0], [0] * length, [0] * length) for length in lengths]
+    shares = [micro_batches(range(len(examples)), examples, budget, rank, world) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1 and all(group for share in shares for group in share)
+    rows = [[row for group in share for row in group] for share in shares]
+    assert sorted(row for some in rows for row in some) == list(range(len(examples)))
+    loads = [sum(count_tokens(examples[row]) for row in some) for some in rows]
+    assert max(loads) - min(loads) <= max(map(count_tokens, examples))
+    over = [g for s in shares for g in s if len(g) > 1 and sum(count_tokens(examples[r]) for r in g) > budget]
+    assert len(over) < world and all(len(group) == 2 for group in over)
+
+
+def torchrun(*words):
+    """Run a command on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *words]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "rows.jsonl"])
+def test_bad_input_ends_all_processes_in_one_line(tmp_path, name):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 2)
+    # the second data file is good, but there is no writing below it: only rank 0 finds out
+    data, out = tmp_path / name, tmp_path / "rows.jsonl" / "run"
+    done = torchrun("train_dpl.py", "--data", data, "--out_dir", out)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(errors) == 1 and name in errors[0]
+    assert done.stderr.count("Traceback") == 1  # torchrun's own
+    assert list(tmp_path.iterdir()) == [tmp_path / "rows.jsonl"]
+
+
+def test_fsdp_holds_half_of_the_weights_on_each_of_two_processes():
+    done = torchrun("bench/fsdp_memory.py")
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", done.stdout)]
+    assert len(shares) == 4 and max(shares) <= 60 and sum(shares) >= 200
