@@ -70,9 +70,9 @@ class SharedCache:
     own (R, kv heads, room, size), of which t are filled.
     """
 
-    def __init__(self, lengths: Tensor, owner: Tensor, room: int):
+    def __init__(self, lengths: Tensor, owner: Tensor, room: int, device: torch.device):
         """lengths (S,) of the prompts; text r continues prompt owner[r] by up to `room` tokens."""
-        self.lengths, self.owner, self.room, self.t = lengths, owner, room, 0
+        self.lengths, self.owner, self.room, self.device, self.t = lengths, owner, room, device, 0
         self.layers: dict[nn.Module, list[Tensor]] = {}
         self.hidden: dict[int | None, Tensor | None] = {}  # this step's masks, for each window
         self.prompt: int | None = 0  # the one being computed, then None
@@ -80,22 +80,24 @@ class SharedCache:
 
     def arrange(self, owner: Tensor) -> None:
         """Row r now belongs to prompt owner[r]; prompts without rows are dropped."""
-        device = next(iter(self.layers.values()))[0].device
         present, self.owner = owner.unique(return_inverse=True)
         if len(present) < len(self.lengths):
             self.lengths = self.lengths[present]
             for layer in self.layers.values():
-                layer[:2] = [x[present.to(device), :, : self.lengths.max()] for x in layer[:2]]
-        rank = (self.owner[:, None] == self.owner).tril(-1).sum(1)  # among the rows of its prompt
-        self.width = int(rank.max()) + 1
-        self.cell = (self.owner * self.width + rank).to(device)
+                layer[:2] = [x[present.to(self.device), :, : self.lengths.max()] for x in layer[:2]]
+        rank = F.one_hot(self.owner).cumsum(0).gather(1, self.owner[:, None])[:, 0]  # in its prompt, from 1
+        self.width = int(rank.max())
+        cell = self.owner * self.width + rank - 1
+        full = torch.arange(len(self.lengths) * self.width)
+        self.cell = None if torch.equal(cell, full) else cell.to(self.device)  # None: every cell, in order
 
     def move(self, rows: Tensor) -> None:
         """Row r goes on as a copy of what was row rows[r]."""
-        moved = (rows != torch.arange(len(rows))).nonzero()[:, 0]
+        here = (rows != torch.arange(len(rows))).nonzero()[:, 0]
+        there, here = rows[here].to(self.device), here.to(self.device)
         for layer in self.layers.values():
             for x in layer[2:]:
-                x[moved.to(x.device), :, : self.t] = x[rows[moved].to(x.device), :, : self.t]
+                x[here, :, : self.t] = x[there, :, : self.t]
         self.arrange(self.owner[rows])
 
     def attend(
@@ -115,12 +117,11 @@ class SharedCache:
         rows, kv, n, _ = k.shape
         if self.prompt is not None:
             if layer not in self.layers:
-                prompts, own = (
-                    (len(self.lengths), kv, int(self.lengths.max())),
-                    (len(self.owner), kv, self.room),
-                )
-                self.layers[layer] = [x.new_zeros(*prompts, x.shape[-1]) for x in (k, v)]
-                self.layers[layer] += [x.new_empty(*own, x.shape[-1]) for x in (k, v)]
+                prompts, longest = len(self.lengths), int(self.lengths.max())
+                self.layers[layer] = [x.new_zeros(prompts, kv, longest, x.shape[-1]) for x in (k, v)]
+                self.layers[layer] += [
+                    x.new_empty(len(self.owner), kv, self.room, x.shape[-1]) for x in (k, v)
+                ]
             for kept, new in zip(self.layers[layer], (k, v), strict=False):
                 kept[self.prompt, :, :n] = new[0]
             return dense(q, k, v, [causal_mask(n, window, q.device)], scale, cap)
@@ -134,19 +135,21 @@ class SharedCache:
             score = cap * torch.tanh(score / cap)
         length = prompt_k.shape[2]
         if (hidden := self.hidden_from(window)) is not None:
-            score[..., :length].masked_fill_(hidden.to(score.device), -math.inf)
+            score[..., :length].masked_fill_(hidden, -math.inf)
         weight = score.softmax(-1, dtype=torch.float32).to(v.dtype)
         out = self.times_prompts(weight[..., :length], prompt_v) + weight[..., length:] @ own_v
         return out.reshape(rows, -1, 1, v.shape[-1])
 
     def times_prompts(self, x: Tensor, y: Tensor) -> Tensor:
         """Rows of x (rows, kv, group, a) times their prompts' y (S, kv, a, b): one product a prompt."""
+        if self.cell is None and self.width == 1:
+            return x @ y
         (_, kv, group, a), (prompts, _, _, b) = x.shape, y.shape
-        if prompts > 1:
+        if self.cell is not None:
             x = x.new_zeros(prompts * self.width, kv, group, a).index_copy_(0, self.cell, x)
-        x = x.reshape(prompts, -1, kv, group, a).transpose(1, 2).reshape(prompts, kv, -1, a) @ y
-        x = x.view(prompts, kv, -1, group, b).transpose(1, 2).reshape(-1, kv, group, b)
-        return x[self.cell] if prompts > 1 else x
+        x = x.view(prompts, self.width, kv, group, a).transpose(1, 2).reshape(prompts, kv, -1, a) @ y
+        x = x.view(prompts, kv, self.width, group, b).transpose(1, 2).reshape(-1, kv, group, b)
+        return x if self.cell is None else x[self.cell]
 
     def hidden_from(self, window: int | None) -> Tensor | None:
         """(rows, 1, 1, P) boolean: padding and prompt tokens that the window has left; None if none."""
@@ -154,7 +157,7 @@ class SharedCache:
             length, position = self.lengths[self.owner][:, None], torch.arange(int(self.lengths.max()))
             behind = length + self.t - position
             hidden = (position >= length) | (behind >= (math.inf if window is None else window))
-            self.hidden[window] = hidden[:, None, None] if hidden.any() else None
+            self.hidden[window] = hidden[:, None, None].to(self.device) if hidden.any() else None
         return self.hidden[window]
 
 
@@ -209,7 +212,7 @@ class Batch:
         self.root = torch.arange(rows)  # the row that a row descends from
         self.weight = torch.zeros(rows, dtype=torch.float64)  # a particle's log-weight
 
-        self.shared, self.cache = SharedCache(lengths, owners, room), None
+        self.shared, self.cache = SharedCache(lengths, owners, room, self.device), None
         logits = self.prefill(prompts) if model._supports_attention_backend else None
         config = model.config.get_text_config()
         whole = self.shared.plain and len(self.shared.layers) == config.num_hidden_layers

@@ -327,7 +327,7 @@ def main() -> None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and longest > limit:
         raise InputError(
-            f"--max_new_tokens {config.max_new_tokens}: {longest} positions, the model has {limit}"
+            f"--max_new_tokens {config.max_new_tokens}: needs {longest} positions, the model has {limit}"
         )
     if max(map(max, encoded)) >= model.get_input_embeddings().weight.shape[0]:
         raise InputError(f"--model {config.model}: its tokenizer has tokens that it has no embeddings for")

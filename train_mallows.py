@@ -35,6 +35,7 @@ from transformers import PreTrainedTokenizerBase
 
 from files import flag, parse, run_command, write_json, write_whole
 from model import Stats
+from parallel import rank
 from train_dpl import per_token
 from trainer import Objective, TrainConfig, load_pairs, train
 
@@ -266,7 +267,7 @@ def main() -> None:
     def make_objective(reference: Stats, vocab_size: int) -> Objective:
         raw = neg_log_dispersion(reference.entropy.double(), vocab_size)
         scale = config.dispersion_scale or 1 / raw.mean().item()
-        if config.dispersion == "on":
+        if config.dispersion == "on" and rank() == 0:
             report_dispersion(scale * raw, scale, *loaded[0], Path(config.out_dir))
         return objective(config, scale, vocab_size)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lora import add_lora  # noqa: E402
-from model import load_model, pair_stats, shard  # noqa: E402
-from parallel import gathered, joined, local, own_device, world  # noqa: E402
-from preferences import pack  # noqa: E402
+from lora import add_lora
+from model import load_model, pair_stats, shard
+from parallel import gathered, joined, local, own_device, world
+from preferences import pack
 
 
 @joined()

@@ -409,6 +409,50 @@ def test_sample_with_bad_prompts(refused, tiny_model_folder, tmp_path, rows, fra
     assert not out.parent.exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "fragment"),
+    [
+        (["--num_samples", 0], "--num_samples 0: must be at least 1"),
+        (["--temperature", -1], "--temperature -1.0: must be 0 or more"),
+        (["--top_p", 0], "--top_p 0.0: must be in (0, 1]"),
+        (["--batch_size", 0], "--batch_size 0: must be at least 1"),
+        (["--format", "csv"], "--format csv: must be one of jsonl, messages, alpaca_eval, arena_hard"),
+        (["--stop", "a", ""], "must be strings that are not empty"),
+        (["--resume", "--overwrite"], "--resume True: must be given without --overwrite"),
+        (["--global_temperature", 0], "--global_temperature 0.0: must be a positive number"),
+        (["--global_temperature", 2, "--temperature", 2], "must be given without --temperature"),
+        (["--global_temperature", 2, "--particles", 0], "--particles 0: must be at least --num_samples"),
+        (["--max_new_tokens", 2100], "--max_new_tokens 2100: needs 21"),
+        (["--prompts", "missing.txt"], "missing.txt: no such file"),
+        (["--chat"], "tokenizer has no chat template"),
+    ],
+)
+def test_sample_with_bad_flags(refused, tiny_model_folder, data, tmp_path, flags, fragment):
+    out = tmp_path / "samples" / "out.jsonl"
+    good = ["--model", tiny_model_folder, "--prompts", data, "--out_file", out, *SAMPLE]
+    refused(sample, [*good, *flags], fragment)
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [(b"\n \n", "prompts.txt: the file is empty"), (b"caf\xe9\n", "prompts.txt: not UTF-8 text")],
+)
+def test_sample_with_a_bad_text_file(refused, tiny_model_folder, tmp_path, text, fragment):
+    (tmp_path / "prompts.txt").write_bytes(text)
+    refused(sample, ["--model", tiny_model_folder, "--prompts", tmp_path / "prompts.txt", *SAMPLE], fragment)
+
+
+def test_sample_from_a_model_that_gives_no_numbers(refused, model, data, tmp_path):
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        {name: t * float("nan") for name, t in tensors.items()}, model / "model.safetensors", {"format": "pt"}
+    )
+    out = tmp_path / "out.jsonl"
+    refused(sample, ["--model", model, "--prompts", data, "--out_file", out, *SAMPLE], "NaN")
+    assert out.read_bytes() == b""
+
+
 def damage_config(folder):
     truncate(folder / "adapter_config.json")
 
