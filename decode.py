@@ -9,7 +9,6 @@ reads them for every sample: with long prompts, most of what a step moves. Own k
 that are allocated at the start. A text that has ended leaves the batch, and the last one takes its row.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from files import InputError
 from model import dense
@@ -26,6 +25,7 @@ from model import dense
 FINISH = ("", "eos", "stop", "length")  # why a text ended
 GOING, EOS, STOP, LENGTH = range(4)
 BLOCK = 128  # tokens that race together
+PREFILL = 2048  # prompt tokens in one forward pass
 
 
 class Completion(NamedTuple):
@@ -55,7 +55,6 @@ def race(probs: Tensor, streams: Sequence[np.random.Generator]) -> Tensor:
     return block * BLOCK + (blocks[torch.arange(rows, device=block.device), block] / within).argmax(-1)
 
 
-@functools.lru_cache(maxsize=4)
 def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
     """What each token of a prompt may attend to: (length, length) boolean."""
     position = torch.arange(length, device=device)
@@ -74,9 +73,8 @@ class SharedCache:
         """lengths (S,) of the prompts; text r continues prompt owner[r] by up to `room` tokens."""
         self.lengths, self.owner, self.room, self.device, self.t = lengths, owner, room, device, 0
         self.layers: dict[nn.Module, list[Tensor]] = {}
-        self.hidden: dict[int | None, Tensor | None] = {}  # this step's masks, for each window
-        self.prompt: int | None = 0  # the one being computed, then None
-        self.plain = True  # no layer has asked for more than attention by position
+        self.masks: dict[int | None, Any] = {}  # of this forward pass, for each window
+        self.filling: list[int] = []  # the prompts that it computes; none while texts grow
 
     def arrange(self, owner: Tensor) -> None:
         """Row r now belongs to prompt owner[r]; prompts without rows are dropped."""
@@ -90,6 +88,8 @@ class SharedCache:
         cell = self.owner * self.width + rank - 1
         full = torch.arange(len(self.lengths) * self.width)
         self.cell = None if torch.equal(cell, full) else cell.to(self.device)  # None: every cell, in order
+        padding = torch.arange(int(self.lengths.max())) >= self.lengths[self.owner][:, None]
+        self.padding = padding[:, None, None].to(self.device) if padding.any() else None
 
     def move(self, rows: Tensor) -> None:
         """Row r goes on as a copy of what was row rows[r]."""
@@ -110,21 +110,18 @@ class SharedCache:
         window: int | None,
         cap: float | None,
     ) -> Tensor:
-        """Attention of a prompt to itself, or of each row's newest token to all before it; keeps k and v.
+        """Attention of each row's newest token to all before it; keeps k and v, (rows, kv heads, 1, size).
 
-        q is (rows, heads, n, size), k and v (rows, kv heads, n, size); gives (rows, heads, n, size).
+        While prompts are computed, they lie end to end in one row, and each attends to itself. q and the
+        result are (rows, heads, 1 or the row's tokens, size).
         """
-        rows, kv, n, _ = k.shape
-        if self.prompt is not None:
-            if layer not in self.layers:
-                prompts, longest = len(self.lengths), int(self.lengths.max())
-                self.layers[layer] = [x.new_zeros(prompts, kv, longest, x.shape[-1]) for x in (k, v)]
-                self.layers[layer] += [
-                    x.new_empty(len(self.owner), kv, self.room, x.shape[-1]) for x in (k, v)
-                ]
-            for kept, new in zip(self.layers[layer], (k, v), strict=False):
-                kept[self.prompt, :, :n] = new[0]
-            return dense(q, k, v, [causal_mask(n, window, q.device)], scale, cap)
+        if self.filling:
+            sizes = self.lengths[self.filling].tolist()
+            self.keep_prompts(layer, k, v, sizes)
+            if window not in self.masks:
+                self.masks[window] = [causal_mask(size, window, q.device) for size in sizes]
+            return dense(q, k, v, self.masks[window], scale, cap)
+        rows, kv, _, _ = k.shape
         prompt_k, prompt_v, own_k, own_v = self.layers[layer]
         own_k[:rows, :, self.t], own_v[:rows, :, self.t] = k[:, :, 0], v[:, :, 0]
         first = 0 if window is None else max(0, self.t + 1 - window)
@@ -140,6 +137,16 @@ class SharedCache:
         out = self.times_prompts(weight[..., :length], prompt_v) + weight[..., length:] @ own_v
         return out.reshape(rows, -1, 1, v.shape[-1])
 
+    def keep_prompts(self, layer: nn.Module, k: Tensor, v: Tensor, sizes: list[int]) -> None:
+        """Keep k and v (1, kv heads, tokens, size) of the prompts that are computed, of these sizes."""
+        if layer not in self.layers:
+            prompts, texts, longest = len(self.lengths), len(self.owner), int(self.lengths.max())
+            self.layers[layer] = [x.new_zeros(prompts, x.shape[1], longest, x.shape[-1]) for x in (k, v)]
+            self.layers[layer] += [x.new_empty(texts, x.shape[1], self.room, x.shape[-1]) for x in (k, v)]
+        for kept, new in zip(self.layers[layer], (k, v), strict=False):
+            for prompt, part in zip(self.filling, new[0].split(sizes, 1), strict=True):
+                kept[prompt, :, : part.shape[1]] = part
+
     def times_prompts(self, x: Tensor, y: Tensor) -> Tensor:
         """Rows of x (rows, kv, group, a) times their prompts' y (S, kv, a, b): one product a prompt."""
         if self.cell is None and self.width == 1:
@@ -153,35 +160,13 @@ class SharedCache:
 
     def hidden_from(self, window: int | None) -> Tensor | None:
         """(rows, 1, 1, P) boolean: padding and prompt tokens that the window has left; None if none."""
-        if window not in self.hidden:
+        if window is None:
+            return self.padding
+        if window not in self.masks:
             length, position = self.lengths[self.owner][:, None], torch.arange(int(self.lengths.max()))
-            behind = length + self.t - position
-            hidden = (position >= length) | (behind >= (math.inf if window is None else window))
-            self.hidden[window] = hidden[:, None, None].to(self.device) if hidden.any() else None
-        return self.hidden[window]
-
-
-def shared_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    *,
-    shared: SharedCache,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention that transformers' layers call during Batch.forward."""
-    shared.plain &= kwargs.get("s_aux") is None and kwargs.get("position_bias") is None
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = shared.attend(module, query, key, value, scale, sliding_window, softcap)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("shared", shared_attention)
+            hidden = (position >= length) | (length + self.t - position >= window)
+            self.masks[window] = hidden[:, None, None].to(self.device)
+        return self.masks[window]
 
 
 class Batch:
@@ -204,34 +189,47 @@ class Batch:
         rows, lengths, owners = len(owner), torch.tensor([len(ids) for ids in prompts]), torch.tensor(owner)
         self.going, self.step = rows, 0
         self.tokens = torch.zeros(rows, room, dtype=torch.long)
-        self.scores = torch.zeros(
-            rows, 2, dtype=torch.float64
-        )  # log-probability under model and law, in nats
+        self.scores = torch.zeros(rows, 2, dtype=torch.float64)  # log-probability under model and law
         self.length, self.finish = torch.zeros(2, rows, dtype=torch.long)
         self.start = lengths[owners]  # position of the first token
         self.root = torch.arange(rows)  # the row that a row descends from
         self.weight = torch.zeros(rows, dtype=torch.float64)  # a particle's log-weight
 
-        self.shared, self.cache = SharedCache(lengths, owners, room, self.device), None
-        logits = self.prefill(prompts) if model._supports_attention_backend else None
-        config = model.config.get_text_config()
-        whole = self.shared.plain and len(self.shared.layers) == config.num_hidden_layers
-        if whole and not getattr(config, "attention_chunk_size", None):
+        usual = model.config._attn_implementation
+        try:
+            self.shared, self.cache = SharedCache(lengths, owners, room, self.device), None
+            logits = self.prefill(prompts)
             self.shared.arrange(owners)
-        else:
+        except ValueError:
+            model.set_attn_implementation(usual)
             logits = self.fall_back(prompts, owners)
         self.logits = logits[owners.to(self.device)]
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
-        """Compute the prompts one by one, so that none depends on the others: logits (S, vocab)."""
-        logits = []
-        for self.shared.prompt, ids in enumerate(prompts):
-            logits.append(self.forward(torch.tensor([ids]), torch.arange(len(ids))[None]))
-        self.shared.prompt = None
+        """Compute the prompts, several end to end in one row, without padding: logits (S, vocab).
+
+        Raises ValueError if some layer is no attention by position (recurrence, chunks, biases, sinks).
+        """
+        config = self.model.config.get_text_config()
+        if not self.model._supports_attention_backend or getattr(config, "attention_chunk_size", None):
+            raise ValueError("no attention by position")
+        if self.model.config._attn_implementation != "packed":
+            self.model.set_attn_implementation("packed")
+        logits, size = [], max(1, PREFILL // max(map(len, prompts)))
+        for first in range(0, len(prompts), size):
+            part = prompts[first : first + size]
+            self.shared.filling = list(range(first, first + len(part)))
+            ids = torch.cat([torch.tensor(prompt) for prompt in part])[None]
+            position = torch.cat([torch.arange(len(prompt)) for prompt in part])[None]
+            last = torch.tensor([len(prompt) for prompt in part]).cumsum(0) - 1
+            logits.append(self.forward(ids, position, last.to(self.device)))
+        self.shared.filling = []
+        if len(self.shared.layers) < config.num_hidden_layers:
+            raise ValueError("no attention by position")
         return torch.cat(logits)
 
     def fall_back(self, prompts: list[list[int]], owners: Tensor) -> Tensor:
-        """Some layer is no attention by position (recurrence, biases, sinks): use transformers' own cache."""
+        """Compute one prompt, (1, vocab), and keep it in transformers' own cache, a row a text."""
         name = type(self.model).__name__
         if len(prompts) > 1:
             raise InputError(
@@ -245,18 +243,18 @@ class Batch:
         return logits
 
     @torch.no_grad()
-    def forward(self, ids: Tensor, position: Tensor | None = None) -> Tensor:
-        """Logits (rows, vocab) in float32 after the last of ids (rows, n) at position (rows, n)."""
-        config, usual = self.model.config, self.model.config._attn_implementation
+    def forward(self, ids: Tensor, position: Tensor | None = None, last: int | Tensor = 1) -> Tensor:
+        """Logits (., vocab) in float32 after ids (rows, n) at position (rows, n).
+
+        After the last of each row's, or after those of one row with the indices `last`.
+        """
         if self.shared:
-            self.shared.hidden, config._attn_implementation = {}, "shared"
-            extra = {"shared": self.shared, "use_cache": False, "position_ids": position.to(self.device)}
+            self.shared.masks = {}
+            extra = {"layout": self.shared, "use_cache": False, "position_ids": position.to(self.device)}
+            extra["attention_mask"] = torch.empty(1, 1, 1, 1, device=self.device)  # 4-D: none is built
         else:
             extra = {"past_key_values": self.cache, "use_cache": True}
-        try:
-            return self.model(ids.to(self.device), logits_to_keep=1, **extra).logits[:, -1].float()
-        finally:
-            config._attn_implementation = usual
+        return self.model(ids.to(self.device), logits_to_keep=last, **extra).logits.flatten(0, 1).float()
 
     def reorder(self, parents: list[int]) -> Tensor:
         """The texts become copies of `parents`, going ones first; tells the rows those were, (going,)."""

@@ -112,6 +112,20 @@ class Layout:
             self.masks[window] = make(self.packed, window)
         return self.masks[window]
 
+    def attend(
+        self,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention within the row, (1, heads, T, head size) in and out, key and value with fewer heads."""
+        run = flex if query.is_cuda else dense
+        return run(query, key, value, self.masks_for(window), scale, softcap)
+
 
 def may_attend(packed: Packed, window: int | None) -> Callable[[Any, Any, Any, Any], Tensor]:
     """FlexAttention's mask_mod(batch, head, query, key) for a packed row; broadcasts over index tensors."""
@@ -186,18 +200,22 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    layout: Layout | None = None,
+    layout: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention that transformers' layers call; without a layout (generation) their own eager one."""
+    """The attention that transformers' layers call: `layout.attend`, or without a layout their own eager one.
+
+    Raises ValueError if a layer asks a layout for more than attention by position.
+    """
     if layout is None:
         eager = sys.modules[type(module).__module__].eager_attention_forward
         extra = {"sliding_window": sliding_window, "softcap": softcap}
         extra = {name: value for name, value in extra.items() if value is not None}
         return eager(module, query, key, value, attention_mask, scaling=scaling, **extra, **kwargs)
+    if any(kwargs.get(name) is not None for name in ("s_aux", "position_bias")):
+        raise ValueError("its attention has sinks or a bias of its own")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attend = flex if query.is_cuda else dense
-    out = attend(query, key, value, layout.masks_for(sliding_window), scale, softcap)
+    out = layout.attend(module, query, key, value, scale, sliding_window, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 

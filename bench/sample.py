@@ -8,11 +8,7 @@ prompt's keys and values once, and those of the completions so far.
     python bench/sample.py --model data/society/reference --num_samples 1 64
 """
 
-import multiprocessing
-import resource
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +18,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from machine import CUDA, DEVICE, DTYPE, apart, clock, peak_gb, rates
+
 from decode import Batch
 from files import flag, parse, run_command
 from model import load_model
 from sample import draw_rows
 
 CONTENDERS = ("generate", "static", "sample.py")
-CUDA = torch.cuda.is_available()
 
 
 @dataclass
@@ -37,7 +34,7 @@ class BenchConfig:
 
     model: str = flag("data/society/reference", "Folder or hub name of a model.")
     num_samples: list[int] | None = flag(None, "Completions per prompt (default: 1 16 64 128).")
-    rows: int = flag(64, "Take up to 4 prompts at once, while prompts * samples is within this.")
+    rows: int = flag(128, "Take up to 4 prompts at once, while prompts * samples is within this.")
     prompt_tokens: int = flag(200, "Tokens of each prompt.")
     new_tokens: int = flag(64, "Tokens of each completion.")
     repeats: int = flag(2, "Rounds; the fastest counts.")
@@ -45,16 +42,7 @@ class BenchConfig:
 
 def load(path: str) -> Any:
     """The model as sample.py would load it."""
-    return load_model(path, "cuda" if CUDA else "cpu", torch.bfloat16 if CUDA else torch.float32)[0]
-
-
-def clock(run: Callable[[], Any]) -> float:
-    """Seconds that a call takes."""
-    began = time.perf_counter()
-    run()
-    if CUDA:
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return load_model(path, DEVICE, DTYPE)[0]
 
 
 @torch.no_grad()
@@ -76,21 +64,13 @@ def measure(contender: str, config: BenchConfig, samples: int, prompts: int) -> 
 
     run(config.new_tokens if CUDA else 2)  # compiling depends on the length
     seconds = clock(lambda: run(config.new_tokens))
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if CUDA
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    return prompts * samples * config.new_tokens / seconds, peak / 1e9
+    return prompts * samples * config.new_tokens / seconds, peak_gb()
 
 
 def bounds(config: BenchConfig, cases: dict[int, int]) -> dict[int, tuple[float, float]]:
     """(tokens a second by arithmetic, by memory traffic) for each number of samples in {samples: prompts}."""
     model = load(config.model)
-    a = torch.randn(2048, 2048, device=model.device, dtype=model.dtype)
-    operations = 2 * 2048**3 / min(clock(lambda: a @ a) for _ in range(10))
-    big = torch.ones(2**26, device=model.device, dtype=model.dtype)
-    traffic = big.nbytes / min(clock(big.sum) for _ in range(10))
+    operations, traffic = rates()
     text = model.config.get_text_config()
     weights = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
@@ -98,7 +78,7 @@ def bounds(config: BenchConfig, cases: dict[int, int]) -> dict[int, tuple[float,
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token = 2 * text.num_hidden_layers * heads * size * model.dtype.itemsize  # bytes of keys and values
-    print(f"{operations / 1e9:,.0f} GFLOP/s, {traffic / 1e9:.1f} GB/s, {weights / 1e6:.1f} M weights")
+    print(f"{weights / 1e6:.1f} M weights")
     found = {}
     for samples, prompts in cases.items():
         rows = samples * prompts
@@ -107,12 +87,6 @@ def bounds(config: BenchConfig, cases: dict[int, int]) -> dict[int, tuple[float,
         )
         found[samples] = (operations / (2 * weights), rows * traffic / step)
     return found
-
-
-def apart(function: Callable, *args: Any) -> Any:
-    """The result of a call in a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+import decode
 import sample as sample_file
 from decode import Batch, settle
 from files import InputError
@@ -81,7 +82,8 @@ def test_greedy_equals_generate(config):
         assert found.tokens == alone[0]
     ends = [alone[1][4], alone[3][11]]
     owner = [0, 1, 1, 2, 3, 0]
-    batch = Batch(model, prompts, owner, 30, ends)
+    with patch.object(decode, "PREFILL", 50):  # two prompts a forward pass
+        batch = Batch(model, prompts, owner, 30, ends)
     for prompt, found in zip(owner, draw_rows(batch, streams(0, 6), {"temperature": 0}), strict=True):
         text = alone[prompt]
         cut = min((text.index(end) + 1 for end in ends if end in text), default=30)

@@ -1,0 +1,43 @@
+"""What the benchmarks share: seconds, peak memory, and what this machine could do at best."""
+
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+
+
+def clock(run: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
+    began = time.perf_counter()
+    run()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def peak_gb() -> float:
+    """Most memory that this process has held, in GB."""
+    if CUDA:
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def rates() -> tuple[float, float]:
+    """(FLOP/s of a large matrix product, bytes/s of reading memory), the best of ten."""
+    a = torch.randn(2048, 2048, device=DEVICE, dtype=DTYPE)
+    b = torch.ones(2**26, device=DEVICE, dtype=DTYPE)
+    product, read = (min(clock(run) for _ in range(10)) for run in (lambda: a @ a, b.sum))
+    print(f"{2e-9 * 2048**3 / product:,.0f} GFLOP/s, {b.nbytes / read / 1e9:.1f} GB/s")
+    return 2 * 2048**3 / product, b.nbytes / read
+
+
+def apart(function: Callable, *args: Any) -> Any:
+    """The result of a call in a fresh process, so that each contender's memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
