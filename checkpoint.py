@@ -59,7 +59,7 @@ def start_files(config: Any, out: Path, start: int) -> None:
     if config.overwrite:
         for folder in ("checkpoint", "tensorboard"):
             shutil.rmtree(out / folder, ignore_errors=True)
-        for path in {*out.glob("adapter_*"), *out.glob("*.safetensors*")}:
+        for path in {*out.glob("adapter_*"), *out.glob("*.safetensors*"), *out.glob("dispersion.*")}:
             path.unlink()
     path = out / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if start else []

@@ -118,9 +118,10 @@ def estimate_society() -> dict:
 
 def draw_society(axis: Axes, found: dict) -> None:
     """Truth against the language model's estimate, a point a debate."""
-    axis.axline((0, 0), slope=1, color="0.7", lw=6)
+    axis.axline((0, 0), slope=1, color="0.7", lw=6, label="estimate = truth")
     axis.plot(found["estimate"], found["truth"], "o", color="black", ms=5)
     axis.set(xlabel="estimate of −log φ, from token entropies", ylabel="−log φ of the debate's raters")
+    axis.legend(frameon=False, loc="upper left")
     axis.set_title(f"the society's debates (rank correlation {found['rank_correlation']:.3f})", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
 
