@@ -9,6 +9,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -151,14 +152,25 @@ def test_a_packed_model_still_generates():
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), wanted)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2),
-        BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
-    ],
-    ids=["recurrent", "bias by index"],
-)
+BIASED = {
+    "bias by index": BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
+    "sinks": GptOssConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=6,
+    ),
+}
+RECURRENT = {"recurrent": MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2)}
+
+
+@pytest.mark.parametrize("config", (BIASED | RECURRENT).values(), ids=BIASED | RECURRENT)
 def test_models_that_packing_would_change_are_refused(config):
     with pytest.raises(InputError, match="cannot be packed"):
         check_packable(make(config), "some/model")

@@ -18,10 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy.stats import chi2
-from test_model import CONFIGS, make
+from test_model import BIASED, CONFIGS, make
 from transformers import (
     AutoTokenizer,
-    BloomConfig,
     LlamaConfig,
     LogitsProcessorList,
     MambaConfig,
@@ -91,9 +90,10 @@ def test_greedy_equals_generate(config):
         assert found.finish == ("eos" if text[cut - 1] in ends else "length")
 
 
-def test_models_whose_layers_are_not_plain_attention():
-    """Position biases by index are left to transformers' cache; a model without one is refused."""
-    model, prompt = make(BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)), list(range(5, 25))
+@pytest.mark.parametrize("config", BIASED.values(), ids=BIASED)
+def test_models_whose_layers_are_not_plain_attention(config):
+    """Biases by index and sinks are left to transformers' cache; a model without one is refused."""
+    model, prompt = make(config), list(range(5, 25))
     wanted = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=None)
     for found in sample(model, prompt, 3, 10, None, temperature=0):
         assert found.tokens == wanted[0, len(prompt) :].tolist()
