@@ -82,7 +82,8 @@ def save_checkpoint(
 ) -> None:
     """Write the checkpoint of `step` into `folder`, then remove all but the last `keep` up to it.
 
-    `facts` are what go_back() compares. All processes must call it, and see the same folder.
+    `facts` are what go_back() compares. All processes must call it. Raises InputError if another process's
+    part is not to be seen here.
     """
     new = folder / f".{step:06d}"
     if rank() == 0:
@@ -97,6 +98,8 @@ def save_checkpoint(
         written[name] = write_tensors(new / name, tensors)
     files = {name: sha256 for part in gathered(written) for name, sha256 in part.items()}
     if rank() == 0:
+        if missing := [name for name in files if not (new / name).is_file()]:
+            raise InputError(f"{new / missing[0]}: not here: --out_dir must be one that all nodes share")
         state = {"step": step, "files": files, **facts}
         write_json(new / "state.json", {**state, "sha256": _digest_json(state)})
         path = folder / new.name[1:]
@@ -118,7 +121,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
     Raises InputError if all are damaged. All processes must call it: they share the reading.
     """
-    damaged = []
+    names, damaged = [path.name for path in checkpoints(folder)], []
+    if any(other != names for other in gathered(names)):
+        raise InputError(f"{folder}: not the same for all processes: it must be one that all nodes share")
     for path in reversed(checkpoints(folder)):
         state, damage = _verify(path)
         damages = [damage for damage in gathered(damage) if damage]

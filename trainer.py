@@ -233,7 +233,6 @@ def train(
     or None where none is wanted. `load` reads and tokenises a file into (prompt, *completions) examples.
     Under torchrun every process calls this. SIGTERM and SIGINT end it with exit code 128 + the signal, saved.
     """
-    torch.set_flush_denormal(True)  # gradients near 1e-38, of saturated losses, slow a CPU six times
     out, device, fsdp = open_run(config), own_device(), config.parallel == "fsdp"
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     # a bfloat16 base under a float32 adapter; weights that are trained themselves stay float32, with autocast

@@ -34,6 +34,12 @@ def run(config):
     train(config, lambda *_: objective(config))
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def work(rank, world, port, configs):
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ |= {name: str(value) for name, value in place.items()}
@@ -45,9 +51,7 @@ def work(rank, world, port, configs):
 
 def run_many(world, configs):
     """Train every config in turn on `world` processes, which start once."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train_dpl"])  # one import of torch for all processes
     processes = [context.Process(target=work, args=(rank, world, port, configs)) for rank in range(world)]
@@ -183,6 +187,33 @@ def test_bad_input_ends_all_processes_in_one_line(tmp_path, name):
     assert done.returncode != 0 and len(errors) == 1 and name in errors[0]
     assert done.stderr.count("Traceback") == 1  # torchrun's own
     assert list(tmp_path.iterdir()) == [tmp_path / "rows.jsonl"]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_nodes_that_share_no_folder_are_told_so(tmp_path, parallel):
+    """Two processes in folders of their own, and a relative --out_dir: FSDP fails to save, DDP to resume."""
+    society = ROOT / "data/society"
+    flags = {"data": society / "test.jsonl.gz", "model": society / "reference", "out_dir": "run"}
+    flags |= {"max_steps": 2, "batch_size": 8, "parallel": parallel}
+    words = [sys.executable, ROOT / "train_dpl.py", *(f"--{name}={value}" for name, value in flags.items())]
+
+    def run_both(*more):
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+        both = []
+        for rank in ("0", "1"):
+            (tmp_path / rank).mkdir(exist_ok=True)
+            env = {**os.environ, **place, "RANK": rank, "LOCAL_RANK": "0"}
+            pipe = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+            both.append(subprocess.Popen([*words, *more], cwd=tmp_path / rank, env=env, **pipe))
+        return [(process.communicate(timeout=120)[1], process.returncode) for process in both]
+
+    found = run_both()
+    if parallel == "ddp":
+        assert [code for _, code in found] == [0, 0]
+        found = run_both("--resume")
+    assert found[0][1] == 2
+    errors = [line for stderr, _ in found for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "one that all nodes share" in errors[0]
 
 
 def test_fsdp_holds_half_of_the_weights_on_each_of_two_processes():
