@@ -12,7 +12,7 @@ Token temperature t tempers each step, global temperature tau whole texts: p(y)^
    sequential Monte Carlo from DPO; trained, as DPL at alpha / beta = tau.
 
     python experiments/doctor.py                # trains the policies
-    python experiments/temperature.py           # two minutes; draws assets/temperature.png
+    python experiments/temperature.py           # a minute; draws assets/temperature.png
 """
 
 import itertools
