@@ -8,7 +8,7 @@ train on the same pairs with the same settings; each policy is read off exactly 
     KL          KL(pi || pi_ref), in nats
     distance    total variation between the policy and the shares of raters whose favourite each answer is
 
-    python experiments/weighting.py     # 15 short runs, ten minutes; those already there are not run again
+    python experiments/weighting.py     # 15 short runs, six minutes; those already there are not run again
 """
 
 import json
