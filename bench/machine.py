@@ -1,7 +1,6 @@
-"""What the benchmarks share: seconds, peak memory, and what this machine could do at best."""
+"""What the benchmarks share: seconds, processes apart, and what this machine could do at best."""
 
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 CUDA = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+DEVICE, DTYPE = (torch.device("cuda"), torch.bfloat16) if CUDA else (torch.device("cpu"), torch.float32)
 
 
 def clock(run: Callable[[], Any]) -> float:
@@ -19,13 +18,6 @@ def clock(run: Callable[[], Any]) -> float:
     if CUDA:
         torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def peak_gb() -> float:
-    """Most memory that this process has held, in GB."""
-    if CUDA:
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def rates() -> tuple[float, float]:

@@ -18,12 +18,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from machine import CUDA, DEVICE, DTYPE, apart, clock, peak_gb, rates
+from machine import CUDA, DEVICE, DTYPE, apart, clock, rates
 
 from decode import Batch
 from files import flag, parse, run_command
 from model import load_model
 from sample import draw_rows
+from trainer import peak_memory
 
 CONTENDERS = ("generate", "static", "sample.py")
 
@@ -42,7 +43,7 @@ class BenchConfig:
 
 def load(path: str) -> Any:
     """The model as sample.py would load it."""
-    return load_model(path, DEVICE, DTYPE)[0]
+    return load_model(path, str(DEVICE), DTYPE)[0]
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def measure(contender: str, config: BenchConfig, samples: int, prompts: int) -> 
 
     run(config.new_tokens if CUDA else 2)  # compiling depends on the length
     seconds = clock(lambda: run(config.new_tokens))
-    return prompts * samples * config.new_tokens / seconds, peak_gb()
+    return prompts * samples * config.new_tokens / seconds, peak_memory(DEVICE)
 
 
 def bounds(config: BenchConfig, cases: dict[int, int]) -> dict[int, tuple[float, float]]:

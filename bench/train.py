@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from machine import CUDA, DEVICE, DTYPE, apart, clock, peak_gb, rates
+from machine import CUDA, DEVICE, DTYPE, apart, clock, rates
 
 from files import flag, parse, run_command
 from lora import add_lora
@@ -30,7 +30,7 @@ from model import Stats, load_model
 from preferences import Pair, read_pairs, tokenize
 from reference import count_tokens, reference_stats
 from train_dpl import DPLConfig, objective
-from trainer import measure
+from trainer import measure, peak_memory
 
 
 @dataclass
@@ -51,7 +51,7 @@ def load(
     config: BenchConfig, cache: Path
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Pair], Stats]:
     """The model, its tokenizer, the batch, and what the reference thinks of it."""
-    model, tokenizer = load_model(config.model, DEVICE, DTYPE)
+    model, tokenizer = load_model(config.model, str(DEVICE), DTYPE)
     with contextlib.redirect_stdout(None):
         pairs = tokenize(read_pairs(config.data)[: config.pairs], tokenizer, config.max_length)
     return model, tokenizer, pairs, reference_stats(model, pairs, cache, config.micro_batch_tokens)
@@ -68,7 +68,7 @@ def ours(config: BenchConfig, cache: Path) -> tuple[float, float, float]:
         found.update(measure(model, pairs, rows, reference, loss, config.micro_batch_tokens, ""))
 
     run(rows if CUDA else rows[:2])  # compiling depends on the lengths
-    return len(pairs) / clock(lambda: run(rows)), peak_gb(), found["loss"]
+    return len(pairs) / clock(lambda: run(rows)), peak_memory(DEVICE), found["loss"]
 
 
 def trl(config: BenchConfig, cache: Path, size: int) -> tuple[float, float, float]:
@@ -98,7 +98,6 @@ def trl(config: BenchConfig, cache: Path, size: int) -> tuple[float, float, floa
         trainer = DPOTrainer(
             model, None, flags, train_dataset=one, processing_class=tokenizer, peft_config=lora
         )
-        trainer.precompute_ref_logps = True
         total = 0.0
 
         def run(rows: list[dict]) -> None:
@@ -112,7 +111,7 @@ def trl(config: BenchConfig, cache: Path, size: int) -> tuple[float, float, floa
                 total += loss.item()
 
         run(rows if CUDA else rows[:2])
-        return len(rows) / clock(lambda: run(rows)), peak_gb(), total
+        return len(rows) / clock(lambda: run(rows)), peak_memory(DEVICE), total
 
 
 def bound(config: BenchConfig, cache: Path) -> float:
