@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from files import InputError
-from model import dense
+from model import dense, dense_masks
+from preferences import Packed, pack
 
 FINISH = ("", "eos", "stop", "length")  # why a text ended
 GOING, EOS, STOP, LENGTH = range(4)
@@ -55,13 +56,6 @@ def race(probs: Tensor, streams: Sequence[np.random.Generator]) -> Tensor:
     return block * BLOCK + (blocks[torch.arange(rows, device=block.device), block] / within).argmax(-1)
 
 
-def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    """What each token of a prompt may attend to: (length, length) boolean."""
-    position = torch.arange(length, device=device)
-    behind = position[:, None] - position
-    return (behind >= 0) & (behind < (length if window is None else window))
-
-
 class SharedCache:
     """Keys and values of S prompts, once each, and of R texts behind them.
 
@@ -74,7 +68,8 @@ class SharedCache:
         self.lengths, self.owner, self.room, self.device, self.t = lengths, owner, room, device, 0
         self.layers: dict[nn.Module, list[Tensor]] = {}
         self.masks: dict[int | None, Any] = {}  # of this forward pass, for each window
-        self.filling: list[int] = []  # the prompts that it computes; none while texts grow
+        self.row: Packed | None = None  # the prompts that it computes; none while texts grow
+        self.filled = 0  # prompts computed before those
 
     def arrange(self, owner: Tensor) -> None:
         """Row r now belongs to prompt owner[r]; prompts without rows are dropped."""
@@ -115,11 +110,10 @@ class SharedCache:
         While prompts are computed, they lie end to end in one row, and each attends to itself. q and the
         result are (rows, heads, 1 or the row's tokens, size).
         """
-        if self.filling:
-            sizes = self.lengths[self.filling].tolist()
-            self.keep_prompts(layer, k, v, sizes)
+        if self.row:
+            self.keep_prompts(layer, k, v)
             if window not in self.masks:
-                self.masks[window] = [causal_mask(size, window, q.device) for size in sizes]
+                self.masks[window] = [mask.to(self.device) for mask in dense_masks(self.row, window)]
             return dense(q, k, v, self.masks[window], scale, cap)
         rows, kv, _, _ = k.shape
         prompt_k, prompt_v, own_k, own_v = self.layers[layer]
@@ -137,14 +131,14 @@ class SharedCache:
         out = self.times_prompts(weight[..., :length], prompt_v) + weight[..., length:] @ own_v
         return out.reshape(rows, -1, 1, v.shape[-1])
 
-    def keep_prompts(self, layer: nn.Module, k: Tensor, v: Tensor, sizes: list[int]) -> None:
-        """Keep k and v (1, kv heads, tokens, size) of the prompts that are computed, of these sizes."""
+    def keep_prompts(self, layer: nn.Module, k: Tensor, v: Tensor) -> None:
+        """Keep k and v (1, kv heads, tokens, size) of the row of prompts that is computed."""
         if layer not in self.layers:
             prompts, texts, longest = len(self.lengths), len(self.owner), int(self.lengths.max())
             self.layers[layer] = [x.new_zeros(prompts, x.shape[1], longest, x.shape[-1]) for x in (k, v)]
             self.layers[layer] += [x.new_empty(texts, x.shape[1], self.room, x.shape[-1]) for x in (k, v)]
         for kept, new in zip(self.layers[layer], (k, v), strict=False):
-            for prompt, part in zip(self.filling, new[0].split(sizes, 1), strict=True):
+            for prompt, part in enumerate(new[0].split(self.row.lengths, 1), self.filled):
                 kept[prompt, :, : part.shape[1]] = part
 
     def times_prompts(self, x: Tensor, y: Tensor) -> Tensor:
@@ -217,13 +211,11 @@ class Batch:
             self.model.set_attn_implementation("packed")
         logits, size = [], max(1, PREFILL // max(map(len, prompts)))
         for first in range(0, len(prompts), size):
-            part = prompts[first : first + size]
-            self.shared.filling = list(range(first, first + len(part)))
-            ids = torch.cat([torch.tensor(prompt) for prompt in part])[None]
-            position = torch.cat([torch.arange(len(prompt)) for prompt in part])[None]
-            last = torch.tensor([len(prompt) for prompt in part]).cumsum(0) - 1
-            logits.append(self.forward(ids, position, last.to(self.device)))
-        self.shared.filling = []
+            row = pack([[prompt] for prompt in prompts[first : first + size]])
+            self.shared.row, self.shared.filled = row, first
+            last = torch.tensor(row.lengths, device=self.device).cumsum(0) - 1
+            logits.append(self.forward(row.ids[None], row.position[None], last))
+        self.shared.row = None
         if len(self.shared.layers) < config.num_hidden_layers:
             raise ValueError("no attention by position")
         return torch.cat(logits)

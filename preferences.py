@@ -49,7 +49,7 @@ class Packed(NamedTuple):
     target: Tensor  # (M,) ... this token id
     column: Tensor  # (M,) example * completions + completion: whose log-probability it adds to
     lengths: list[int]  # tokens fed, per example
-    completions: int  # per example: 2 for pairs, 1 for supervised examples
+    completions: int  # per example: 2 for pairs, 1 for supervised examples, 0 for prompts alone
 
 
 def read_pairs(path: str | Path) -> list[dict[str, Any]]:
