@@ -62,6 +62,12 @@ def flag(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def require(config: Any, name: str, holds: bool, wanted: str) -> None:
+    """Raise InputError naming a flag of `config` unless its value holds."""
+    if not holds:
+        raise InputError(f"--{name} {getattr(config, name)}: must be {wanted}")
+
+
 def parse(config: type[Config], description: str | None) -> Config:
     """Flags from the command line and from @files (a flag and its value a line, # comments)."""
 

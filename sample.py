@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decode import Batch, Completion, race
-from files import InputError, flag, parse, read_rows, run_command, write_whole
+from files import InputError, flag, parse, read_rows, require, run_command, write_whole
 from model import load_model
 from preferences import decode_continuation, encode_prompts, read_prompts
 
@@ -214,8 +214,7 @@ class SampleConfig:
             ("stop", all(self.stop or []), "strings that are not empty"),
             ("resume", not (self.resume and self.overwrite), "given without --overwrite"),
         ):
-            if not holds:
-                raise InputError(f"--{name} {getattr(self, name)}: must be {wanted}")
+            require(self, name, holds, wanted)
 
 
 def as_line(config: SampleConfig, row: dict, index: int, last: bool, text: str, stats: dict[str, Any]) -> str:

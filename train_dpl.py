@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from files import flag, parse, run_command
+from files import flag, parse, require, run_command
 from model import Stats
 from trainer import Objective, TrainConfig, train
 
@@ -35,11 +35,11 @@ class DPLConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("alpha", "beta"):
-            self.require(name, 0 < getattr(self, name) < math.inf, "a positive number")
-        self.require("divergence", self.divergence in DIVERGENCES, f"one of {', '.join(DIVERGENCES)}")
-        self.require("divergence_alpha", 0 < self.divergence_alpha < 1, "between 0 and 1")
+            require(self, name, 0 < getattr(self, name) < math.inf, "a positive number")
+        require(self, "divergence", self.divergence in DIVERGENCES, f"one of {', '.join(DIVERGENCES)}")
+        require(self, "divergence_alpha", 0 < self.divergence_alpha < 1, "between 0 and 1")
         plain = self.divergence == "reverse_kl" or self.alpha == self.beta
-        self.require("divergence", plain, "reverse_kl unless alpha equals beta")
+        require(self, "divergence", plain, "reverse_kl unless alpha equals beta")
 
 
 def dpl_margin(policy: Stats, reference: Stats, alpha: float, beta: float) -> Tensor:

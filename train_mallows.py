@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from files import flag, parse, run_command, write_json, write_whole
+from files import flag, parse, require, run_command, write_json, write_whole
 from model import Stats
 from parallel import rank
 from train_dpl import per_token
@@ -61,19 +61,19 @@ class MallowsConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("alpha", "beta"):
-            self.require(name, 0 < getattr(self, name) < math.inf, "a positive number")
-        self.require("gamma", 0 <= self.gamma < math.inf, "0 or more, and finite")
-        self.require("loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}")
-        self.require("link", self.link in LINKS, f"one of {', '.join(LINKS)}")
-        self.require("link", self.link == "exact" or self.loss == "phi", "exact unless --loss is phi")
+            require(self, name, 0 < getattr(self, name) < math.inf, "a positive number")
+        require(self, "gamma", 0 <= self.gamma < math.inf, "0 or more, and finite")
+        require(self, "loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}")
+        require(self, "link", self.link in LINKS, f"one of {', '.join(LINKS)}")
+        require(self, "link", self.link == "exact" or self.loss == "phi", "exact unless --loss is phi")
         try:
             width = self.epsilon == "auto" or 0 < float(self.epsilon) < math.inf
         except ValueError:
             width = False
-        self.require("epsilon", width, "a positive number or auto")
-        self.require("dispersion", self.dispersion in ("on", "off"), "on or off")
+        require(self, "epsilon", width, "a positive number or auto")
+        require(self, "dispersion", self.dispersion in ("on", "off"), "on or off")
         fits = self.dispersion_scale is None or 0 < self.dispersion_scale < math.inf
-        self.require("dispersion_scale", fits, "a positive number")
+        require(self, "dispersion_scale", fits, "a positive number")
 
 
 def neg_log_dispersion(entropy: Tensor, vocab_size: int) -> Tensor:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoint import export, go_back, open_run, save_checkpoint, start_files
-from files import InputError, flag, naming
+from files import InputError, flag, naming, require
 from lora import add_lora, lora_disabled, lora_layers
 from model import Stats, check_packable, checkpoint_activations, load_model, pair_stats, shard
 from parallel import gathered, joined, note_signals, own_device, rank, reduced, sum_gradients, whole, world
@@ -98,26 +98,21 @@ class TrainConfig:
             "save_every",
             "keep",
         ):
-            self.require(name, getattr(self, name) >= 1, "at least 1")
+            require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("lora_rank", "max_steps", "warmup_steps", "max_grad_norm"):
-            self.require(name, getattr(self, name) >= 0, "0 or more")
+            require(self, name, getattr(self, name) >= 0, "0 or more")
         for name in ("lr", "lora_alpha", "epochs"):
-            self.require(name, 0 < getattr(self, name) < math.inf, "a positive number")
-        self.require("seed", 0 <= self.seed < 2**32, "0 or more and below 2^32")
-        self.require("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
+            require(self, name, 0 < getattr(self, name) < math.inf, "a positive number")
+        require(self, "seed", 0 <= self.seed < 2**32, "0 or more and below 2^32")
+        require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
         for name, choices in CHOICES.items():
-            self.require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+            require(self, name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         torchrun = self.parallel == "ddp" or "RANK" in os.environ
-        self.require("parallel", torchrun, "started by torchrun")
+        require(self, "parallel", torchrun, "started by torchrun")
         for name in ("wandb", "tensorboard"):
             if getattr(self, name) and not importlib.util.find_spec(name):
                 raise InputError(f"--{name}: needs its package: pip install {name}")
-        self.require("resume", not (self.resume and self.overwrite), "given without --overwrite")
-
-    def require(self, name: str, holds: bool, wanted: str) -> None:
-        """Raise InputError naming the flag unless its value holds."""
-        if not holds:
-            raise InputError(f"--{name} {getattr(self, name)}: must be {wanted}")
+        require(self, "resume", not (self.resume and self.overwrite), "given without --overwrite")
 
 
 def load_pairs(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sequence:
