@@ -6,10 +6,12 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
-from files import InputError, flag, parse, read_rows, write_json, write_whole
+from files import InputError, flag, parse, read_rows, write_json, write_tensors, write_whole
 
 
 @dataclass
@@ -35,6 +37,15 @@ def test_write_whole_replaces_the_file(tmp_path):
             file.write(text)
         assert path.read_text(encoding="utf-8") == text
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_equal_tensors_and_metadata_are_equal_bytes(tmp_path):
+    path, tensors = tmp_path / "a.safetensors", {"é": torch.randn(3, 5), "b": torch.arange(2)}
+    metadata = {"format": "pt", "sha256": "0", "z": "ü"}
+    assert len({write_tensors(path, tensors, metadata) for _ in range(32)}) == 1
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == metadata
+        assert all(torch.equal(file.get_tensor(name), tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
