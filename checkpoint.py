@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from files import InputError, write_json, write_tensors, write_whole
+from files import InputError, require_same, write_json, write_tensors, write_whole
 from lora import save_lora
 from parallel import gathered, local, rank, whole, world
 
@@ -146,10 +146,7 @@ def go_back(config: Any, facts: dict[str, Any], model: nn.Module, optimizer: Opt
     if found is None:
         return 0
     path, state = found
-    for name, value in facts["config"].items():
-        saved = state["config"].get(name, value)
-        if name not in FREE and saved != value:
-            raise InputError(f"--{name} {value}: the run to --resume had {saved}; give the same flags")
+    require_same(facts["config"], state["config"], FREE)
     for name in ("model", "data"):
         if state[name] != facts[name]:
             raise InputError(f"--{name} {getattr(config, name)}: not what the run to --resume was reading")

@@ -68,6 +68,14 @@ def require(config: Any, name: str, holds: bool, wanted: str) -> None:
         raise InputError(f"--{name} {getattr(config, name)}: must be {wanted}")
 
 
+def require_same(flags: dict[str, Any], before: dict[str, Any], free: set[str]) -> None:
+    """Raise InputError for the first flag that a run to resume had otherwise, of those not in `free`."""
+    for name, value in flags.items():
+        had = before.get(name, value)
+        if name not in free and had != value:
+            raise InputError(f"--{name} {value}: the run to --resume had {had}; give the same")
+
+
 def parse(config: type[Config], description: str | None) -> Config:
     """Flags from the command line and from @files (a flag and its value a line, # comments)."""
 

@@ -18,9 +18,9 @@ number of processes. Under torchrun each process takes a share of the prompts.
     python sample.py --model out/dpl --prompt "Which meal?" --global_temperature 2 --min_p 0.01
 """
 
+import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,14 +29,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decode import Batch, Completion, race
-from files import InputError, flag, parse, read_rows, require, run_command, write_whole
+from files import InputError, flag, naming, parse, read_rows, require, require_same, run_command, write_whole
 from model import load_model
+from parallel import gathered, joined, own_device, rank, world
 from preferences import decode_continuation, encode_prompts, read_prompts
 
 NUCLEUS = 1024  # tokens sorted at first for top_p: a whole vocabulary takes as long as a small model's step
@@ -285,15 +285,10 @@ def open_out_file(out: Path, config: SampleConfig, prompts: int, chunk: int) -> 
     The run's flags lie beside it until it is done. Raises InputError if they were others.
     """
     beside = Path(f"{out}.flags.jsonl")
-    flags = {name: value for name, value in asdict(config).items() if name not in FREE}
-    for _, saved in read_rows(beside) if config.resume and beside.exists() else ():
-        for name, value in flags.items():
-            if saved.get(name) != value:
-                raise InputError(
-                    f"--{name} {value}: the run to --resume had {saved.get(name)}; give the same"
-                )
+    for _, before in read_rows(beside) if config.resume and beside.exists() else ():
+        require_same(asdict(config), before, FREE)
     with write_whole(beside) as file:
-        file.write(json.dumps(flags) + "\n")
+        file.write(json.dumps(asdict(config)) + "\n")
     lines = out.read_bytes().splitlines(keepends=True) if config.resume and out.exists() else []
     done = sum(line.endswith(b"\n") for line in lines) // config.num_samples
     done = prompts if done >= prompts else done // chunk * chunk  # the batches of a run that never stopped
@@ -302,10 +297,10 @@ def open_out_file(out: Path, config: SampleConfig, prompts: int, chunk: int) -> 
     return done
 
 
+@joined()
 def main() -> None:
     """Sample every prompt of a file, or one prompt to the terminal."""
-    config = parse(SampleConfig, __doc__)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    config, device = parse(SampleConfig, __doc__), own_device()
     rows = read_prompts(config.prompts) if config.prompt is None else [{"prompt": config.prompt}]
     for row in rows:
         if config.chat and isinstance(row["prompt"], str):
@@ -313,15 +308,12 @@ def main() -> None:
     out = Path(config.out_file or "samples.jsonl") if config.out_file or len(rows) > 1 else None
     if out and out.is_dir():
         raise InputError(f"--out_file {out}: is a folder")
-    if out and rank == 0 and out.exists() and not (config.overwrite or config.resume):
+    if out and rank() == 0 and out.exists() and not (config.overwrite or config.resume):
         raise InputError(f"--out_file {out}: exists; --overwrite replaces it, --resume continues it")
-    cuda = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
-    model, tokenizer = load_model(config.model, device, torch.bfloat16 if cuda else torch.float32)
-    try:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, tokenizer = load_model(config.model, str(device), dtype)
+    with naming(config.prompts if config.prompt is None else "--prompt"):
         encoded = encode_prompts([row["prompt"] for row in rows], tokenizer)
-    except InputError as error:
-        raise InputError(f"{config.prompts if config.prompt is None else '--prompt'}: {error}") from None
     longest = max(map(len, encoded)) + config.max_new_tokens - 1  # the last token is never fed
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and longest > limit:
@@ -333,29 +325,21 @@ def main() -> None:
 
     count, total = config.num_samples, config.num_samples * len(rows)
     chunk = max(1, config.batch_size // count)  # prompts that a process takes at a time
-    done = [open_out_file(out, config, len(rows), chunk) if out and rank == 0 else 0]
-    if world > 1:
-        dist.init_process_group("gloo")
-        dist.broadcast_object_list(done)
-    file = out.open("a", encoding="utf-8") if out and rank == 0 else None
-    bar = tqdm(total=len(rows), initial=done[0], unit="prompt", disable=None if file else True)
-    for first in range(done[0], len(rows), chunk * world):
-        start = first + rank * chunk
-        found = sample_prompts(model, tokenizer, encoded, range(start, min(start + chunk, len(rows))), config)
-        if world > 1:
-            parts = [None] * world if rank == 0 else None
-            dist.gather_object(found, parts)
-            found = [sample for part in parts or [] for sample in part]
-        for index, (text, stats) in enumerate(found, first * count):
+    [done, *_] = gathered(open_out_file(out, config, len(rows), chunk) if out and rank() == 0 else 0)
+    file = out.open("a", encoding="utf-8") if out and rank() == 0 else None
+    bar = tqdm(total=len(rows), initial=done, unit="prompt", disable=None if file else True)
+    for first in range(done, len(rows), chunk * world()):
+        start = first + rank() * chunk
+        numbers = range(start, min(start + chunk, len(rows)))
+        parts = gathered(sample_prompts(model, tokenizer, encoded, numbers, config))
+        for index, (text, stats) in enumerate(itertools.chain(*parts), first * count):
             if file:
                 file.write(as_line(config, rows[index // count], index, index + 1 == total, text, stats))
             else:
                 print(f"--- {', '.join(f'{name} {value}' for name, value in stats.items())}\n{text}\n")
         if file:
             file.flush()
-        bar.update(len(found) // count)
-    if world > 1:
-        dist.destroy_process_group()
+        bar.update(sum(map(len, parts)) // count)
     if file:
         file.close()
         Path(f"{out}.flags.jsonl").unlink()

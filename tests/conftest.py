@@ -1,7 +1,10 @@
 """Small tokenizers of the kinds in use and a random model, made on the spot: nothing is downloaded."""
 
 import json
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+ROOT = Path(__file__).parent.parent
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
@@ -20,6 +24,12 @@ CHATML = (
     "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def torchrun(*words):
+    """Run one of the project's scripts on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *words]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def train_tokenizer(kind: str) -> PreTrainedTokenizerFast:

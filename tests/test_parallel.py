@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, torchrun
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -24,7 +25,6 @@ from reference import count_tokens, micro_batches
 from train_dpl import DPLConfig, objective
 from trainer import train
 
-ROOT = Path(__file__).parent.parent
 STEPS = 20
 KINDS = {"lora": {"lora_rank": 8, "lr": 1e-3}, "full": {"lora_rank": 0, "lr": 1e-4}}
 
@@ -169,12 +169,6 @@ def test_processes_share_every_row_once_in_as_many_groups_of_near_equal_load(len
     assert max(loads) - min(loads) <= max(map(count_tokens, examples))
     over = [g for s in shares for g in s if len(g) > 1 and sum(count_tokens(examples[r]) for r in g) > budget]
     assert len(over) < world and all(len(group) == 2 for group in over)
-
-
-def torchrun(*words):
-    """Run a command on two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *words]
-    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "rows.jsonl"])

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML
+from conftest import CHATML, torchrun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -272,33 +272,26 @@ def read(data):
     return [json.loads(line) for line in data.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def torchrun(sharp_model_folder):
-    """sample.py under torchrun."""
-
-    def run(processes, folder, *flags):
-        words = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(processes),
-        ]
-        words += [sample_file.__file__, *command(sharp_model_folder, folder, "parallel.jsonl"), *flags]
-        subprocess.run(words, check=True, capture_output=True)
-        return (folder / "parallel.jsonl").read_bytes()
-
-    return run
-
-
-def test_the_same_samples_for_any_batch_and_number_of_processes(run, torchrun, tmp_path):
+def test_the_same_samples_for_any_batch_and_number_of_processes(run, sharp_model_folder, tmp_path):
     rows = {size: read(run("--batch_size", size, "--overwrite")) for size in (1, 7, 64)}
     assert [row["prompt"] for row in rows[1]] == [p for p in PROMPTS * 2 for _ in range(3)]
     for key in ("completion", "tokens", "finish"):
         assert [r[key] for r in rows[1]] == [r[key] for r in rows[7]] == [r[key] for r in rows[64]]
     assert len({row["completion"] for row in rows[1]}) > 20
-    assert torchrun(2, tmp_path, "--batch_size", "7") == run("--batch_size", 7, "--overwrite")
+    done = torchrun("sample.py", *command(sharp_model_folder, tmp_path, "two.jsonl"), "--batch_size", 7)
+    assert done.returncode == 0
+    assert (tmp_path / "two.jsonl").read_bytes() == run("--batch_size", 7, "--overwrite")
+
+
+def test_one_process_failing_ends_all_with_its_message(run, sharp_model_folder, tmp_path):
+    model = shutil.copytree(sharp_model_folder, tmp_path / "model")
+    weights, tokenizer = load_file(model / "model.safetensors"), AutoTokenizer.from_pretrained(model)
+    token = tokenizer(PROMPTS[1]).input_ids[-1]  # in the second process's prompt alone
+    weights["model.embed_tokens.weight"][token] = math.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    done = torchrun("sample.py", *command(model, tmp_path, "two.jsonl"), "--batch_size", 3)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and errors == ["error: the model's log-probabilities are NaN"]
 
 
 @pytest.mark.parametrize(
