@@ -1,0 +1,56 @@
+"""Supervised fine-tuning against transformers' own loss, on every form of row."""
+
+import json
+
+import pytest
+import torch
+from conftest import CHATML
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from train_sft import SFTConfig, finetune
+
+QUESTIONS = ["Best fruit?", "Who sings?", "What is warm?"]
+ANSWERS = ["The fig.", "My friend sings about the best fruit.", "Bread"]
+
+
+def as_strings(question, answer):
+    return {"prompt": question, "completion": f" {answer}"}
+
+
+def as_messages(question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def as_prompt_and_completion(question, answer):
+    messages = as_messages(question, answer)["messages"]
+    return {"prompt": messages[:1], "completion": messages[1:]}
+
+
+@pytest.mark.parametrize("form", [as_strings, as_messages, as_prompt_and_completion])
+def test_sft_starts_at_the_loss_of_transformers_and_lowers_it(tiny_model_folder, tmp_path, form):
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_model_folder), tmp_path / "model"
+    tokenizer.chat_template = CHATML
+    AutoModelForCausalLM.from_pretrained(tiny_model_folder).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    rows = [form(question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"model": str(model), "data": str(tmp_path / "rows.jsonl"), "out_dir": str(tmp_path / "run")}
+    finetune(SFTConfig(**flags, lora_rank=0, max_steps=20, warmup_steps=2, log_every=1))
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+    def mean_loss(folder):
+        llama, total = AutoModelForCausalLM.from_pretrained(folder), 0.0
+        for question, answer in zip(QUESTIONS, ANSWERS, strict=True):
+            if form is as_strings:
+                start, end = question, f" {answer}</s>"
+            else:
+                start = f"<s><|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+                end = f"{answer}<|im_end|>"
+            head, tail = (tokenizer(text, add_special_tokens=False).input_ids for text in (start, end))
+            labels = torch.tensor([[-100] * len(head) + tail])
+            total += llama(torch.tensor([head + tail]), labels=labels).loss.item() * len(tail)
+        return total / len(QUESTIONS)
+
+    assert metrics[0]["loss"] == pytest.approx(mean_loss(tiny_model_folder), rel=1e-5)
+    assert metrics[-1]["loss"] == pytest.approx(mean_loss(tmp_path / "run"), rel=1e-5)
+    assert metrics[-1]["loss"] < 0.9 * metrics[0]["loss"]
