@@ -4,12 +4,14 @@ import functools
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import evaluate
 from data.society.truth import mallows_favourites, optimum, poll_laws, read_story, story_laws
 from evaluate import OTHER, entropy_bits, frequencies, society, total_variation
 from model import load_model, pair_stats
@@ -90,6 +92,21 @@ def test_society_counts_what_it_is_given(world):
     assert result["stories"]["name"]["sampled"]["Marchetti"] == 0.5
     assert result["stories"]["gender"]["sampled"][OTHER] == 0.25
     assert result["polls"][poll.strip()]["tv_shares"] == pytest.approx(0.45)
+
+
+def test_evaluate_prints_and_writes_what_it_found(world, tmp_path, monkeypatch, capsys):
+    rows = [{"prompt": world["story_prompt"], "completion": text} for text in stories_of(world)[1]]
+    rows[0]["completion"] = rows[0]["completion"].replace("Marchetti", "Marvist")
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--samples", tmp_path / "samples.jsonl", "--alpha", 0.4, "--out_file", tmp_path / "found.json"]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "society", *map(str, flags)])
+    evaluate.main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found == society(rows, world, 0.4, 0.1)
+    printed = capsys.readouterr().out
+    name = found["stories"]["name"]
+    assert re.search(rf"^name +{name['tv_target']:.3f} +{name['tv_reference']:.3f} ", printed, re.MULTILINE)
+    assert f"misspelt names {1 / len(rows):.1%}, malformed stories {1 / len(rows):.1%}" in printed
 
 
 def test_laws_and_distances():
