@@ -99,15 +99,16 @@ def draw_global(
     particles = batch.going
     while batch.going:
         probs = next_token_probs(batch.logits, **cuts)
-        batch.weight[: batch.going] += (probs.log() / tau).logsumexp(-1).cpu()
+        tempered = probs.log() / tau
+        batch.weight[: batch.going] += tempered.logsumexp(-1).cpu()
         share = batch.weight.softmax(0)
         if 1 / share.square().sum() < particles / 2:  # before the token is drawn, so that copies part at once
             mean = batch.weight.logsumexp(0) - math.log(particles)
             rows = batch.reorder(systematic(share, particles, stream))
-            batch.logits, probs = batch.logits[rows], probs[rows]
+            batch.logits, probs, tempered = batch.logits[rows], probs[rows], tempered[rows]
             batch.weight[:] = mean
         if batch.going:
-            batch.append(race(probs ** (1 / tau), [stream] * batch.going), probs)
+            batch.append(race(tempered.softmax(-1), [stream] * batch.going), probs)
     share = batch.weight.softmax(0)
     ess = 1 / torch.zeros_like(share).index_add(0, batch.root, share).square().sum().item()
     log_z = batch.weight.logsumexp(0).item() - math.log(particles)

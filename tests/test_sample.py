@@ -236,6 +236,14 @@ def test_global_temperature_1_weighs_nothing_and_few_particles_warn(capsys):
     assert "warning: effective sample size" in capsys.readouterr().err
 
 
+def test_global_temperature_near_0_is_greedy_and_not_an_underflow():
+    model, prompt = make(CONFIGS["llama"]), [5, 6, 7]
+    [greedy] = sample(model, prompt, 1, 8, 2, temperature=0)
+    assert math.exp(greedy.logp / len(greedy.tokens)) ** 1000 == 0  # p^(1/tau) alone would be
+    for completion in sample_global(model, prompt, 4, 8, 2, global_temperature=1e-3, particles=8):
+        assert completion.tokens == greedy.tokens
+
+
 PROMPTS = ["The fig is", "A grey cat likes warm bread? My friend", "Zoë", "Every baker does not want"]
 
 
