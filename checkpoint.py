@@ -36,7 +36,7 @@ from parallel import gathered, local, rank, whole, world
 # what may change between a run and its --resume (of model and data the path may, not the content)
 FREE = {"out_dir", "overwrite", "resume", "max_steps", "epochs", "log_every", "eval_every", "save_every"}
 FREE |= {"keep", "parallel", "checkpoint_activations", "micro_batch_tokens", "wandb", "tensorboard"}
-FREE |= {"model", "data"}
+FREE |= {"model", "data", "eval_data"}
 
 
 def open_run(config: Any) -> Path:
@@ -59,7 +59,8 @@ def start_files(config: Any, out: Path, start: int) -> None:
     if config.overwrite:
         for folder in ("checkpoint", "tensorboard"):
             shutil.rmtree(out / folder, ignore_errors=True)
-        for path in {*out.glob("adapter_*"), *out.glob("*.safetensors*"), *out.glob("dispersion.*")}:
+        old = ("adapter_*", "*.safetensors*", "*config.json", "*.jinja", "dispersion.*")
+        for path in {path for pattern in old for path in out.glob(pattern)}:
             path.unlink()
     path = out / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if start else []
@@ -156,7 +157,8 @@ def go_back(config: Any, facts: dict[str, Any], model: nn.Module, optimizer: Opt
 
 def load_checkpoint(path: Path, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
     """Restore trained weights and optimizer state from a whole checkpoint, each process its own part."""
-    files = [safe_open(path / name, "pt") for name in sorted(state["files"], key=_number)]
+    parts = len(state["files"])
+    files = [safe_open(path / f"state-{part}-of-{parts}.safetensors", "pt") for part in range(parts)]
     keys = set(files[0].keys())
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -243,10 +245,6 @@ def _verify(path: Path) -> tuple[dict[str, Any], str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, " ".join(str(error).split())
     return state, ""
-
-
-def _number(name: str) -> int:
-    return int(name.split("-")[1])
 
 
 def _digest_json(value: dict[str, Any]) -> str:

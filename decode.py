@@ -70,6 +70,7 @@ class SharedCache:
         self.masks: dict[int | None, Any] = {}  # of this forward pass, for each window
         self.row: Packed | None = None  # the prompts that it computes; none while texts grow
         self.filled = 0  # prompts computed before those
+        self.calls = 0  # of layers, while prompts are computed
 
     def arrange(self, owner: Tensor) -> None:
         """Row r now belongs to prompt owner[r]; prompts without rows are dropped."""
@@ -101,6 +102,7 @@ class SharedCache:
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        *,
         scale: float,
         window: int | None,
         cap: float | None,
@@ -137,6 +139,7 @@ class SharedCache:
             prompts, texts, longest = len(self.lengths), len(self.owner), int(self.lengths.max())
             self.layers[layer] = [x.new_zeros(prompts, x.shape[1], longest, x.shape[-1]) for x in (k, v)]
             self.layers[layer] += [x.new_empty(texts, x.shape[1], self.room, x.shape[-1]) for x in (k, v)]
+        self.calls += 1
         for kept, new in zip(self.layers[layer], (k, v), strict=False):
             for prompt, part in enumerate(new[0].split(self.row.lengths, 1), self.filled):
                 kept[prompt, :, : part.shape[1]] = part
@@ -216,8 +219,8 @@ class Batch:
             last = torch.tensor(row.lengths, device=self.device).cumsum(0) - 1
             logits.append(self.forward(row.ids[None], row.position[None], last))
         self.shared.row = None
-        if len(self.shared.layers) < config.num_hidden_layers:
-            raise ValueError("no attention by position")
+        if self.shared.calls != config.num_hidden_layers * len(logits):
+            raise ValueError("not one attention by position in each layer")
         return torch.cat(logits)
 
     def fall_back(self, prompts: list[list[int]], owners: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""What crosses the disk: rows in, whole files out, and one clear line when the input is bad.
+"""Reading rows, writing files whole, parsing flags, and a one-line message for every bad input.
 
-Rows come from .jsonl, .jsonl.gz, .json and .parquet. A file is written under a temporary name and renamed,
-so that a reader never meets half of one and an interrupted run never harms what was there before.
+Rows come from .jsonl, .jsonl.gz, .json, .parquet and .txt. A file is written under a temporary name and
+renamed, so readers never see half of it and an interrupted run leaves the old one intact.
 """
 
+import argparse
 import contextlib
 import gzip
 import hashlib
@@ -57,6 +58,10 @@ def naming(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path}: {error}") from None
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """--help keeps a docstring's own lines, and tells every flag's default."""
+
+
 def flag(default: Any, help: str) -> Any:
     """A dataclass field that parse() turns into a command-line flag."""
     return field(default=default, metadata={"help": help})
@@ -85,10 +90,18 @@ def parse(config: type[Config], description: str | None) -> Config:
         except ValueError as error:
             raise InputError(f"the line {line!r} of an @file: {error}") from None
 
-    parser = HfArgumentParser(config, description=description, fromfile_prefix_chars="@", allow_abbrev=False)
+    parser = HfArgumentParser(
+        config, description=description, formatter_class=Help, fromfile_prefix_chars="@", allow_abbrev=False
+    )
     parser.error = refuse
     parser.convert_arg_line_to_args = split
-    values, unknown = parser.parse_args_into_dataclasses(None, True, look_for_args_file=False)
+    try:
+        " ".join(sys.argv).encode()
+        values, unknown = parser.parse_args_into_dataclasses(
+            return_remaining_strings=True, look_for_args_file=False
+        )
+    except UnicodeError:
+        raise InputError("the command line or an @file is not UTF-8 text") from None
     if unknown:
         raise InputError(f"unknown argument {unknown[0]}; --help lists the flags")
     return values
@@ -97,8 +110,9 @@ def parse(config: type[Config], description: str | None) -> Config:
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("file:row", row) for each JSON object of a .jsonl, .jsonl.gz, .json or .parquet file.
 
-    Rows are counted from 1, as an editor counts lines. Raises InputError for a file that is missing, empty,
-    cut short, not UTF-8 or not JSON, and for a row that is not an object.
+    A line of a .txt file is {"prompt": line}. Rows are counted from 1, as an editor counts lines. Raises
+    InputError for a file that is missing, empty, cut short, not UTF-8 or not JSON, and for a row that is not
+    an object.
     """
     path, count = Path(path), 0
     if not path.is_file():
@@ -125,8 +139,13 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
         if name.endswith((".jsonl", ".jsonl.gz")):
             with (gzip.open if name.endswith(".gz") else open)(path, "rb") as lines:
                 for number, line in enumerate(lines, 1):  # bytes: a decoding error then names its own row
-                    if line.strip():
-                        yield number, _loads(line.decode("utf-8-sig"))
+                    if text := line.decode("utf-8-sig").strip():
+                        yield number, _loads(text)
+        elif name.endswith(".txt"):
+            with open(path, "rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    if (text := line.decode("utf-8-sig")).strip():
+                        yield number, {"prompt": text.rstrip("\r\n")}
         elif name.endswith(".json"):
             text = path.read_bytes().decode("utf-8-sig")
             rows = _loads(text) if text.strip() else []
@@ -144,7 +163,7 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
                 raise InputError(f"{path}: not a readable parquet file: {error}") from None
             yield from enumerate(rows, 1)
         else:
-            raise InputError(f"{path}: unknown format; use .jsonl, .jsonl.gz, .json or .parquet")
+            raise InputError(f"{path}: unknown format; use .jsonl, .jsonl.gz, .json, .parquet or .txt")
     except UnicodeError:
         raise InputError(f"{path}:{max(number, 1)}: not UTF-8 text") from None
     except json.JSONDecodeError as error:
@@ -153,7 +172,7 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
     except ValueError as error:  # a number of thousands of digits
         raise InputError(f"{path}:{max(number, 1)}: not JSON: {error}") from None
     except RecursionError:
-        raise InputError(f"{path}:{number}: JSON nested too deeply") from None
+        raise InputError(f"{path}:{max(number, 1)}: JSON nested too deeply") from None
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise InputError(f"{path}: damaged or cut-short gzip file, after row {number}") from None
 
@@ -175,17 +194,15 @@ def write_whole(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> str:
-    """Write a safetensors file, whole or not at all; returns its SHA-256."""
+    """Write a safetensors file, whole or not at all; returns its SHA-256.
+
+    `metadata` may have one entry: safetensors writes several in an order drawn anew each time, and equal
+    contents must make equal bytes.
+    """
     from safetensors.torch import save  # here: scripts that only read rows start without torch
 
     # in memory first: save_file renames a file of its own over ours, unsynced and for its owner's eyes only
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
-    if metadata:  # which safetensors writes in an order drawn anew each time: equal contents, equal bytes
-        size = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:size]) | {"__metadata__": metadata}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-        data = len(text).to_bytes(8, "little") + text + data[size:]
     with write_whole(path, "wb") as file:
         file.write(data)
     return hashlib.sha256(data).hexdigest()

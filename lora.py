@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import parallel
-from files import InputError, digest, write_json, write_tensors
+from files import InputError, digest, naming, write_json, write_tensors
 
 
 class LoRALinear(nn.Module):
@@ -133,8 +133,7 @@ def save_lora(model: nn.Module, folder: str | Path, base_model: str) -> None:
         "inference_mode": True,
     }
     if parallel.rank() == 0:
-        metadata = {"format": "pt", "sha256": checksum(tensors, config)}
-        write_tensors(folder / "adapter_model.safetensors", tensors, metadata)
+        write_tensors(folder / "adapter_model.safetensors", tensors, {"sha256": checksum(tensors, config)})
         write_json(folder / "adapter_config.json", config)
 
 
@@ -147,10 +146,15 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     """A LoRA adapter's adapter_config.json. Raises InputError if it is damaged or not plain LoRA."""
     path = Path(folder) / "adapter_config.json"
     other = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layer_replication")
+    other += ("alora_invocation_tokens",)
+    plain = (None, True, False, "gaussian", "orthogonal")  # what leaves the base's weights as they are
     try:
         config = json.loads(path.read_bytes())
-        if config["peft_type"] != "LORA" or any(config.get(key) for key in other):
-            raise InputError(f"{path}: only plain LoRA adapters are read (no DoRA, rsLoRA or rank patterns)")
+        changed = any(config.get(key) for key in other) or config.get("init_lora_weights") not in plain
+        if config["peft_type"] != "LORA" or changed:
+            raise InputError(
+                f"{path}: only plain LoRA adapters are read (no DoRA, rsLoRA, PiSSA, patterns ...)"
+            )
         if not (isinstance(config["r"], int) and config["r"] > 0 and config["lora_alpha"] + 0.0 > 0):
             raise InputError(f"{path}: r must be a positive whole number and lora_alpha a positive number")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -176,7 +180,8 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
         if not match:
             raise InputError(f"{path}: unexpected tensor {key}; only lora_A and lora_B weights are read")
         found.setdefault(match[1], {})[match[2]] = tensor
-    add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0, sorted(found))
+    with naming(path):
+        add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0, sorted(found))
     for name, layer in lora_layers(model):
         for part in ("lora_A", "lora_B"):
             tensor, weight = found.get(name, {}).get(part), getattr(layer, part)
@@ -184,6 +189,8 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
                 shape = None if tensor is None else tuple(tensor.shape)
                 raise InputError(f"{path}: {name}.{part} is {shape}, this model needs {tuple(weight.shape)}")
             weight.data.copy_(tensor)
+    if not found:
+        raise InputError(f"{path}: holds no lora_A or lora_B weights")
     if expected not in (None, checksum(tensors, config)):
         raise InputError(f"{path}: damaged, or not the weights of its adapter_config.json")
     return model

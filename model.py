@@ -16,6 +16,7 @@ vocabulary size a token where autograd takes three, and never a batch of logits 
 
 import contextlib
 import functools
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -59,34 +60,30 @@ class Stats(NamedTuple):
 
 
 def load_model(
-    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer, from a folder or the hub; an adapter's folder gives its base, merged.
 
     Only safetensors weights are read. Raises InputError if either cannot be loaded whole.
     """
     path = str(path)
+    with _reporting(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if (Path(path) / "adapter_config.json").is_file():
         base = read_adapter_config(path).get("base_model_name_or_path")
-        if not isinstance(base, str):
-            raise InputError(f"--model {path}: adapter_config.json names no base_model_name_or_path")
-        model, _ = load_model(base, "cpu", dtype, trust_remote_code)  # a GPU would round the sum its own way
-        return merge_lora(load_lora(model, path)).to(device), _load_tokenizer(path, trust_remote_code)
+        if not isinstance(base, str) or Path(base).resolve() == Path(path).resolve():
+            raise InputError(f"--model {path}: adapter_config.json names no other base_model_name_or_path")
+        model, _ = load_model(base, "cpu", dtype)  # a GPU would round the sum its own way
+        return merge_lora(load_lora(model, path)).to(device), tokenizer
     if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
         raise InputError(f"--model {path}: no *.safetensors weights there (other formats are not read)")
-    tokenizer = _load_tokenizer(path, trust_remote_code)
-    options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": trust_remote_code}
+    options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
     with _reporting(path):
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
     broken = sorted(info["missing_keys"]) + [str(name) for name in info["mismatched_keys"]]
     if broken:  # transformers would train on from random numbers
         raise InputError(f"--model {path}: {len(broken)} weights are missing or misshapen, first {broken[0]}")
     return model.to(device).eval(), tokenizer
-
-
-def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    with _reporting(path):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 @contextlib.contextmanager
@@ -99,32 +96,19 @@ def _reporting(path: str):
 
 
 class Layout:
-    """A packed row as attention needs it; masks are made once for each window and shared by all layers."""
+    """How the tokens of one packed row attend to each other; all layers share one mask for each window."""
 
     def __init__(self, packed: Packed):
-        self.packed = packed
-        self.masks: dict[int | None, Any] = {}
-
-    def masks_for(self, window: int | None) -> Any:
-        """The row's BlockMask on CUDA; elsewhere a list with one (n, n) boolean mask for each example."""
-        if window not in self.masks:
-            make = block_mask if self.packed.ids.is_cuda else dense_masks
-            self.masks[window] = make(self.packed, window)
-        return self.masks[window]
+        self.run, make = (flex, block_mask) if packed.ids.is_cuda else (dense, dense_masks)
+        self.masks_for = functools.cache(partial(make, packed))  # window -> what self.run takes as its mask
+        self.calls = 0
 
     def attend(
-        self,
-        layer: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        self, layer: nn.Module, *qkv: Tensor, scale: float, window: int | None, cap: float | None
     ) -> Tensor:
-        """Attention within the row, (1, heads, T, head size) in and out, key and value with fewer heads."""
-        run = flex if query.is_cuda else dense
-        return run(query, key, value, self.masks_for(window), scale, softcap)
+        """Attention within the row: queries, keys, values and result are (1, heads, T, head size)."""
+        self.calls += 1
+        return self.run(*qkv, self.masks_for(window), scale, cap)
 
 
 def may_attend(packed: Packed, window: int | None) -> Callable[[Any, Any, Any, Any], Tensor]:
@@ -152,10 +136,7 @@ def block_mask(packed: Packed, window: int | None) -> Any:
     return create_block_mask(may_attend(packed, window), None, None, size, size, device=packed.ids.device)
 
 
-@functools.cache
-def compiled_flex() -> Callable:
-    """FlexAttention compiled, wrapped once for all layers and steps."""
-    return torch.compile(flex_attention)
+compile_once = functools.cache(torch.compile)  # one wrapper for all layers and steps, made at first use
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, softcap: float | None) -> Tensor:
@@ -164,7 +145,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, sof
     def capped(score: Tensor, *_: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
-    run = compiled_flex() if query.is_cuda else flex_attention
+    run = compile_once(flex_attention) if query.is_cuda else flex_attention
     grouped = query.shape[1] != key.shape[1]
     return run(query, key, value, capped if softcap else None, mask, scale, enable_gqa=grouped)
 
@@ -198,8 +179,6 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
     layout: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -209,13 +188,14 @@ def packed_attention(
     """
     if layout is None:
         eager = sys.modules[type(module).__module__].eager_attention_forward
-        extra = {"sliding_window": sliding_window, "softcap": softcap}
-        extra = {name: value for name, value in extra.items() if value is not None}
-        return eager(module, query, key, value, attention_mask, scaling=scaling, **extra, **kwargs)
+        return eager(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if any(kwargs.get(name) is not None for name in ("s_aux", "position_bias")):
         raise ValueError("its attention has sinks or a bias of its own")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = layout.attend(module, query, key, value, scale, sliding_window, softcap)
+    if "sliding_window" not in kwargs and getattr(module.config, "sliding_window", None):
+        raise ValueError("its sliding window is in its mask alone")
+    limits = {"window": kwargs.get("sliding_window"), "cap": kwargs.get("softcap")}
+    out = layout.attend(module, query, key, value, scale=scale, **limits)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -301,13 +281,16 @@ def _pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) -
         model.set_attn_implementation("packed")
     device = model.get_input_embeddings().weight.device
     packed = Packed(*(x.to(device) if isinstance(x, Tensor) else x for x in packed))
+    layout = Layout(packed)
     hidden = model.base_model(
         input_ids=packed.ids[None],
         position_ids=packed.position[None],
         attention_mask=torch.empty(1, 1, 1, 1, device=device),  # 4-D: "already prepared", so none is built
         use_cache=False,
-        layout=Layout(packed),
+        layout=layout,
     ).last_hidden_state[0]
+    if layout.calls < model.config.get_text_config().num_hidden_layers:
+        raise ValueError("some of its layers are no attention")
     head = model.get_output_embeddings()
     softcap = getattr(model.config, "final_logit_softcapping", None)
     hidden = hidden.index_select(0, packed.source)
@@ -322,6 +305,20 @@ def _pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) -
     return Stats(per_completion(logp), length, per_completion(h) / length if entropy else None)
 
 
+def max_positions(model: PreTrainedModel) -> float:
+    """The positions that a text may have; infinity if the model names no limit.
+
+    LongRoPE (Phi-3) turns to other factors for the whole row once any text in it is longer than its original
+    length: there, no text may be.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = [getattr(config, "max_position_embeddings", None)]
+    if rope.get("rope_type") == "longrope":
+        limits.append(rope.get("original_max_position_embeddings"))
+    return min(filter(None, limits), default=math.inf)
+
+
 @torch.no_grad()
 def check_packable(model: PreTrainedModel, path: str) -> None:
     """Raise InputError unless packing leaves this model's log-probabilities as they are, by trying it.
@@ -330,8 +327,9 @@ def check_packable(model: PreTrainedModel, path: str) -> None:
     """
     ids = torch.arange(12).remainder(model.config.get_text_config().vocab_size - 1).add(1).tolist()
     pairs = [(ids[:4], ids[4:8], ids[5:10]), (ids[2:5], ids[6:7], ids[7:12])]
-    reason = None
     try:
+        if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+            raise ValueError("it attends in chunks by index")
         plain = []
         for prompt, *completions in pairs:
             for completion in completions:
@@ -339,15 +337,11 @@ def check_packable(model: PreTrainedModel, path: str) -> None:
                 logp = model(row).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
                 plain.append(logp.gather(1, row[0, len(prompt) :, None]).sum())
         gap = (pair_stats(model, pack(pairs)).logp.flatten() - torch.stack(plain)).abs().max().item()
-        tolerance = 1e-2 if next(model.parameters()).dtype == torch.float32 else 0.5
-        if not gap <= tolerance:
-            reason = f"log-probabilities move by {gap:.2g} nats"
+        if not gap <= (1e-3 if model.dtype == torch.float32 else 0.5):
+            raise ValueError(f"log-probabilities move by {gap:.2g} nats")
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-    if getattr(model.config.get_text_config(), "attention_chunk_size", None):
-        reason = "it attends in chunks by index"
-    if reason:
-        raise InputError(f"--model {path}: {type(model).__name__} cannot be packed: {reason}")
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--model {path}: {type(model).__name__} cannot be packed: {reason}") from None
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -95,15 +95,6 @@ def note_signals() -> list[int]:
     return caught
 
 
-def reduced(values: Sequence[float], largest: bool = False) -> list[float]:
-    """The sum, or the largest, of each number over all processes."""
-    if world() == 1:
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64, device=own_device())
-    dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
-    return tensor.tolist()
-
-
 def summed(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes, where the tensor is."""
     if world() == 1:

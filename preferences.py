@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from files import InputError, read_rows
+from files import InputError, naming, read_rows
 
 Text = str | list[dict[str, str]]  # plain, or a message list for the chat template
 TURN = "\n\nAssistant:"  # HH-RLHF's mark before each answer
@@ -96,20 +96,11 @@ def _as_pair(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """Rows with a 'prompt' to answer, a string or a message list; of a .txt file, one for each line.
+    """Rows with a 'prompt', a string or a message list; from a .txt file, one prompt per line.
 
     Raises InputError naming the file and row.
     """
-    path, rows = Path(path), []
-    if path.suffix == ".txt" and path.is_file():
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeError:
-            raise InputError(f"{path}: not UTF-8 text") from None
-        rows = [{"prompt": line} for line in lines if line.strip()]
-        if not rows:
-            raise InputError(f"{path}: the file is empty")
-        return rows
+    rows = []
     for where, row in read_rows(path):
         prompt = row.get("prompt")
         if isinstance(prompt, list) and prompt:
@@ -142,7 +133,10 @@ def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) 
     A message list goes through the chat template, opened for the assistant's answer.
     Raises InputError for messages without a chat template, and for a prompt with no token at all.
     """
-    texts = [p if isinstance(p, str) else _template(p, tokenizer, generate=True) for p in prompts]
+    texts = []
+    for number, prompt in enumerate(prompts, 1):
+        with naming(f"row {number}"):
+            texts.append(prompt if isinstance(prompt, str) else _template(prompt, tokenizer, generate=True))
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
     encoded = _encode(texts, tokenizer)
@@ -201,16 +195,18 @@ def encode_answers(
     special = tuple({*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())})
     texts, ended = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
+        text, closed = answer, False
         if not isinstance(answer, str):
             opened = _template(prompt, tokenizer, generate=True)
             whole = _template([*prompt, *answer], tokenizer, generate=False)
             if not whole.startswith(opened):
                 raise InputError("the chat template does not extend its own prompt; use rows of strings")
-            answer = whole[len(opened) :]
-            if answer.rstrip().endswith(special):  # the newline after <|im_end|> is not the model's to write
-                answer = answer.rstrip()
-        texts.append(answer)
-        ended.append(not isinstance(prompt, str) and answer.endswith(special))
+            text, content = whole[len(opened) :], answer[-1]["content"]
+            closed = text.partition(content.strip() or content)[2].rstrip().endswith(special)
+            if closed:  # the newline after <|im_end|> is not the model's to write
+                text = text.rstrip()
+        texts.append(text)
+        ended.append(closed)
     if not all(ended) and tokenizer.eos_token_id is None:
         raise InputError("the model's tokenizer has no end-of-sequence token, so completions could never end")
     encoded = encode_continuations(texts, tokenizer)

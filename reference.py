@@ -64,10 +64,9 @@ def _fill(rows: Sequence[int], tokens: dict[int, int], budget: int) -> list[list
     return groups
 
 
-def digest_model(model: PreTrainedModel) -> str:
-    """SHA-256 of what a model computes with: its configuration and every weight."""
+def digest_model(model: PreTrainedModel, autocast: bool = False) -> str:
+    """SHA-256 of what a model computes with: its configuration, every weight, and whether under autocast."""
     config = {k: v for k, v in model.config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
-    autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     found = hashlib.sha256(json.dumps([config, autocast]).encode())
     for name, weight in model.state_dict().items():
         found.update(digest({name: weight}).encode())
@@ -76,10 +75,7 @@ def digest_model(model: PreTrainedModel) -> str:
 
 def digest_examples(examples: Sequence[Sequence[list[int]]]) -> str:
     """SHA-256 of every token id."""
-    found = hashlib.sha256()
-    for example in examples:
-        found.update(json.dumps(example).encode())
-    return found.hexdigest()
+    return hashlib.sha256(json.dumps(list(examples)).encode()).hexdigest()
 
 
 @torch.no_grad()
@@ -98,7 +94,7 @@ def reference_stats(
     stats = torch.full((len(Stats._fields), len(examples), 2), math.nan)
     with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
         found = {name: file.get_tensor(name) for name in Stats._fields}
-        if file.metadata() == {"fingerprint": key, "sha256": digest(found)}:
+        if file.metadata() == {"sha256": digest(found)}:
             stats = torch.stack(list(found.values()))
     stats = summed(stats if rank() == 0 else torch.zeros_like(stats))  # what rank 0 could read
 
@@ -120,12 +116,7 @@ def reference_stats(
         new.zero_()
         if rank() == 0 and (index == len(groups) or time.monotonic() - saved > SAVE_SECONDS):
             tensors = dict(zip(Stats._fields, stats, strict=True))
-            write_tensors(path, tensors, {"fingerprint": key, "sha256": digest(tensors)})
+            write_tensors(path, tensors, {"sha256": digest(tensors)})
             saved = time.monotonic()
     bar.close()
     return Stats(*stats)
-
-
-def take(stats: Stats | None, rows: list[int], device: torch.device) -> Stats | None:
-    """The rows of cached Stats, on `device`."""
-    return stats and Stats(*(value[rows].to(device) for value in stats))

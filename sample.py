@@ -34,10 +34,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decode import Batch, Completion, race
-from files import InputError, flag, naming, parse, read_rows, require, require_same, run_command, write_whole
-from model import load_model
+from files import InputError, flag, naming, parse, require, require_same, run_command, write_json, write_whole
+from model import load_model, max_positions
 from parallel import gathered, joined, own_device, rank, world
-from preferences import decode_continuation, encode_prompts, read_prompts
+from preferences import Text, decode_continuation, encode_answers, encode_prompts, read_prompts
+from reference import digest_examples
 
 NUCLEUS = 1024  # tokens sorted at first for top_p: a whole vocabulary takes as long as a small model's step
 FORMATS = ("jsonl", "messages", "alpaca_eval", "arena_hard")
@@ -166,11 +167,18 @@ def sample_global(
     )[0]
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """Every id that ends a completion: the tokenizer's EOS and those of the model's generation settings."""
+def end_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]
+) -> list[int]:
+    """Every id that ends a completion: the tokenizer's EOS, those of the model's generation settings, and if
+    there are message lists among the prompts, the one that closes a turn in the chat template.
+    """
     ids = model.generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [ids]
-    return sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
+    ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+    for prompt in [prompt for prompt in prompts if not isinstance(prompt, str)][:1]:
+        [answer] = encode_answers([prompt], [[{"role": "assistant", "content": "a"}]], tokenizer)
+        ids.add(answer[-1])
+    return sorted(ids)
 
 
 @dataclass
@@ -202,11 +210,11 @@ class SampleConfig:
         for name, holds, wanted in (
             ("num_samples", self.num_samples >= 1, "at least 1"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("temperature", self.temperature == 0 or 1e-6 <= self.temperature < math.inf, "0 or more"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("global_temperature", tau is None or 0 < tau < math.inf, "a positive number"),
+            ("global_temperature", tau is None or 1e-6 <= tau < math.inf, "a positive number"),
             ("global_temperature", tau is None or self.temperature == 1, "given without --temperature"),
             ("particles", tau is None or self.particles >= self.num_samples, "at least --num_samples"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
@@ -228,7 +236,7 @@ def as_line(config: SampleConfig, row: dict, index: int, last: bool, text: str, 
         made = {"instruction": turns[-1]["content"], "output": text, "generator": config.model} | stats
     elif config.format == "arena_hard":
         answer = {"role": "assistant", "content": {"answer": text}}
-        made = {"uid": row.get("uid", prompt), "ans_id": str(index), "model": config.model}
+        made = {"uid": row.get("uid", turns[-1]["content"]), "ans_id": str(index), "model": config.model}
         made |= {"messages": [*turns, answer], "metadata": {"token_len": stats["tokens"]} | stats}
     else:
         made = {"prompt": prompt, "completion": text} | stats
@@ -243,10 +251,11 @@ def sample_prompts(
     tokenizer: PreTrainedTokenizerBase,
     encoded: list[list[int]],
     numbers: Sequence[int],
+    ends: list[int],
     config: SampleConfig,
 ) -> list[tuple[str, dict[str, Any]]]:
     """(text, statistics) of every sample of the prompts of these numbers, prompt by prompt."""
-    room, ends, stop, found = config.max_new_tokens, end_tokens(model, tokenizer), config.stop or [], []
+    room, stop, found = config.max_new_tokens, config.stop or [], []
     law = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     reach = max((len(s.encode()) for s in stop), default=0) + 1  # tokens that a stop string may lie over
 
@@ -280,21 +289,29 @@ def sample_prompts(
     return result
 
 
-def open_out_file(out: Path, config: SampleConfig, prompts: int, chunk: int) -> int:
+def open_out_file(out: Path, config: SampleConfig, encoded: list[list[int]], chunk: int) -> int:
     """How many prompts an interrupted run has answered in `out`, which is cut after them; 0 in a new file.
 
-    The run's flags lie beside it until it is done. Raises InputError if they were others.
+    The run's flags and a digest of its prompts stay beside it, as <out>.flags.json. Raises InputError if they
+    were others, or if they are not there.
     """
-    beside = Path(f"{out}.flags.jsonl")
-    for _, before in read_rows(beside) if config.resume and beside.exists() else ():
-        require_same(asdict(config), before, FREE)
-    with write_whole(beside) as file:
-        file.write(json.dumps(asdict(config)) + "\n")
-    lines = out.read_bytes().splitlines(keepends=True) if config.resume and out.exists() else []
+    beside, prompts, lines = Path(f"{out}.flags.json"), digest_examples([encoded]), []
+    if config.resume and out.exists():
+        try:
+            before = json.loads(beside.read_bytes())
+            require_same(asdict(config), before["config"], FREE)
+            same = before["prompts"] == prompts
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"--out_file {out}: no whole {beside.name} beside it to --resume by") from None
+        if not same:
+            raise InputError(f"--prompts {config.prompts}: not what the run to --resume was reading")
+        lines = out.read_bytes().splitlines(keepends=True)
     done = sum(line.endswith(b"\n") for line in lines) // config.num_samples
-    done = prompts if done >= prompts else done // chunk * chunk  # the batches of a run that never stopped
+    # the batches of a run that never stopped
+    done = len(encoded) if done >= len(encoded) else done // chunk * chunk
     with write_whole(out, "wb") as file:
         file.writelines(lines[: done * config.num_samples])
+    write_json(beside, {"config": asdict(config), "prompts": prompts})  # last: never flags of other lines
     return done
 
 
@@ -314,10 +331,10 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_model(config.model, str(device), dtype)
     with naming(config.prompts if config.prompt is None else "--prompt"):
-        encoded = encode_prompts([row["prompt"] for row in rows], tokenizer)
+        prompts = [row["prompt"] for row in rows]
+        encoded, ends = encode_prompts(prompts, tokenizer), end_tokens(model, tokenizer, prompts)
     longest = max(map(len, encoded)) + config.max_new_tokens - 1  # the last token is never fed
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and longest > limit:
+    if longest > (limit := max_positions(model)):
         raise InputError(
             f"--max_new_tokens {config.max_new_tokens}: needs {longest} positions, the model has {limit}"
         )
@@ -326,13 +343,13 @@ def main() -> None:
 
     count, total = config.num_samples, config.num_samples * len(rows)
     chunk = max(1, config.batch_size // count)  # prompts that a process takes at a time
-    [done, *_] = gathered(open_out_file(out, config, len(rows), chunk) if out and rank() == 0 else 0)
+    [done, *_] = gathered(open_out_file(out, config, encoded, chunk) if out and rank() == 0 else 0)
     file = out.open("a", encoding="utf-8") if out and rank() == 0 else None
     bar = tqdm(total=len(rows), initial=done, unit="prompt", disable=None if file else True)
     for first in range(done, len(rows), chunk * world()):
         start = first + rank() * chunk
         numbers = range(start, min(start + chunk, len(rows)))
-        parts = gathered(sample_prompts(model, tokenizer, encoded, numbers, config))
+        parts = gathered(sample_prompts(model, tokenizer, encoded, numbers, ends, config))
         for index, (text, stats) in enumerate(itertools.chain(*parts), first * count):
             if file:
                 file.write(as_line(config, rows[index // count], index, index + 1 == total, text, stats))
@@ -343,7 +360,6 @@ def main() -> None:
         bar.update(sum(map(len, parts)) // count)
     if file:
         file.close()
-        Path(f"{out}.flags.jsonl").unlink()
         print(f"wrote {total:,} completions to {out}")
 
 

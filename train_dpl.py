@@ -48,7 +48,7 @@ def dpl_margin(policy: Stats, reference: Stats, alpha: float, beta: float) -> Te
     At the start, pi = pi_ref, it is (alpha - beta) times the reference's log-ratio, not zero as in DPO.
     """
     reward = alpha * policy.logp - beta * reference.logp
-    return reward[:, 0] - reward[:, 1]
+    return reward[..., 0] - reward[..., 1]
 
 
 def dpl_loss(policy: Stats, reference: Stats, alpha: float, beta: float) -> Tensor:

@@ -27,6 +27,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +37,8 @@ from transformers import PreTrainedTokenizerBase
 from files import flag, parse, require, run_command, write_json, write_whole
 from model import Stats
 from parallel import rank
-from train_dpl import per_token
-from trainer import Objective, TrainConfig, load_pairs, train
+from train_dpl import dpl_margin, per_token
+from trainer import Objective, TrainConfig, train
 
 LOSSES = ("theta", "phi", "ipo", "simpo", "dpl")
 
@@ -85,11 +86,6 @@ def neg_log_dispersion(entropy: Tensor, vocab_size: int) -> Tensor:
     ratio = entropy.mean(-1) / math.log(vocab_size)
     # a reference sure of every token would weigh infinitely; float32 entropies below 1e-6 log V are rounding
     return -ratio.clamp(1e-6, 1 - 1e-6).log()
-
-
-def _margin(policy: Stats, reference: Stats, alpha: float, beta: float) -> Tensor:
-    reward = alpha * policy.logp - beta * reference.logp
-    return reward[..., 0] - reward[..., 1]
 
 
 def _gap(x: Tensor) -> Tensor:
@@ -152,7 +148,7 @@ def mallows_theta_loss(policy: Stats, reference: Stats, c: Tensor | float, beta:
 
     `c` is (pairs,), the neg-log-dispersion.
     """
-    return -F.logsigmoid(c * _margin(policy, reference, beta, beta))
+    return -F.logsigmoid(c * dpl_margin(policy, reference, beta, beta))
 
 
 def mallows_phi_loss(
@@ -168,13 +164,13 @@ def mallows_phi_loss(
     `phi` is (pairs,), exp(-c). `link` is exact, sigmoid or polynomial; the polynomial is g outside
     [-epsilon, epsilon], and epsilon "auto" is -2 log phi. Raises KeyError for another link.
     """
-    s = _margin(policy, reference, beta, beta)
+    s = dpl_margin(policy, reference, beta, beta)
     return -_log_link(s, phi, link, epsilon).to(s.dtype)
 
 
 def mallows_ipo_loss(policy: Stats, reference: Stats, c: Tensor | float, beta: float) -> Tensor:
     """(c Delta - 1 / (2 beta))^2, (pairs,): MallowsIPO, section 5.5; c = 1 is IPO."""
-    return (c * _margin(policy, reference, 1.0, 1.0) - 1 / (2 * beta)) ** 2
+    return (c * dpl_margin(policy, reference, 1.0, 1.0) - 1 / (2 * beta)) ** 2
 
 
 def mallows_simpo_loss(policy: Stats, c: Tensor | float, beta: float, gamma: float) -> Tensor:
@@ -182,7 +178,8 @@ def mallows_simpo_loss(policy: Stats, c: Tensor | float, beta: float, gamma: flo
 
     Section 5.5. It has no reference but in c; c = 1 is SimPO.
     """
-    return -F.logsigmoid(c * (_margin(per_token(policy), policy, beta, 0.0) - gamma))
+    reward = beta * policy.logp / policy.length
+    return -F.logsigmoid(c * (reward[..., 0] - reward[..., 1] - gamma))
 
 
 def mallows_dpl_loss(policy: Stats, reference: Stats, c: Tensor | float, alpha: float, beta: float) -> Tensor:
@@ -190,7 +187,7 @@ def mallows_dpl_loss(policy: Stats, reference: Stats, c: Tensor | float, alpha: 
 
     Dispersion-weighted DPL, which is in neither paper: c = 1 is DPL, alpha = beta is mallows_theta_loss.
     """
-    return -F.logsigmoid(c * _margin(policy, reference, alpha, beta))
+    return -F.logsigmoid(c * dpl_margin(policy, reference, alpha, beta))
 
 
 def objective(config: MallowsConfig, scale: float, vocab_size: int) -> Objective:
@@ -213,7 +210,7 @@ def objective(config: MallowsConfig, scale: float, vocab_size: int) -> Objective
             "simpo": lambda: mallows_simpo_loss(policy, c, beta, config.gamma),
             "dpl": lambda: mallows_dpl_loss(p, r, c, alpha, beta),
         }
-        return losses[config.loss](), _margin(p, r, alpha, 0.0 if simpo else beta)
+        return losses[config.loss](), dpl_margin(p, r, alpha, 0.0 if simpo else beta)
 
     return run
 
@@ -258,20 +255,15 @@ def report_dispersion(
 def main() -> None:
     """Train by the command line's flags."""
     config = parse(MallowsConfig, __doc__)
-    loaded = []
 
-    def load(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sequence:
-        loaded.append((load_pairs(path, tokenizer, max_length), tokenizer))
-        return loaded[-1][0]
-
-    def make_objective(reference: Stats, vocab_size: int) -> Objective:
+    def make_objective(reference: Stats, vocab_size: int, *pairs_and_tokenizer: Any) -> Objective:
         raw = neg_log_dispersion(reference.entropy.double(), vocab_size)
         scale = config.dispersion_scale or 1 / raw.mean().item()
         if config.dispersion == "on" and rank() == 0:
-            report_dispersion(scale * raw, scale, *loaded[0], Path(config.out_dir))
+            report_dispersion(scale * raw, scale, *pairs_and_tokenizer, Path(config.out_dir))
         return objective(config, scale, vocab_size)
 
-    train(config, make_objective, load)
+    train(config, make_objective)
 
 
 if __name__ == "__main__":

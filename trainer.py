@@ -34,14 +34,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from checkpoint import export, go_back, open_run, save_checkpoint, start_files
 from files import InputError, flag, naming, require
 from lora import add_lora, lora_disabled, lora_layers
-from model import Stats, check_packable, checkpoint_activations, load_model, pair_stats, shard
-from parallel import gathered, joined, note_signals, own_device, rank, reduced, sum_gradients, whole, world
+from model import Stats, check_packable, checkpoint_activations, load_model, max_positions, pair_stats, shard
+from parallel import gathered, joined, note_signals, own_device, rank, sum_gradients, whole, world
 from preferences import pack, read_pairs, tokenize
-from reference import count_tokens, digest_examples, digest_model, micro_batches, reference_stats, take
+from reference import count_tokens, digest_examples, digest_model, micro_batches, reference_stats
 
 # (policy, reference) -> losses and reward margins, each (pairs,)
 Objective = Callable[[Stats, Stats | None], tuple[Tensor, Tensor | None]]
 STRIDE = 1000003  # between the seeds of steps and epochs
+COUNTS = ("batch_size", "micro_batch_tokens", "max_length", "log_every", "eval_every", "save_every", "keep")
 CHOICES = {
     "schedule": ("constant", "linear", "cosine"),
     "optimizer": ("adamw", "rmsprop"),
@@ -86,18 +87,9 @@ class TrainConfig:
     wandb: bool = flag(False, "Log to Weights & Biases too.")
     tensorboard: bool = flag(False, "Log to --out_dir/tensorboard too.")
     dtype: str = flag("auto", "float32, bfloat16 or auto: bfloat16 on CUDA, else float32.")
-    trust_remote_code: bool = flag(False, "Let the model's folder or hub page run its own code.")
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "micro_batch_tokens",
-            "max_length",
-            "log_every",
-            "eval_every",
-            "save_every",
-            "keep",
-        ):
+        for name in COUNTS:
             require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("lora_rank", "max_steps", "warmup_steps", "max_grad_norm"):
             require(self, name, getattr(self, name) >= 0, "0 or more")
@@ -149,13 +141,13 @@ def measure(
     `kl` is the mean of log pi_ref - log pi over completions: an estimate of KL(pi_ref || pi), in nats a
     sequence, if the reference wrote the completions, else only the policy's drift away from them.
     """
-    total: defaultdict[str, float] = defaultdict(float)
+    total: defaultdict[str, Tensor | float] = defaultdict(float)
     groups = micro_batches(rows, examples, budget, rank(), world())
     for group in groups:
         if isinstance(model, FSDPModule):  # it sums gradients over processes during a backward pass
             model.set_requires_gradient_sync(group is groups[-1])
         policy = pair_stats(model, pack([examples[row] for row in group]))
-        known = take(reference, group, policy.logp.device)
+        known = reference and Stats(*(value[group].to(policy.logp.device) for value in reference))
         losses, margins = objective(policy, known)
         if not losses.isfinite().all():
             bad = [row for row, fine in zip(group, losses.isfinite().tolist(), strict=True) if not fine]
@@ -169,9 +161,10 @@ def measure(
         values |= dict(zip(names, policy.logp.T, strict=True))
         if known:
             values["kl"] = (known.logp - policy.logp).mean(1)
-        for name, value in values.items():
-            total[name] += value.detach().sum().item() / len(rows)
-    return dict(zip(total, reduced(list(total.values())), strict=True))
+        for name, value in values.items():  # still on the device: reading each off would make it wait
+            total[name] += value.detach().sum().double() / len(rows)
+    parts = gathered(torch.stack(list(total.values())).tolist())
+    return dict(zip(total, map(sum, zip(*parts, strict=True)), strict=True))
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -188,7 +181,8 @@ def peak_memory(device: torch.device) -> float:
     """Most memory held so far, in GB: the device's on CUDA, else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def utilisation(flops: float, device: torch.device) -> dict[str, float]:
@@ -218,7 +212,7 @@ def open_logs(config: TrainConfig, out: Path) -> list[Callable[[dict[str, float]
 @joined()
 def train(
     config: TrainConfig,
-    make_objective: Callable[[Stats | None, int], Objective],
+    make_objective: Callable[[Stats | None, int, Sequence, PreTrainedTokenizerBase], Objective],
     load: Callable[[str, PreTrainedTokenizerBase, int], Sequence] = load_pairs,
     reference: bool = True,
 ) -> None:
@@ -235,7 +229,7 @@ def train(
     mixed = half and not config.lora_rank
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed)
     place = "cpu" if fsdp else str(device)  # whole, the model need not fit on a device
-    model, tokenizer = load_model(config.model, place, dtype, config.trust_remote_code)
+    model, tokenizer = load_model(config.model, place, dtype)
     check_packable(model, config.model)
     examples = load(config.data, tokenizer, config.max_length)
     held_out = load(config.eval_data, tokenizer, config.max_length) if config.eval_data else []
@@ -244,13 +238,12 @@ def train(
     if largest >= vocabulary:
         raise InputError(f"--model {config.model}: has no embedding for the tokenizer's id {largest}")
     longest = max(len(prompt) + max(map(len, answers)) - 1 for prompt, *answers in [*examples, *held_out])
-    if longest > getattr(model.config.get_text_config(), "max_position_embeddings", longest):
+    if longest > max_positions(model):
         raise InputError(f"--max_length {config.max_length}: more positions than {config.model} has")
     size = min(config.batch_size, len(examples))
     if world() > min(size, len(held_out) or size):
         raise InputError(f"{world()} processes need as many pairs in --batch_size and in --eval_data")
-    with autocast:
-        facts = {"model": digest_model(model), "data": digest_examples(examples)}
+    facts = {"model": digest_model(model, mixed), "data": digest_examples(examples)}
     if any(other != facts for other in gathered(facts)):
         raise InputError(f"--model {config.model}, --data {config.data}: not the same for all processes")
     facts["config"] = asdict(config)
@@ -264,7 +257,7 @@ def train(
         shard(model, device, mixed)
     budget = config.micro_batch_tokens
     with autocast, lora_disabled(model):
-        cache = (out.parent / "reference", budget, facts["model"])
+        cache = (out.parent / "reference_cache", budget, facts["model"])
         known = reference_stats(model, examples, *cache) if reference else None
         held_out_known = reference_stats(model, held_out, *cache) if reference and held_out else None
 
@@ -275,23 +268,26 @@ def train(
         optimizer = torch.optim.RMSprop(parameters, lr=config.lr)
     steps = config.max_steps or math.ceil(config.epochs * len(examples) / size)
     trained = sum(p.numel() for p in parameters)
-    multiplied = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    multiplied = sum(p.numel() for p in model.parameters()) - (embedding is not head) * embedding.numel()
     flops = 4 * multiplied + 2 * trained  # a token: forward, back to its activations, back to trained weights
 
     start = go_back(config, facts, model, optimizer) if config.resume else 0
+    if start > steps:
+        raise InputError(f"--max_steps, --epochs: {steps:,} steps, but the run to --resume is at {start:,}")
     if rank() == 0:
         start_files(config, out, start)
     logs = open_logs(config, out) if rank() == 0 else []
     gathered(None)  # the folder is a run's before anyone writes into it
-    objective = make_objective(known, model.config.get_text_config().vocab_size)
+    objective = make_objective(known, vocabulary, examples, tokenizer)
     processes = f" on {world()} processes ({config.parallel})" if world() > 1 else ""
     print(f"{trained:,} trained parameters, {len(examples):,} examples, {steps:,} steps of {size}{processes}")
 
     caught, quiet = note_signals(), rank() > 0 or None
-    bar = tqdm(range(start, steps + 1), initial=start, total=steps, desc=out.name, unit="step", disable=quiet)
+    bar = tqdm(range(start, steps + 1), out.name, steps + 1, initial=start, unit="step", disable=quiet)
     for step in bar:
         row, last = {"step": step}, step == steps
-        stop = int(reduced([max(caught, default=0)], largest=True)[0])
+        stop = max(gathered(max(caught, default=0)))
         if step > start and (stop or last or step % config.save_every == 0):
             save_checkpoint(out / "checkpoint", step, facts, model, optimizer, config.keep)
         if stop:
@@ -333,7 +329,7 @@ def train(
             row |= utilisation(flops * row["tokens_per_second"], device)
         bar.set_postfix(loss=row["loss"])
         if step % config.log_every == 0 or evaluates or last:
-            [row["peak_memory_gb"]] = reduced([peak_memory(device)], largest=True)
+            row["peak_memory_gb"] = max(gathered(peak_memory(device)))
             if rank() == 0:
                 with (out / "metrics.jsonl").open("a") as file:
                     file.write(json.dumps(row) + "\n")

@@ -103,7 +103,7 @@ def estimate_society() -> dict:
     debates = json.loads((folder / "world.json").read_text())["debates"]
     model, tokenizer = load_model(folder / "reference")
     rows = read_pairs(folder / "debates.jsonl.gz")
-    stats = reference_stats(model, tokenize(rows, tokenizer, 512), ROOT / "out/reference", 4096)
+    stats = reference_stats(model, tokenize(rows, tokenizer, 512), ROOT / "out/reference_cache", 4096)
     raw = neg_log_dispersion(stats.entropy.double(), len(tokenizer)).numpy()
     prompts = np.array([row["prompt"] for row in rows])
     raw_mean = np.array([raw[prompts == prompt].mean() for prompt in debates])

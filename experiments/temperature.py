@@ -2,17 +2,17 @@
 
 Token temperature t tempers each step, global temperature tau whole texts: p(y)^(1/tau) / Z. Three questions:
 
-1. How unlike are the two laws at equal entropy? A random model of six tokens has 19,531 texts of up to six
-   tokens: total variation, and the share of pairs of texts whose order is reversed. Global temperature
-   reverses none.
-2. What becomes of spelling, on the society's stories from a DPO policy? Above 1, texts with slips are so many
-   that p^(1/tau) over *all* texts gives them nearly everything, more than token temperature does. Global
-   temperature spells well where slips are cut off (min-p), or lose the comparisons it is trained on (DPL).
-3. Do three routes to one global law agree? Exact, from DPO's probabilities of the 1,024 stories; sampled, by
-   sequential Monte Carlo from DPO; trained, as DPL at alpha / beta = tau.
+1. How unlike are the two laws at equal entropy? On the 19,531 texts of a random model of six tokens, and on
+   the society's 1,024 well-formed stories under a DPO policy: total variation, and the share of pairs of
+   texts whose order is reversed. Global temperature reverses none.
+2. What becomes of spelling? Above 1, texts with slips are so many that p^(1/tau) over *all* texts gives them
+   nearly everything, more than token temperature does. Fewer slip through where a cut (min-p) comes first,
+   and fewest where slips lose the comparisons that a policy is trained on (DPL).
+3. Do the routes to a global law agree? Sequential Monte Carlo against the exact law that it samples, that of
+   DPO under the cut; and DPL, trained at alpha / beta = tau, against DPO's without one.
 
     python experiments/doctor.py                # trains the policies
-    python experiments/temperature.py           # a minute; draws assets/temperature.png
+    python experiments/temperature.py           # two minutes; draws assets/temperature.png
 """
 
 import itertools
@@ -32,10 +32,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from decode import Batch
+from evaluate import society
 from files import InputError, flag, parse, run_command
 from model import load_model
-from preferences import encode_answers, encode_prompts
-from sample import draw_global, end_tokens
+from preferences import decode_continuation, encode_answers, encode_prompts
+from sample import draw_global, draw_rows, end_tokens, next_token_probs
 
 VOCAB, ROOM, END = 6, 6, 0
 CUT = {"min_p": 0.01}
@@ -107,24 +108,16 @@ def at_entropy(logp: Tensor, bits: float) -> tuple[float, Tensor]:
     return tau, (logp / tau).softmax(0)
 
 
-def enumerate_texts() -> dict[str, list[float]]:
-    """Question 1: token temperature against the global temperature of equal entropy."""
-    tables = tabulate()
-    logp = text_law(tables, 1.0)
+def unlike(logp: Tensor, token: Tensor) -> tuple[float, float, float, float]:
+    """(tau, bits, total variation, share of pairs reversed): a token law against the global one, question 1.
+
+    `logp` (texts,) is the model's log-probability of each text, `token` (texts,) that at a token temperature.
+    """
+    bits = entropy(token.exp())
+    tau, law = at_entropy(logp, bits)
     a, b = torch.randint(len(logp), (2, 1_000_000), generator=torch.Generator().manual_seed(0))
-    found: dict[str, list[float]] = {"tv": [], "reversed": []}
-    print(f"{len(logp):,} texts, {entropy(logp.exp()):.1f} bits\n  t   tau    bits     TV  pairs reversed")
-    for t in TEMPERATURES:
-        token = text_law(tables, t)
-        tau, law = at_entropy(logp, entropy(token.exp()))
-        found["tv"].append(100 * total_variation(law, token.exp()))
-        found["reversed"].append(
-            100 * (((logp[a] - logp[b]) * (token[a] - token[b])) < 0).double().mean().item()
-        )
-        print(
-            f"{t:.2f} {tau:5.2f} {entropy(law):7.2f} {found['tv'][-1]:5.1f}% {found['reversed'][-1]:14.1f}%"
-        )
-    return found
+    reverses = ((logp[a] - logp[b]) * (token[a] - token[b])) < 0
+    return tau, bits, total_variation(law, token.exp()), reverses.double().mean().item()
 
 
 @torch.no_grad()
@@ -135,104 +128,130 @@ def story_logits(model: Any, prompt: list[int], answers: list[list[int]]) -> Ten
     return torch.cat([model(part).logits[:, len(prompt) - 1 :] for part in rows.split(128)])
 
 
-def story_law(logits: Tensor, answers: list[list[int]], temperature: float) -> Tensor:
-    """Log-probability of each story at a token temperature, (stories,)."""
-    logp = (logits.double() / temperature).log_softmax(-1)
+def story_law(logits: Tensor, answers: list[list[int]], **law: float) -> Tensor:
+    """Log-probability of each story, (stories,), under next_token_probs' temperature and cuts."""
+    logp = torch.stack([next_token_probs(row, **law) for row in logits.double()]).log()
     return torch.stack([row[range(len(a)), a].sum() for row, a in zip(logp, answers, strict=True)])
 
 
 def tell_stories(config: TemperatureConfig) -> dict[str, Any]:
-    """Questions 2 and 3: what the policies make of the stories that world.json spells out."""
+    """What the policies make of the society's stories: what draw() needs for all three questions."""
     world = json.loads(Path(config.world).read_text())
-    slots, prompts = world["slots"], [world["story_prompt"]]
+    slots, story = world["slots"], world["story_prompt"]
     values = list(itertools.product(*slots.values()))
     stories = [world["template"].format(**dict(zip(slots, v, strict=True))) for v in values]
     names = list(slots["name"])
     doctor = torch.tensor([names.index(v[list(slots).index("name")]) for v in values])
-    exact: dict[str, Tensor] = {}  # each policy's log-probabilities of the stories
-    for name in ("dpl4", "dpl2", "dpo"):
+    policies = {}
+    for name in ("dpo", "dpl2", "dpl4"):
         folder = Path(getattr(config, name))
         if not folder.is_dir():
             raise InputError(f"--{name} {folder}: no such folder; experiments/doctor.py trains this policy")
-        model, tokenizer = load_model(folder)
-        [prompt], answers = (
-            encode_prompts(prompts, tokenizer),
-            encode_answers(prompts * len(stories), stories, tokenizer),
-        )
-        logits = story_logits(model, prompt, answers)
-        exact[name] = story_law(logits, answers, 1.0)
-    ends, room = end_tokens(model, tokenizer), max(map(len, answers)) + 4
-    index = {tuple(answer): i for i, answer in enumerate(answers)}
+        policies[name], tokenizer = load_model(folder)
+    [prompt] = encode_prompts([story], tokenizer)
+    answers = encode_answers([story] * len(stories), stories, tokenizer)
+    dpo, dpl2 = (story_logits(policies[name], prompt, answers) for name in ("dpo", "dpl2"))
+    logp, cut = story_law(dpo, answers), story_law(dpo, answers, **CUT)
 
-    def sampled(tau: float, cuts: dict[str, float]) -> Tensor:
-        """Shares of the stories among Monte Carlo's texts at this global temperature of the DPO policy."""
-        batch = Batch(model, [prompt], [0] * config.particles, room, ends)
-        drawn, _, _ = draw_global(batch, config.particles, tau, np.random.default_rng(0), cuts)
-        rows = [index[tuple(c.tokens)] for c in drawn if tuple(c.tokens) in index]
-        return torch.tensor(rows, dtype=torch.long).bincount(minlength=len(stories)).double() / len(drawn)
+    def sampled(name: str, tau: float | None, law: dict[str, float]) -> tuple[list[str], float]:
+        """Texts of a policy at a global temperature, or from `law` alone, and their effective number."""
+        ends, room = end_tokens(policies[name], tokenizer, [story]), 48  # tokens, as in doctor.py
+        batch = Batch(policies[name], [prompt], [0] * config.particles, room, ends)
+        if tau is None:
+            streams = [np.random.default_rng([0, row]) for row in range(config.particles)]
+            drawn, size = draw_rows(batch, streams, law), float(config.particles)
+        else:
+            drawn, size, _ = draw_global(batch, config.particles, tau, np.random.default_rng(0), law)
+        return [
+            decode_continuation(c.tokens[: -1 if c.finish == "eos" else None], tokenizer) for c in drawn
+        ], size
 
-    def slips(law: Tensor) -> float:
-        return 100 * (1 - law.sum().item())
+    def slips(name: str, tau: float | None, law: dict[str, float]) -> tuple[float, float]:
+        """Percent of names misspelt, and of stories misspelt or malformed, as evaluate.py counts them."""
+        rows = [{"prompt": story, "completion": text} for text in sampled(name, tau, law)[0]]
+        found = society(rows, world, 0.1, 0.1)
+        return 100 * found["misspelt"], 100 * found["malformed"]
 
     lines = {
-        "DPO, token temperature": [slips(story_law(logits, answers, t).exp()) for t in TEMPERATURES],
-        "DPO, global temperature, all texts": [slips(sampled(t, {})) for t in TEMPERATURES],
-        "DPO, global temperature, min-p": [slips(sampled(t, CUT)) for t in TEMPERATURES],
-        "DPL, α/β": [slips(exact[name].exp()) for name in ("dpo", "dpl2", "dpl4")],
+        "DPO, token temperature": [slips("dpo", None, {"temperature": t}) for t in TEMPERATURES],
+        "DPO, global temperature, all texts": [slips("dpo", t, {}) for t in TEMPERATURES],
+        "DPO, global temperature, min-p": [slips("dpo", t, CUT) for t in TEMPERATURES],
+        "DPL, α/β": [slips(name, None, {}) for name in policies],
     }
-    target = (exact["dpo"] / 2).softmax(0)
+    for what, title in enumerate(("names misspelt, %", "misspelt or malformed, %")):
+        print(f"\n{title:26}         at " + " ".join(f"{t:5.2f}" for t in TEMPERATURES))
+        for name, line in lines.items():
+            print(f"{name:34} " + " ".join(f"{percents[what]:5.1f}" for percents in line))
+
+    index = {text: i for i, text in enumerate(stories)}
+    texts, size = sampled("dpo", 2.0, CUT)
+    written = torch.tensor([index[text] for text in texts if text in index])
     routes = {
-        "exact, DPO^(1/2)": target,
-        "sampled from DPO": sampled(2.0, CUT),
-        "trained, DPL": exact["dpl2"].exp(),
-        "token temperature": story_law(logits, answers, 2.0).exp(),
+        "exact, DPO^(1/2)": (logp / 2).softmax(0),
+        "trained, DPL": story_law(dpl2, answers).exp(),
+        "token temperature": story_law(dpo, answers, temperature=2.0).exp(),
+        "exact, DPO^(1/2)\nafter the cut": (cut / 2).softmax(0),
+        "sampled\nafter the cut": written.bincount(minlength=len(stories)).double() / len(texts),
     }
-    print("\nnot a story, %   at " + " ".join(f"{t:5.2f}" for t in TEMPERATURES))
-    for name, line in lines.items():
-        print(f"{name:34} " + " ".join(f"{y:5.1f}" for y in line))
-    print("\ntemperature 2: TV to exact over stories, over doctors (of what is well-formed); not a story")
-    bars = {}
+    bars = {name: torch.zeros(len(names)).double().index_add(0, doctor, law) for name, law in routes.items()}
+    print(f"\ntemperature 2, {(cut > -math.inf).sum()} of {len(stories):,} stories left by the cut;", end=" ")
+    print(f"effective sample size {size:,.0f} of {config.particles:,}")
+    print("total variation among well-formed texts: to exact over stories, doctors; to exact after the cut")
     for name, law in routes.items():
-        bars[name] = torch.zeros(len(names), dtype=law.dtype).index_add(0, doctor, law)
-        tv = [total_variation(law / law.sum(), target)]
-        tv.append(total_variation(bars[name] / law.sum(), bars["exact, DPO^(1/2)"]))
-        print(f"{name:20} {tv[0]:6.3f} {tv[1]:6.3f} {slips(law):6.1f}%")
-    return {"lines": lines, "bars": bars, "names": names}
+        tv = []
+        for exact in ("exact, DPO^(1/2)", "exact, DPO^(1/2)\nafter the cut"):
+            tv.append(total_variation(law / law.sum(), routes[exact]))
+            tv.append(total_variation(bars[name] / law.sum(), bars[exact]))
+        print(f"{name.replace(chr(10), ' '):32}" + "".join(f"{x:7.3f}" for x in tv))
+    well_formed = [story_law(dpo, answers, temperature=t).log_softmax(0) for t in TEMPERATURES]
+    return {"logp": logp.log_softmax(0), "token": well_formed, "lines": lines, "bars": bars, "names": names}
 
 
-def draw(texts: dict[str, list[float]], stories: dict[str, Any], path: Path) -> None:
-    """Three panels, one a question; readable in grey."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 5))
-    left.plot(TEMPERATURES, texts["tv"], "k-", label="total variation")
-    left.plot(TEMPERATURES, texts["reversed"], "k--", label="pairs of texts reversed")
-    left.axhline(0, color="0.6", linewidth=1)
-    left.set(xlabel="token temperature", ylabel="unlike the global law of equal entropy, %")
-    left.set_title("1. All 19,531 texts of a random model", loc="left")
+def compare_laws(logp: Tensor, tokens: list[Tensor], title: str) -> list[tuple[float, ...]]:
+    """unlike() at each of TEMPERATURES, printed."""
+    found = [unlike(logp, token) for token in tokens]
+    print(f"\n{title}, {entropy(logp.exp()):.1f} bits\n  t   tau    bits     TV  pairs reversed")
+    for t, (tau, bits, tv, reverses) in zip(TEMPERATURES, found, strict=True):
+        print(f"{t:.2f} {tau:5.2f} {bits:7.2f} {tv:6.1%} {reverses:14.1%}")
+    return found
+
+
+def draw(laws: dict[str, list[tuple[float, ...]]], stories: dict[str, Any], path: Path) -> None:
+    """The questions' panels, two for the second; readable in grey."""
+    figure, ((laws_axis, bars_axis), slips_axes) = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
+    for (name, found), shade in zip(laws.items(), ("black", "0.6"), strict=True):
+        _, _, tv, reverses = (100 * np.array(column) for column in zip(*found, strict=True))
+        laws_axis.plot(TEMPERATURES, tv, "-", color=shade, label=f"{name}: total variation")
+        laws_axis.plot(TEMPERATURES, reverses, "--", color=shade, label=f"{name}: pairs reversed")
+    laws_axis.set(xlabel="token temperature", ylabel="unlike the global law of equal entropy, %")
+    laws_axis.set_title("1. The two laws at equal entropy", loc="left")
+    laws_axis.legend(frameon=False, fontsize=9)
     styles = ("k-", "k:", "k--", "ko")
-    for (name, line), style in zip(stories["lines"].items(), styles, strict=True):
-        x = TEMPERATURES if len(line) == len(TEMPERATURES) else [1, 2, 4]
-        middle.plot(x, line, style, label=name)
-    middle.set(xlabel="temperature (token, global, or α/β)", ylabel="misspelt or malformed stories, %")
-    middle.set_title("2. The society's stories", loc="left")
-    for axis in (left, middle):
-        axis.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.14))
+    for what, (axis, title) in enumerate(
+        zip(slips_axes, ("names misspelt", "misspelt or malformed"), strict=True)
+    ):
+        for (name, line), style in zip(stories["lines"].items(), styles, strict=True):
+            x = TEMPERATURES if len(line) == len(TEMPERATURES) else [1, 2, 4]
+            axis.plot(x, [percents[what] for percents in line], style, label=name)
+        axis.set(xlabel="temperature (token, global, or α/β)", ylabel="share of stories, %", ylim=(-3, 103))
+        axis.set_title(f"2. Stories {title}" if what else f"2. Stories with {title}", loc="left")
+    slips_axes[0].legend(frameon=False, fontsize=9)
     shades = [str(0.15 + 0.72 * i / (len(stories["names"]) - 1)) for i in range(len(stories["names"]))]
     for row, bar in enumerate(stories["bars"].values()):
         start = 0.0
         for name, shade, share in zip(stories["names"], shades, (100 * bar).tolist(), strict=True):
-            right.barh(row, share, 0.6, left=start, color=shade, edgecolor="white", linewidth=0.6)
+            bars_axis.barh(row, share, 0.6, left=start, color=shade, edgecolor="white", linewidth=0.6)
             if share > 14:
                 ink = "white" if float(shade) < 0.5 else "black"
-                right.text(start + share / 2, row, name, ha="center", va="center", fontsize=7, color=ink)
+                bars_axis.text(start + share / 2, row, name, ha="center", va="center", fontsize=7, color=ink)
             start += share
-        right.barh(row, 100 - start, 0.6, left=start, color="white", edgecolor="black", hatch="////")
-    right.set_yticks(range(len(stories["bars"])), list(stories["bars"]))
-    right.invert_yaxis()
-    right.set(xlim=(0, 100), xlabel="stories by their doctor, %\n(hatched: misspelt or malformed)")
-    right.set_title("3. Three routes to temperature 2", loc="left")
-    for axis in (left, middle, right):
+        bars_axis.barh(row, 100 - start, 0.6, left=start, color="white", edgecolor="black", hatch="////")
+    bars_axis.set_yticks(range(len(stories["bars"])), list(stories["bars"]))
+    bars_axis.invert_yaxis()
+    bars_axis.set(xlim=(0, 100), xlabel="stories by their doctor, % (hatched: misspelt or malformed)")
+    bars_axis.set_title("3. Routes to temperature 2", loc="left")
+    for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")
@@ -241,8 +260,11 @@ def draw(texts: dict[str, list[float]], stories: dict[str, Any], path: Path) -> 
 def main() -> None:
     """Answer the three questions and draw the picture."""
     config = parse(TemperatureConfig, __doc__)
-    stories = tell_stories(config)
-    draw(enumerate_texts(), stories, Path(config.out_file))
+    stories, tables = tell_stories(config), tabulate()
+    random = text_law(tables, 1.0), [text_law(tables, t) for t in TEMPERATURES]
+    laws = {"random model": compare_laws(*random, f"{len(random[0]):,} texts of a random model")}
+    laws["stories"] = compare_laws(stories["logp"], stories["token"], "DPO's well-formed stories")
+    draw(laws, stories, Path(config.out_file))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """Does weighting by dispersion help? MallowsPO's question, asked where the truth is known.
 
 The society's debates have five answers each, a central ranking, and raters drawn from a Mallows law whose
-dispersion phi runs from 0.05 (one mind) to 0.95. DPO, MallowsPO-theta, MallowsPO-phi, DPL and Mallows-DPL
-train on the same pairs with the same settings; each policy is read off exactly over the five answers:
+dispersion phi runs from 0.05 (one mind) to 0.95. DPO, the phi link and DPL train on the same pairs with the
+same settings, each with and without the weight, and DPO also at larger beta, since a loss that pulls less
+hard stays nearer everything. Each policy is read off exactly, as a law over the five answers:
 
     utility     P(a rater prefers the policy's answer to the reference's), a tie counting half
     KL          KL(pi || pi_ref), in nats
     distance    total variation between the policy and the shares of raters whose favourite each answer is
+    outside     what the policy gives to other texts, left out of the other three
 
-    python experiments/weighting.py     # 15 short runs, six minutes; those already there are not run again
+Runs of one seed see the same batches, so the weight's effect is the difference within a seed.
+
+    python experiments/weighting.py     # 24 short runs, nine minutes; those already there are not run again
 """
 
 import json
@@ -30,14 +34,19 @@ from model import load_model, pair_stats
 from preferences import encode_answers, encode_prompts, pack
 
 OUT = ROOT / "out" / "weighting"
-METHODS = {  # label: (folder, flags of train_mallows.py)
-    "DPO": ("dpo", ["--loss", "theta", "--dispersion", "off"]),
-    "MallowsPO-θ": ("theta", ["--loss", "theta"]),
-    "MallowsPO-φ": ("phi", ["--loss", "phi"]),
-    "DPL": ("dpl", ["--loss", "dpl", "--dispersion", "off"]),
-    "Mallows-DPL": ("mallows_dpl", ["--loss", "dpl"]),
+OFF = ["--dispersion", "off"]
+METHODS = {  # label: (folder, flags of train_mallows.py, marker, filled where weighted)
+    "DPO": ("dpo", ["--loss", "theta", *OFF], "o", "white"),
+    "DPO, β = 0.2": ("dpo_2", ["--loss", "theta", *OFF, "--beta", "0.2"], "o", "white"),
+    "DPO, β = 0.3": ("dpo_3", ["--loss", "theta", *OFF, "--beta", "0.3"], "o", "white"),
+    "MallowsPO-θ": ("theta", ["--loss", "theta"], "o", "0.2"),
+    "φ link, no weight": ("phi_off", ["--loss", "phi", *OFF], "^", "white"),
+    "MallowsPO-φ": ("phi", ["--loss", "phi"], "^", "0.2"),
+    "DPL": ("dpl", ["--loss", "dpl", "--alpha", "0.2", *OFF], "D", "white"),
+    "Mallows-DPL": ("mallows_dpl", ["--loss", "dpl", "--alpha", "0.2"], "D", "0.2"),
 }
-SETTINGS = ["--beta", "0.1", "--alpha", "0.2", "--lora_rank", "0", "--lr", "5e-4", "--epochs", "3"]
+WEIGHTED = {"MallowsPO-θ": "DPO", "MallowsPO-φ": "φ link, no weight", "Mallows-DPL": "DPL"}
+SETTINGS = ["--lora_rank", "0", "--lr", "5e-4", "--epochs", "3"]
 SEEDS = (0, 1, 2)
 
 
@@ -71,12 +80,12 @@ def measures(logp: np.ndarray, debates: dict[str, dict]) -> dict[str, np.ndarray
     return {name: np.array(values) for name, values in found.items()}
 
 
-def make_results() -> dict[str, dict]:
-    """Train what is not there yet; means over debates and their standard errors over seeds."""
+def make_results() -> dict[str, dict[str, list[float]]]:
+    """Train what is not there yet; each policy's means over debates, one a seed."""
     debates = json.loads((ROOT / "data/society/world.json").read_text())["debates"]
     contested = np.array([debate["phi"] > 0.5 for debate in debates.values()])
     policies = {"reference": [answer_logp(ROOT / "data/society/reference", debates)]}
-    for label, (name, flags) in METHODS.items():
+    for label, (name, flags, *_) in METHODS.items():
         policies[label] = []
         for seed in SEEDS:
             out = OUT / f"{name}_{seed}"
@@ -87,38 +96,46 @@ def make_results() -> dict[str, dict]:
     results = {}
     for label, runs in policies.items():
         found = [measures(logp, debates) for logp in runs]
-        results[label] = {}
-        for name in found[0]:
-            for part, rows in (("", slice(None)), ("_agreed", ~contested), ("_contested", contested)):
-                values = np.array([run[name][rows].mean() for run in found])
-                error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-                results[label][name + part] = [float(values.mean()), float(error)]
+        results[label] = {name: [float(run[name].mean()) for run in found] for name in found[0]}
+        results[label]["contested"] = [float(run["distance"][contested].mean()) for run in found]
     return results
 
 
-def draw(results: dict[str, dict], path: Path) -> None:
-    """Utility against KL, and the distance to the population where raters agree and where they do not."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for label, marker in zip(METHODS, "os^Dv", strict=True):
-        (x, dx), (y, dy) = results[label]["kl"], results[label]["utility"]
-        style = {"marker": marker, "ls": "", "ms": 9, "color": "0.2", "mfc": "0.8", "capsize": 3}
-        left.errorbar(x, 100 * y, 100 * dy, dx, label=label, **style)
-    left.set(xlabel="KL(policy || reference), nats", ylabel="preferred to the reference's answer, %")
-    left.legend(frameon=False, fontsize=9, loc="lower right")
-    places = np.arange(len(results))
-    for shift, part, shade, label in (
-        (-0.2, "_agreed", "0.35", "debates with φ < 0.5"),
-        (0.2, "_contested", "0.75", "debates with φ > 0.5"),
-    ):
-        means, errors = zip(*(found["distance" + part] for found in results.values()), strict=True)
-        right.bar(
-            places + shift, means, 0.38, yerr=errors, color=shade, edgecolor="0.1", capsize=3, label=label
-        )
-    right.set_xticks(places, results, rotation=20)
-    right.set(ylabel="total variation to the raters' favourites")
-    right.legend(frameon=False, fontsize=9)
-    for axis in (left, right):
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean over seeds and its standard error, 0 for a single one."""
+    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return float(np.mean(values)), float(error)
+
+
+def print_table(results: dict[str, dict[str, list[float]]]) -> None:
+    """Every policy's means, then what the weight changes, paired by seed."""
+    names = ["utility", "kl", "distance", "contested", "outside"]
+    print(f"{'':31}", *(f"{name:>18}" for name in names))
+    rows = dict(results)
+    for label, plain in WEIGHTED.items():
+        pairs = {name: np.subtract(results[label][name], results[plain][name]).tolist() for name in names}
+        rows[f"{label} - {plain}"] = pairs
+    for label, found in rows.items():
+        cells = ("{:9.4f} ± {:.4f}".format(*mean_and_error(found[name])).rjust(18) for name in names)
+        print(f"{label:31}", *cells)
+
+
+def draw(results: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """What each policy earns against how far it goes: from the reference, and from the population."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharey=True)
+    for axis, measure in zip(axes, ("kl", "distance"), strict=True):
+        dpo = [results[label] for label in METHODS if METHODS[label][0].startswith("dpo")]
+        line = [[100 * np.mean(found["utility"]), np.mean(found[measure])] for found in dpo]
+        axis.plot([x for _, x in line], [y for y, _ in line], color="0.6", linewidth=1, zorder=0)
+        for label, (_, _, marker, fill) in METHODS.items():
+            (x, dx), (y, dy) = (mean_and_error(results[label][name]) for name in (measure, "utility"))
+            style = {"marker": marker, "ls": "", "ms": 8, "color": "0.2", "mfc": fill, "capsize": 2}
+            name = "DPO, β = 0.1, 0.2, 0.3" if label == "DPO" else None if "β" in label else label
+            axis.errorbar(x, 100 * y, 100 * dy, dx, label=name, **style)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set(xlabel="KL(policy || reference), nats", ylabel="preferred to the reference's answer, %")
+    axes[1].set(xlabel="total variation to the raters' favourites")
+    axes[0].legend(frameon=False, fontsize=9, loc="lower right")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")
@@ -128,10 +145,7 @@ def main() -> None:
     """Train, measure, print the table, draw assets/weighting.png."""
     results = make_results()
     write_json(OUT / "weighting.json", results)
-    names = ["utility", "kl", "distance", "distance_agreed", "distance_contested", "outside"]
-    print(f"{'':12}", *(f"{name:>20}" for name in names))
-    for label, found in results.items():
-        print(f"{label:12}", *("{:11.4f} ± {:.4f}".format(*found[name]).rjust(20) for name in names))
+    print_table(results)
     draw(results, ROOT / "assets" / "weighting.png")
 
 

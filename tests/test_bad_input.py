@@ -436,7 +436,7 @@ def test_sample_with_bad_flags(refused, tiny_model_folder, data, tmp_path, flags
 
 @pytest.mark.parametrize(
     ("text", "fragment"),
-    [(b"\n \n", "prompts.txt: the file is empty"), (b"caf\xe9\n", "prompts.txt: not UTF-8 text")],
+    [(b"\n \n", "prompts.txt: the file is empty"), (b"caf\xe9\n", "prompts.txt:1: not UTF-8 text")],
 )
 def test_sample_with_a_bad_text_file(refused, tiny_model_folder, tmp_path, text, fragment):
     (tmp_path / "prompts.txt").write_bytes(text)

@@ -41,7 +41,7 @@ def test_write_whole_replaces_the_file(tmp_path):
 
 def test_equal_tensors_and_metadata_are_equal_bytes(tmp_path):
     path, tensors = tmp_path / "a.safetensors", {"é": torch.randn(3, 5), "b": torch.arange(2)}
-    metadata = {"format": "pt", "sha256": "0", "z": "ü"}
+    metadata = {"ü": "0"}
     assert len({write_tensors(path, tensors, metadata) for _ in range(32)}) == 1
     with safe_open(path, "pt") as file:
         assert file.metadata() == metadata

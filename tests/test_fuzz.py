@@ -186,7 +186,6 @@ WORDS = [
     "parallel",
     "overwrite",
     "wandb",
-    "trust_remote_code",
 ]
 ARGUMENTS = [f"--{n}={v}" for n in WHOLE for v in ("", "x", "-1", "1.5", "1e3", "nan", "0x10")]
 ARGUMENTS += [f"--{n}={v}" for n in REAL for v in ("", "x", "-1", "nan", "1,5")]

@@ -311,7 +311,11 @@ def test_resume_ends_with_the_same_file(run, tmp_path, flags):
     for cut in (0, 10, len(whole) // 3, len(whole) - 5):
         out.write_bytes(whole[:cut])
         assert run(*flags, "--batch_size", 6, "--resume") == whole
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "out.jsonl",
+            "out.jsonl.flags.json",
+            "prompts.jsonl",
+        ]
     assert run(*flags, "--batch_size", 6, "--resume") == whole
 
 

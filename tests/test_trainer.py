@@ -21,7 +21,7 @@ from files import InputError, run_command
 from lora import add_lora, load_lora
 from model import Stats, load_model, pair_stats
 from preferences import pack
-from reference import count_tokens, micro_batches, reference_stats, take
+from reference import count_tokens, micro_batches, reference_stats
 from train_dpl import DPLConfig, objective
 from trainer import (
     TrainConfig,
@@ -66,7 +66,7 @@ def data(tmp_path):
 
 
 def run(config):
-    train(config, lambda reference, vocab_size: objective(config))
+    train(config, lambda *_: objective(config))
 
 
 def rows_of(config):
@@ -229,12 +229,6 @@ def test_rank_0_trains_all_weights_and_writes_a_transformers_folder(data, tmp_pa
     tokenizer = load_model(config.out_dir)[1]
     stats = pair_stats(model, pack(load_pairs(config.data, tokenizer, 64)))
     assert stats.logp[:, 0].mean().item() == pytest.approx(rows_of(config)[-1]["eval_logp_chosen"], abs=1e-3)
-
-
-def test_take_selects_rows():
-    stats = Stats(*(torch.arange(6.0).view(3, 2) + k for k in range(3)))
-    assert take(stats, [2, 0], torch.device("cpu")).length.tolist() == [[5, 6], [1, 2]]
-    assert take(None, [0], torch.device("cpu")) is None
 
 
 def same_end(config, whole):
