@@ -210,11 +210,15 @@ class SampleConfig:
         for name, holds, wanted in (
             ("num_samples", self.num_samples >= 1, "at least 1"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature == 0 or 1e-6 <= self.temperature < math.inf, "0 or more"),
+            (
+                "temperature",
+                self.temperature == 0 or 1e-6 <= self.temperature < math.inf,
+                "0, or at least 1e-6",
+            ),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("global_temperature", tau is None or 1e-6 <= tau < math.inf, "a positive number"),
+            ("global_temperature", tau is None or 1e-6 <= tau < math.inf, "at least 1e-6"),
             ("global_temperature", tau is None or self.temperature == 1, "given without --temperature"),
             ("particles", tau is None or self.particles >= self.num_samples, "at least --num_samples"),
             ("batch_size", self.batch_size >= 1, "at least 1"),

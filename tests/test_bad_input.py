@@ -249,6 +249,11 @@ def test_unbalanced_quote_in_a_file_of_flags(train_refused, tmp_path):
     train_refused({f"@{tmp_path / 'recipe.txt'}": None}, "it's.jsonl", "No closing quotation")
 
 
+def test_file_of_flags_that_is_not_utf_8(train_refused, tmp_path):
+    (tmp_path / "flags.txt").write_bytes(b"--alpha\n0.2\n# caf\xe9\n")
+    train_refused({f"@{tmp_path / 'flags.txt'}": None}, "an @file is not UTF-8 text")
+
+
 def test_messages_without_a_chat_template(train_refused, refused, tiny_model_folder, tmp_path):
     rows, out = tmp_path / "chat.jsonl", tmp_path / "samples" / "out.jsonl"
     rows.write_bytes(lines({"prompt": [USER], "chosen": [FIG], "rejected": [MUD]}))
@@ -336,6 +341,7 @@ def test_bad_data_leaves_the_run_that_was_to_be_overwritten(train_refused, adapt
     [
         ({"--alpha": 0.3}, "--alpha 0.3: the run to --resume had 0.2"),
         ({"--lora_rank": 4}, "--lora_rank 4: the run to --resume had 2"),
+        ({"--max_steps": 1}, "--max_steps, --epochs: 1 steps, but the run to --resume is at 2"),
     ],
 )
 def test_resume_with_other_flags(train_refused, finished_run, adapter, flags, fragment):
@@ -413,13 +419,15 @@ def test_sample_with_bad_prompts(refused, tiny_model_folder, tmp_path, rows, fra
     ("flags", "fragment"),
     [
         (["--num_samples", 0], "--num_samples 0: must be at least 1"),
-        (["--temperature", -1], "--temperature -1.0: must be 0 or more"),
+        (["--prompt", "\udcff"], "the command line or an @file is not UTF-8 text"),
+        (["--temperature", 1e-30], "--temperature 1e-30: must be 0, or at least 1e-6"),
+        (["--temperature", -1], "--temperature -1.0: must be 0, or at least 1e-6"),
         (["--top_p", 0], "--top_p 0.0: must be in (0, 1]"),
         (["--batch_size", 0], "--batch_size 0: must be at least 1"),
         (["--format", "csv"], "--format csv: must be one of jsonl, messages, alpaca_eval, arena_hard"),
         (["--stop", "a", ""], "must be strings that are not empty"),
         (["--resume", "--overwrite"], "--resume True: must be given without --overwrite"),
-        (["--global_temperature", 0], "--global_temperature 0.0: must be a positive number"),
+        (["--global_temperature", 0], "--global_temperature 0.0: must be at least 1e-6"),
         (["--global_temperature", 2, "--temperature", 2], "must be given without --temperature"),
         (["--global_temperature", 2, "--particles", 0], "--particles 0: must be at least --num_samples"),
         (["--max_new_tokens", 2100], "--max_new_tokens 2100: needs 21"),
@@ -461,6 +469,14 @@ def damage_kind(folder):
     (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
 
 
+def damage_start(folder):
+    edit_config(folder, init_lora_weights="pissa")  # such adapters go with a changed base
+
+
+def damage_base_into_itself(folder):
+    edit_config(folder, base_model_name_or_path=str(folder))
+
+
 def damage_base(folder):
     edit_config(folder, base_model_name_or_path=str(folder / "moved"))
 
@@ -492,6 +508,8 @@ def edit_config(folder, **values):
     [
         (damage_config, ["adapter_config.json: not a LoRA adapter's configuration"]),
         (damage_kind, ["adapter_config.json: only plain LoRA adapters are read"]),
+        (damage_start, ["adapter_config.json: only plain LoRA adapters are read"]),
+        (damage_base_into_itself, ["--model ", "names no other base_model_name_or_path"]),
         (damage_base, ["--model ", "moved: cannot be loaded"]),
         (damage_rank, ["adapter_model.safetensors: ", "lora_A is (2, 32), this model needs (3, 32)"]),
         (damage_rank_type, ["adapter_config.json: r must be a positive whole number"]),

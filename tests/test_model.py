@@ -1,27 +1,32 @@
 """pair_stats against transformers' own forward, text by text, for ten architectures."""
 
+import math
+
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    DiffLlamaConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
+    Lfm2Config,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
     Olmo2Config,
     Phi3Config,
+    PhimoeConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
 import model as model_file
 from files import InputError
-from model import Layout, block_mask, check_packable, dense, flex, pair_stats
+from model import Layout, block_mask, check_packable, dense, flex, max_positions, pair_stats
 from preferences import Pair, pack
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -167,13 +172,26 @@ BIASED = {
         sliding_window=6,
     ),
 }
-RECURRENT = {"recurrent": MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2)}
+TWICE = {"two attentions a layer": DiffLlamaConfig(**GROUPED)}
+NOT_PACKABLE = BIASED | {
+    "recurrent": MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2),
+    "partly recurrent": Lfm2Config(**GROUPED, layer_types=["conv", "full_attention", "full_attention"]),
+    "window in the mask alone": PhimoeConfig(**GROUPED, sliding_window=WINDOW, num_local_experts=2),
+}
 
 
-@pytest.mark.parametrize("config", (BIASED | RECURRENT).values(), ids=BIASED | RECURRENT)
+@pytest.mark.parametrize("config", NOT_PACKABLE.values(), ids=NOT_PACKABLE)
 def test_models_that_packing_would_change_are_refused(config):
     with pytest.raises(InputError, match="cannot be packed"):
         check_packable(make(config), "some/model")
+
+
+def test_positions_stop_where_longrope_would_turn_the_whole_row():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = Phi3Config(**GROUPED, original_max_position_embeddings=32, rope_parameters=rope)
+    assert max_positions(make(config)) == 32
+    assert max_positions(make(CONFIGS["llama"])) == 128
+    assert max_positions(make(BIASED["bias by index"])) == math.inf
 
 
 @pytest.mark.parametrize("name", CONFIGS)

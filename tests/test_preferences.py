@@ -1,5 +1,6 @@
 """Rows to token ids to packed rows: formats, exact boundaries, cuts, and nothing lost on the way."""
 
+import copy
 import gzip
 import json
 import sys
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sample
 from files import InputError
-from preferences import encode_answers, encode_prompts, fit, pack, read_pairs, tokenize
+from preferences import encode_answers, encode_prompts, fit, pack, read_pairs, read_prompts, tokenize
 
 STRINGS = {"prompt": "Best fruit?", "chosen": " The fig.", "rejected": " Mud."}
 USER = {"role": "user", "content": "Best fruit?"}
@@ -146,6 +147,27 @@ def test_chat_completion_has_exactly_one_eos_without_end_of_turn(chat_tokenizer,
     (found,) = encode_answers([[USER]], [[FIG]], chat_tokenizer)
     assert chat_tokenizer.decode([*chat_tokenizer.encode("a"), *found]).endswith("aThe fig." + end)
     assert found.count(chat_tokenizer.eos_token_id) == 1
+
+
+def test_an_answer_that_ends_in_an_added_token_still_gets_its_eos(chat_tokenizer, monkeypatch):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.add_tokens(["</p>"])
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    for content in ("<p>A fig</p>", "A fig</s>"):
+        (found,) = encode_answers([[USER]], [[{"role": "assistant", "content": content}]], tokenizer)
+        assert tokenizer.decode([*tokenizer.encode("a"), *found]).endswith(f"a{content}</s>")
+
+
+def test_a_row_that_the_template_refuses_is_named(chat_tokenizer, monkeypatch):
+    template = "{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+    monkeypatch.setattr(chat_tokenizer, "chat_template", template)
+    with pytest.raises(InputError, match="row 2: the chat template refuses the messages: not this"):
+        encode_prompts([[USER], [{"role": "user", "content": "no"}]], chat_tokenizer)
+
+
+def test_lines_of_a_text_file_are_prompts(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffThe fig \r\n\n  \na\u2028b\f\n".encode())
+    assert read_prompts(tmp_path / "p.txt") == [{"prompt": "The fig "}, {"prompt": "a\u2028b\f"}]
 
 
 def test_template_that_rewrites_its_prompt_is_refused(chat_tokenizer, monkeypatch):

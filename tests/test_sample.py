@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy.stats import chi2
-from test_model import BIASED, CONFIGS, make
+from test_model import BIASED, CONFIGS, TWICE, make
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -34,7 +34,7 @@ import decode
 import sample as sample_file
 from decode import Batch, settle
 from files import InputError
-from model import pair_stats
+from model import load_model, pair_stats
 from preferences import pack
 from sample import draw_global, draw_rows, next_token_probs, sample, sample_global
 
@@ -90,9 +90,9 @@ def test_greedy_equals_generate(config):
         assert found.finish == ("eos" if text[cut - 1] in ends else "length")
 
 
-@pytest.mark.parametrize("config", BIASED.values(), ids=BIASED)
+@pytest.mark.parametrize("config", (BIASED | TWICE).values(), ids=BIASED | TWICE)
 def test_models_whose_layers_are_not_plain_attention(config):
-    """Biases by index and sinks are left to transformers' cache; a model without one is refused."""
+    """Biases by index, sinks, and two attentions a layer go to transformers' cache; no cache is an error."""
     model, prompt = make(config), list(range(5, 25))
     wanted = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=None)
     for found in sample(model, prompt, 3, 10, None, temperature=0):
@@ -317,6 +317,29 @@ def test_resume_ends_with_the_same_file(run, tmp_path, flags):
             "prompts.jsonl",
         ]
     assert run(*flags, "--batch_size", 6, "--resume") == whole
+
+
+def test_resume_refuses_lines_that_it_did_not_write(run, tmp_path):
+    out, whole = tmp_path / "out.jsonl", run()
+    with pytest.raises(InputError, match="--num_samples 1: the run to --resume had 3"):
+        run("--resume", "--num_samples", 1)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(reversed(prompts.read_text().splitlines(keepends=True))))
+    with pytest.raises(InputError, match=r"prompts.jsonl: not what the run to --resume was reading"):
+        run("--resume")
+    (tmp_path / "out.jsonl.flags.json").unlink()
+    with pytest.raises(InputError, match=r"no whole out.jsonl.flags.json beside it"):
+        run("--resume")
+    assert out.read_bytes() == whole
+
+
+def test_chat_samples_end_where_the_template_closes_a_turn(tiny_model_folder):
+    model, tokenizer = load_model(tiny_model_folder)
+    tokenizer.chat_template = CHATML
+    messages = [{"role": "user", "content": "Hi"}]
+    closing = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert sample_file.end_tokens(model, tokenizer, ["Hi"]) == [tokenizer.eos_token_id]
+    assert sample_file.end_tokens(model, tokenizer, [messages]) == sorted([tokenizer.eos_token_id, closing])
 
 
 def test_a_killed_run_resumes(run, sharp_model_folder, tmp_path):

@@ -311,9 +311,11 @@ def test_a_run_stopped_before_its_first_step_can_be_resumed(data):
 
 def test_overwriting_with_all_weights_leaves_no_adapter(data, tmp_path):
     run(data)
+    (tmp_path / "run" / "chat_template.jinja").write_text("an old tokenizer's")
     run(replace(data, overwrite=True, lora_rank=0, lr=1e-4))
     assert not list((tmp_path / "run").glob("adapter_*"))
-    load_model(data.out_dir)
+    _, tokenizer = load_model(data.out_dir)
+    assert not tokenizer.chat_template
 
 
 def test_rows_go_to_the_loggers_that_are_asked_for(data, monkeypatch):
