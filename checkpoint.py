@@ -1,4 +1,4 @@
-"""A run's folder: opening it, checkpoints that survive anything, and the result.
+"""A run's folder: opening it, checkpoints that a crash cannot spoil, and the result.
 
     run.json, metrics.jsonl                       flags; a row of figures every few steps
     checkpoint/000100/state-0-of-2.safetensors    what process 0 holds: trained weights, optimizer state
@@ -6,10 +6,10 @@
                       state.json                  step, flags, digests of the inputs and of each file
     adapter_model.safetensors ...                 at the end
 
-A step is a function of (seed, step), so the data's position, the schedule and all random numbers are in the
-step. A checkpoint is written under a hidden name, flushed to disk and renamed, and digests cover every byte:
-what has its own name is whole, or is known not to be. Any number of processes can go on from it. Nothing is
-pickled.
+What a step does depends on (seed, step) alone, so the step's number stands for the data's position, the
+schedule and all random numbers. A checkpoint is written under a hidden name, flushed to disk and renamed, and
+digests cover every byte: one that has its own name is whole, or found to be damaged. Any number of processes
+can go on from it. Nothing is pickled.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from files import InputError, require_same, write_json, write_tensors, write_who
 from lora import save_lora
 from parallel import gathered, local, rank, whole, world
 
-# what may change between a run and its --resume (of model and data the path may, not the content)
+# flags that --resume may change (of model and data only the path, not the content)
 FREE = {"out_dir", "overwrite", "resume", "max_steps", "epochs", "log_every", "eval_every", "save_every"}
 FREE |= {"keep", "parallel", "checkpoint_activations", "micro_batch_tokens", "wandb", "tensorboard"}
 FREE |= {"model", "data", "eval_data"}
@@ -44,7 +44,7 @@ def open_run(config: Any) -> Path:
     out = Path(config.out_dir)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out_dir {out}: is a file")
-    # a hidden file is what a process that was killed was writing
+    # hidden files are what a killed process was writing
     if out.is_dir() and any(path.name[0] != "." for path in out.iterdir()):
         if not (out / "run.json").is_file():
             raise InputError(f"--out_dir {out}: holds files that are no run; name another folder")
@@ -54,7 +54,7 @@ def open_run(config: Any) -> Path:
 
 
 def start_files(config: Any, out: Path, start: int) -> None:
-    """Write run.json, and keep of the folder's old run only what came before step `start`."""
+    """Write run.json; of the folder's old run keep only the rows of metrics.jsonl before step `start`."""
     write_json(out / "run.json", asdict(config))  # first: a folder that has it can be resumed
     if config.overwrite:
         for folder in ("checkpoint", "tensorboard"):
@@ -81,10 +81,10 @@ def save_checkpoint(
     optimizer: Optimizer,
     keep: int,
 ) -> None:
-    """Write the checkpoint of `step` into `folder`, then remove all but the last `keep` up to it.
+    """Write the checkpoint of `step` into `folder`, then keep only the last `keep` up to this step.
 
-    `facts` are what go_back() compares. All processes must call it. Raises InputError if another process's
-    part is not to be seen here.
+    `facts` are what go_back() compares. All processes must call it. Raises InputError if rank 0 cannot see
+    a file that another process wrote: nodes without a shared folder.
     """
     new = folder / f".{step:06d}"
     if rank() == 0:
@@ -260,7 +260,7 @@ def _digest_file(path: Path) -> str:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make a rename in a folder last through a power cut."""
+    """fsync a folder, so that a rename in it outlives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

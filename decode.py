@@ -39,11 +39,11 @@ class Completion(NamedTuple):
 
 
 def race(probs: Tensor, streams: Sequence[np.random.Generator]) -> Tensor:
-    """A token (rows,) by each row of probs (rows, vocab), which need not sum to 1, and its random numbers.
+    """A token for each row of probs (rows, vocab), which need not sum to 1, from the row's stream: (rows,).
 
-    With exponential E(v), argmax p(v) / E(v) has the law p. A rounding error in p moves it only where two
-    tokens nearly tie, while an inverse CDF adds up the errors of all tokens before. Two races, between blocks
-    of the vocabulary and inside the block that won, need few random numbers.
+    With exponential E(v), argmax p(v) / E(v) has the law p. A rounding error in p changes the token only where
+    two nearly tie, while an inverse CDF adds up the errors of all tokens before. Two races, between blocks of
+    the vocabulary and inside the block that won, need few random numbers.
     """
     rows, vocab = probs.shape
     if vocab % BLOCK:
@@ -73,7 +73,10 @@ class SharedCache:
         self.calls = 0  # of layers, while prompts are computed
 
     def arrange(self, owner: Tensor) -> None:
-        """Row r now belongs to prompt owner[r]; prompts without rows are dropped."""
+        """Row r now belongs to prompt owner[r]; prompts without rows are dropped.
+
+        Rows lie on a grid of prompts x `width`, the most rows of a prompt; `cell` is each row's place in it.
+        """
         present, self.owner = owner.unique(return_inverse=True)
         if len(present) < len(self.lengths):
             self.lengths = self.lengths[present]
@@ -145,7 +148,7 @@ class SharedCache:
                 kept[prompt, :, : part.shape[1]] = part
 
     def times_prompts(self, x: Tensor, y: Tensor) -> Tensor:
-        """Rows of x (rows, kv, group, a) times their prompts' y (S, kv, a, b): one product a prompt."""
+        """Rows of x (rows, kv, group, a) times their prompts' y (S, kv, a, b), one product for each prompt."""
         if self.cell is None and self.width == 1:
             return x @ y
         (_, kv, group, a), (prompts, _, _, b) = x.shape, y.shape
@@ -252,7 +255,7 @@ class Batch:
         return self.model(ids.to(self.device), logits_to_keep=last, **extra).logits.flatten(0, 1).float()
 
     def reorder(self, parents: list[int]) -> Tensor:
-        """The texts become copies of `parents`, going ones first; tells the rows those were, (going,)."""
+        """The texts become copies of texts `parents`, going ones first; returns those' old rows, (going,)."""
         goes = (self.finish == GOING).tolist()
         alive = settle([p for p in parents if goes[p]])
         order = torch.tensor(alive + [p for p in parents if not goes[p]])
@@ -295,7 +298,7 @@ class Batch:
                 self.shared.t = self.step
 
     def completions(self, rows: Sequence[int]) -> list[Completion]:
-        """What these rows hold."""
+        """The completions of these rows."""
         texts = (self.tokens[row, : self.length[row]].tolist() for row in rows)
         ends = (FINISH[self.finish[row]] for row in rows)
         return [
@@ -304,7 +307,7 @@ class Batch:
 
 
 def settle(parents: list[int]) -> list[int]:
-    """The same parents, each in its own row if it can be, so that the fewest keys and values move."""
+    """`parents` in an order that leaves each in its own row if it can: the fewest keys and values move."""
     rows, late = [None] * len(parents), []
     for parent in parents:
         if parent < len(rows) and rows[parent] is None:

@@ -31,7 +31,7 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a script's main(); an InputError becomes one line on stderr and exit code 2."""
     try:
         main()
-    except (InputError, OSError) as error:  # OSError: no room, no permission, a folder in a file's place
+    except (InputError, OSError) as error:  # OSError: disk full, no permission, a folder in a file's place
         if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's processes all read the same bad flags
             complain(error)
         sys.exit(2)
@@ -45,13 +45,13 @@ def complain(error: Exception) -> None:
 
 
 def refuse(message: str) -> None:
-    """For a parser's error(): raise it as an InputError."""
+    """Stands in for a parser's error(): raise an InputError instead of printing the usage."""
     raise InputError(message)
 
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Inside, an InputError's message starts with the file that it is about."""
+    """Prefix the message of an InputError raised inside with the file that it is about."""
     try:
         yield
     except InputError as error:
@@ -68,13 +68,13 @@ def flag(default: Any, help: str) -> Any:
 
 
 def require(config: Any, name: str, holds: bool, wanted: str) -> None:
-    """Raise InputError naming a flag of `config` unless its value holds."""
+    """Raise InputError for the flag `name` unless `holds`; `wanted` completes "must be ..."."""
     if not holds:
         raise InputError(f"--{name} {getattr(config, name)}: must be {wanted}")
 
 
 def require_same(flags: dict[str, Any], before: dict[str, Any], free: set[str]) -> None:
-    """Raise InputError for the first flag that a run to resume had otherwise, of those not in `free`."""
+    """Raise InputError for the first flag not in `free` that differs from the run being resumed."""
     for name, value in flags.items():
         had = before.get(name, value)
         if name not in free and had != value:
@@ -82,7 +82,10 @@ def require_same(flags: dict[str, Any], before: dict[str, Any], free: set[str]) 
 
 
 def parse(config: type[Config], description: str | None) -> Config:
-    """Flags from the command line and from @files (a flag and its value a line, # comments)."""
+    """Flags from the command line and from @files (flags with their values, # comments).
+
+    Raises InputError for what it cannot read.
+    """
 
     def split(line: str) -> list[str]:
         try:
@@ -128,7 +131,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _loads(text: str) -> Any:
     value = json.loads(text)
-    if "\\ud" in text.lower():  # half a surrogate pair is valid JSON but no text
+    if "\\ud" in text.lower():  # a lone surrogate is valid JSON but no UTF-8 text
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -169,7 +172,7 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
     except json.JSONDecodeError as error:
         row = number if number else error.lineno
         raise InputError(f"{path}:{row}: not JSON: {error.msg} (column {error.colno})") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # an integer of too many digits for Python
         raise InputError(f"{path}:{max(number, 1)}: not JSON: {error}") from None
     except RecursionError:
         raise InputError(f"{path}:{max(number, 1)}: JSON nested too deeply") from None
@@ -201,7 +204,7 @@ def write_tensors(path: str | Path, tensors: dict[str, Any], metadata: dict[str,
     """
     from safetensors.torch import save  # here: scripts that only read rows start without torch
 
-    # in memory first: save_file renames a file of its own over ours, unsynced and for its owner's eyes only
+    # not save_file: it renames a file of its own over ours, not fsynced and readable by its owner alone
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
     with write_whole(path, "wb") as file:
         file.write(data)

@@ -35,7 +35,7 @@ class LoRALinear(nn.Module):
         a = nn.init.kaiming_uniform_(torch.empty(rank, in_size), a=math.sqrt(5))
         self.lora_A = nn.Parameter(a.to(base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(out_size, rank, device=base.weight.device))
-        self.train(base.training)  # a new module would start with its dropout on
+        self.train(base.training)  # a new module starts in training mode, with its dropout on
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -83,7 +83,7 @@ def _named(name: str, targets: list[str]) -> bool:
 
 @contextlib.contextmanager
 def lora_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is the reference policy."""
+    """Switch the adapter off inside the block: the model is then the reference policy."""
     layers = [layer for _, layer in lora_layers(model)]
     before = [layer.enabled for layer in layers]
     try:

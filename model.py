@@ -8,10 +8,13 @@ is computed once for both completions and nothing is padded. What a token may se
 by *position in the text*, not by index in the row, so that sliding windows stay right. On CUDA the rule is a
 FlexAttention BlockMask over the row; elsewhere each example takes its own dense mask in turn.
 
-The vocabulary is met in chunks. With z = W h and p = softmax(z), a token's log-probability has the gradient
+Logits are computed for a chunk of tokens at a time. With z = W h and p = softmax(z), the log-probability of a
+token y has the gradient
+
     d log p_y / d h  =  W_y - sum_v p_v W_v,
-which needs nothing from the loss, so it is formed in the forward pass, while p is at hand: two products of
-vocabulary size a token where autograd takes three, and never a batch of logits in memory.
+
+which does not depend on the loss, so it is formed in the forward pass while p is at hand. A token costs two
+products of vocabulary size where autograd needs three, and the logits of a batch never exist at once.
 """
 
 import contextlib
@@ -48,7 +51,7 @@ from parallel import world
 from preferences import Packed, pack
 
 transformers_logging.disable_progress_bar()  # a small model loads faster than its bar draws
-CHUNK = 2**24  # logits held at once: 64 MiB in float32
+CHUNK = 2**24  # logits held at once; in float32, 64 MiB
 
 
 class Stats(NamedTuple):
@@ -73,7 +76,7 @@ def load_model(
         base = read_adapter_config(path).get("base_model_name_or_path")
         if not isinstance(base, str) or Path(base).resolve() == Path(path).resolve():
             raise InputError(f"--model {path}: adapter_config.json names no other base_model_name_or_path")
-        model, _ = load_model(base, "cpu", dtype)  # a GPU would round the sum its own way
+        model, _ = load_model(base, "cpu", dtype)  # on the CPU: merged weights are the same on any device
         return merge_lora(load_lora(model, path)).to(device), tokenizer
     if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
         raise InputError(f"--model {path}: no *.safetensors weights there (other formats are not read)")
@@ -204,9 +207,10 @@ AttentionMaskInterface.register("packed", eager_mask)
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """(logp, entropy), each (M,) float32, of M hidden states (M, D) under the head (V, D).
+    """(logp, entropy), each (M,), of M targets given hidden states (M, D) and the head (V, D).
 
-    Differentiable in hidden, weight and bias through logp alone; entropy is zeros unless asked for.
+    In float32 at least. `softcap` bounds logits, softcap * tanh(z / softcap), as in Gemma 2. Differentiable
+    in hidden, weight and bias through logp alone; entropy is zeros unless asked for.
     """
 
     @staticmethod
@@ -236,7 +240,9 @@ class TokenLogProbs(torch.autograd.Function):
     def backward(ctx, grad, _):
         slope, hidden, weight, bias, target = ctx.saved_tensors
         grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:  # the head itself is trained: its gradient mixes tokens, so p comes again
+        if ctx.needs_input_grad[
+            1
+        ]:  # its gradient sums over tokens, weighted by `grad`, so p is computed again
             grad_weight = torch.zeros_like(weight)
             grad_bias = None if bias is None else torch.zeros_like(bias)
             for rows in _chunks(len(hidden), len(weight)):
@@ -299,7 +305,7 @@ def _pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) -
 
     def per_completion(values: Tensor) -> Tensor:
         flat = values.new_zeros(size).index_add(0, packed.column, values)
-        return flat.view(-1, packed.completions).clone()  # FSDP hooks what leaves, and warns of views
+        return flat.view(-1, packed.completions).clone()  # FSDP puts hooks on outputs, and warns of views
 
     length = per_completion(torch.ones_like(h))
     return Stats(per_completion(logp), length, per_completion(h) / length if entropy else None)
@@ -321,9 +327,10 @@ def max_positions(model: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def check_packable(model: PreTrainedModel, path: str) -> None:
-    """Raise InputError unless packing leaves this model's log-probabilities as they are, by trying it.
+    """Raise InputError unless packing leaves this model's log-probabilities as they are.
 
-    Finds what would be silently wrong: recurrent layers, biases by index, attention sinks, odd heads.
+    Compares the packed forward with a plain one for each text, on a few ids. Finds what would be silently
+    wrong: recurrent layers, biases by index, attention sinks, windows that only the mask knows, odd heads.
     """
     ids = torch.arange(12).remainder(model.config.get_text_config().vocab_size - 1).add(1).tolist()
     pairs = [(ids[:4], ids[4:8], ids[5:10]), (ids[2:5], ids[6:7], ids[7:12])]
@@ -345,29 +352,31 @@ def check_packable(model: PreTrainedModel, path: str) -> None:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that a transformers model names as its indivisible ones."""
+    """The transformer blocks: modules of the classes in `_no_split_modules`."""
     return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Let each layer keep its input only and run again in the backward pass, in place."""
+    """Activation checkpointing, in place: a block keeps its input only and runs again in the backward."""
     for layer in decoder_layers(model):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def shard(model: PreTrainedModel, device: torch.device, mixed: bool) -> None:
-    """Cut a model on the CPU into one piece a process (FSDP2), in place, on `device`.
+    """Shard a model on the CPU over all processes with FSDP2, in place, onto `device`.
 
-    Weights move and are cut a layer at a time: no device holds more than its piece and one layer. On the CPU,
-    weights loaded in their file's own dtype are pages of that file, one copy a node; in another dtype each
-    process has a copy until then. Trained weights are gathered as bfloat16 if `mixed`.
+    Weights move one block at a time: no device holds more than its shard and one block. On the CPU, weights
+    in their file's own dtype are memory-mapped, one copy a node; in another dtype each process holds a copy
+    until then. If `mixed`, trained weights are gathered as bfloat16 and gradients summed in float32.
     """
     mesh = init_device_mesh(device.type, (world(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
     for module in [*decoder_layers(model), model]:
-        # the root, too, lets go of what it gathered: a checkpoint after an evaluation must find shards
+        # the root too, which FSDP2 would keep whole after an evaluation: a checkpoint must find shards
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)  # a sum: losses are divided by the global batch already
         module.set_force_sum_reduction_for_comms(True)
     model.pair_stats = partial(_pair_stats, model)
-    register_fsdp_forward_method(model, "pair_stats")  # weights are gathered around such methods only
+    register_fsdp_forward_method(
+        model, "pair_stats"
+    )  # weights are gathered only around forward() and methods named here

@@ -2,7 +2,7 @@
 
 torchrun starts one process a device and tells each its place (RANK, LOCAL_RANK, WORLD_SIZE). Every process
 reads the same data and knows the same batch, takes its share of the pairs, and sums what must be summed.
-Without torchrun all of this is nothing: one process, rank 0 of 1.
+Without torchrun there is one process, rank 0 of 1, and nothing is sent.
 """
 
 import atexit
@@ -58,14 +58,14 @@ def _join() -> dist.Store:
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Inside, this is one of torchrun's processes, if it started any, and only rank 0's prints are seen.
+    """Run the block as one of torchrun's processes, if torchrun started this one; only rank 0 prints.
 
-    The first process with bad input says so and leaves with code 2, at which torchrun ends the others; those
-    that find the same, or lose the connection because of it, leave quietly. Signal handlers are given back.
+    The first process with bad input says so and exits with code 2, at which torchrun ends the others; those
+    that find the same, or lose the connection because of it, exit silently. Restores signal handlers.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     store = _join() if "RANK" in os.environ else None
-    torch.set_flush_denormal(True)  # gradients near 1e-38, of saturated losses, slow a CPU six times
+    torch.set_flush_denormal(True)  # gradients near 1e-38, of saturated losses, make a CPU six times slower
     try:
         with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
             if rank() > 0:
@@ -88,7 +88,7 @@ def joined() -> Iterator[None]:
 
 
 def note_signals() -> list[int]:
-    """From here to the end of joined(), SIGTERM and SIGINT only go into the list returned."""
+    """Until joined() ends, SIGTERM and SIGINT are only recorded, in the list returned."""
     caught: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: caught.append(number))
@@ -124,7 +124,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, on every process; any other as it is. All processes must ask."""
+    """A sharded tensor put together, on every process; any other as it is. All processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

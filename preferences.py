@@ -5,9 +5,9 @@
     {"prompt": [{"role": "user", ...}], "chosen": [{"role": "assistant", ...}], "rejected": [...]}
     {"chosen": [user, assistant], "rejected": [user, assistant]}               the shared start is the prompt
 
-The boundary is exact: a prompt's ids are those that sample.py feeds the model, and the completion's ids are
-those of text that *follows*, so that decoding both together gives back the text. Then comes the end token,
-a part of the completion: a policy's probability of a text includes the decision to stop.
+The boundary is exact: a prompt's ids are those that sample.py feeds the model, a completion's are those of
+text that *follows* other text, so that decoding both together gives back the text. The end token is part of
+the completion: a policy's probability of a text includes the decision to stop.
 """
 
 import os
@@ -160,8 +160,9 @@ def _template(messages: list[dict], tokenizer: PreTrainedTokenizerBase, generate
 def encode_continuations(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of texts as they follow other text.
 
-    SentencePiece-like tokenizers (Llama 2, Mistral) mark a text's start with a space, which in a continuation
-    would be one too many. There, encode `anchor + text` and take the anchor's own ids off again.
+    SentencePiece-like tokenizers (Llama 2, Mistral) put a space before every text they encode, which in a
+    continuation would be one too many. There, encode `anchor + text` and drop the anchor's ids. Raises
+    InputError if no anchor keeps its own ids.
     """
     a, b = _encode(["a", "b"], tokenizer)
     if tokenizer.decode(a + b) == "ab":
@@ -203,7 +204,7 @@ def encode_answers(
                 raise InputError("the chat template does not extend its own prompt; use rows of strings")
             text, content = whole[len(opened) :], answer[-1]["content"]
             closed = text.partition(content.strip() or content)[2].rstrip().endswith(special)
-            if closed:  # the newline after <|im_end|> is not the model's to write
+            if closed:  # the model never writes the template's newline after <|im_end|>
                 text = text.rstrip()
         texts.append(text)
         ended.append(closed)
@@ -214,10 +215,10 @@ def encode_answers(
 
 
 def tokenize(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Pair]:
-    """Token ids of rows from read_pairs, a prompt + completion at most `max_length`; says what it cut.
+    """Token ids of rows from read_pairs, prompt + completion at most `max_length`; prints how many it cut.
 
     An over-long pair keeps the end of its prompt (half of max_length, or what the completions leave) and the
-    start of its completions. Pairs left without a difference are dropped.
+    start of its completions. Pairs whose completions are equal, before or after the cut, are dropped.
     Raises InputError when max_length is under 4, or when no pair is left.
     """
     prompts, chosen, rejected = ([row[key] for row in rows] for key in Pair._fields)

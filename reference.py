@@ -35,10 +35,11 @@ def count_tokens(example: Sequence[list[int]]) -> int:
 def micro_batches(
     rows: Sequence[int], examples: Sequence, budget: int, rank: int = 0, world: int = 1
 ) -> list[list[int]]:
-    """One process's groups of rows, alike in length, at most `budget` tokens each (a larger row goes alone).
+    """One process's micro-batches: rows of similar length, at most `budget` tokens (a longer row goes alone).
 
-    All processes get near-equal tokens and, since FSDP's gathers are everyone's, equally many groups; for
-    that two rows may have to share a group beyond the budget. Needs at least `world` rows.
+    Processes get nearly equal numbers of tokens and equally many micro-batches, because in every forward pass
+    FSDP needs them all; for that, two rows may share a micro-batch beyond the budget. Needs at least `world`
+    rows.
     """
     tokens = {row: count_tokens(examples[row]) for row in rows}
     order = sorted(rows, key=tokens.__getitem__)
@@ -100,7 +101,7 @@ def reference_stats(
 
     missing = stats[0].isnan().any(1)
     count = int(missing.sum())
-    # one row a process at least, be it one that is known
+    # every process needs a row: where too few are missing, known ones are computed again
     rows = (~missing).argsort(stable=True).tolist()[: max(count, world())] if count else []
     groups = micro_batches(rows, examples, budget, rank(), world()) if rows else []
     bar = tqdm(total=count, desc="reference pass", unit="pair", disable=rank() > 0 or None)

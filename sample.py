@@ -8,11 +8,11 @@ text has probability prod_i p(y_i|.)^(1/tau) / Z_i with Z_i = sum_v p(v|.)^(1/ta
 
 Hence sequential Monte Carlo, for any model and with no training: grow many texts at token temperature tau,
 weight each by its Z_i, and when the weights get uneven let heavy texts multiply and light ones die. It is
-exact as the number of particles grows. The cuts (--min_p ...) come before tau and make another p; above
-tau = 1 they are needed, for texts of unlikely tokens are so many that together they outweigh the likely ones.
+exact as the number of particles grows. The cuts (--min_p ...) come before tau and make another p. Above
+tau = 1 a model with many tokens needs one: unlikely texts are so many that together they outweigh the rest.
 
-Sample s of prompt n is a function of (seed, n, s), up to the rounding of floats: of neither the batch nor the
-number of processes. Under torchrun each process takes a share of the prompts.
+Sample s of prompt n depends on (seed, n, s) alone, up to the rounding of floats: neither on the batch nor on
+the number of processes. (Global temperature: on the seed, n, and the numbers of particles and samples.) Under torchrun each process takes a share of the prompts.
 
     python sample.py --model out/dpl --prompts data/society/prompts.jsonl --num_samples 16
     python sample.py --model out/dpl --prompt "Which meal?" --global_temperature 2 --min_p 0.01
@@ -40,7 +40,9 @@ from parallel import gathered, joined, own_device, rank, world
 from preferences import Text, decode_continuation, encode_answers, encode_prompts, read_prompts
 from reference import digest_examples
 
-NUCLEUS = 1024  # tokens sorted at first for top_p: a whole vocabulary takes as long as a small model's step
+NUCLEUS = (
+    1024  # tokens that top_p sorts first: sorting a whole vocabulary costs as much as a small model's step
+)
 FORMATS = ("jsonl", "messages", "alpaca_eval", "arena_hard")
 FREE = {"out_file", "overwrite", "resume"}  # flags that a resumed run may change
 
@@ -200,7 +202,9 @@ class SampleConfig:
     top_k: int = flag(0, "Keep the k likeliest tokens; 0 keeps all.")
     top_p: float = flag(1.0, "Keep the smallest set of tokens that holds this mass.")
     min_p: float = flag(0.0, "Keep tokens at least this share as likely as the likeliest.")
-    global_temperature: float | None = flag(None, "Temperature of whole texts, in place of the four above.")
+    global_temperature: float | None = flag(
+        None, "Temperature of whole texts, in place of --temperature; the cuts come first."
+    )
     particles: int = flag(128, "Texts grown side by side for --global_temperature.")
     batch_size: int = flag(128, "Completions in one batch: lower it to save memory.")
     seed: int = flag(0, "Decides the samples.")

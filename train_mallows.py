@@ -1,8 +1,8 @@
 """MallowsPO: DPO weighted by how much people disagree about the prompt.
 
 A Mallows model scatters people's rankings of the completions around a central one, by a dispersion phi(x) in
-(0, 1]: near 0 a prompt has one answer, at 1 anything goes. With the central rank as the reward, which drops
-out as in DPO, the chosen completion is preferred with probability
+(0, 1]: near 0 a prompt has one answer, at 1 anything goes. With the negative central rank as the reward,
+which drops out as in DPO, the chosen completion is preferred with probability
 
     g(beta Delta),      Delta = log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l).
 
@@ -16,7 +16,9 @@ h the mean token entropy of the reference over a completion,
 
     c(x) = -phi* log( (h(y_w) + h(y_l)) / (2 log V) ),      phi* such that c's mean over the data is 1.
 
-c = 1 is DPO. The same weight makes MallowsIPO, MallowsSimPO and a dispersion-weighted DPL.
+In theta, c = 1 is DPO, and c scales the KL penalty of its prompt (proposition 4): a dispersed prompt, with
+its small c, is held less closely to the reference. The same weight makes MallowsIPO, MallowsSimPO and a
+dispersion-weighted DPL.
 
     python train_mallows.py --out_dir out/mallows                          # the embedded society
     python train_mallows.py @recipes/llama3_mallows.txt --data FILE        # the paper's run on UltraFeedback
@@ -81,7 +83,8 @@ def neg_log_dispersion(entropy: Tensor, vocab_size: int) -> Tensor:
     """-log of the pair's mean entropy over log V, (pairs,), positive: equation 17 before the scale phi*.
 
     `entropy` is (pairs, 2), the reference's mean over each completion's tokens, in nats a token. (Equation 17
-    prints a sum over tokens, which long completions take past log V; the released trainer divides, as here.)
+    prints a sum, and from the second token on. Over a long completion a sum passes log V; the released
+    trainer takes the mean over all tokens, as here.)
     """
     ratio = entropy.mean(-1) / math.log(vocab_size)
     # a reference sure of every token would weigh infinitely; float32 entropies below 1e-6 log V are rounding
@@ -89,7 +92,7 @@ def neg_log_dispersion(entropy: Tensor, vocab_size: int) -> Tensor:
 
 
 def _gap(x: Tensor) -> Tensor:
-    """1 - x / (e^x - 1) for x >= 0; the series where the difference would lose its digits and its slope."""
+    """1 - x / (e^x - 1) for x >= 0; near 0 its series, where the difference would lose its digits."""
     y = x.clamp(min=0.01)
     return torch.where(x < 0.01, x / 2 - x**2 / 12 + x**4 / 720, 1 + y / torch.expm1(-y) * torch.exp(-y))
 
@@ -109,7 +112,9 @@ def _log_exact(s: Tensor, L: Tensor) -> Tensor:
 def _log_polynomial(s: Tensor, L: Tensor, epsilon: Tensor) -> Tensor:
     """log of a3 s^3 + a1 s + 1/2 on (-epsilon, epsilon), of g outside; float64.
 
-    a1 and a3 give it g's value and slope at epsilon. In z = s / epsilon, with q = 1 - g(epsilon), it is
+    The paper fits the cubic without saying how. Here a1 and a3 give it g's value and slope at epsilon, so
+    that nothing jumps there; a least-squares fit would, and can pass 1. In z = s / epsilon, with
+    q = 1 - g(epsilon), it is
     (1 + z)^2 (2 - z) / 4  -  q z (3 - z^2) / 2  -  epsilon g'(epsilon) z (1 - z^2) / 2, positive term by term
     where z < 0, so that it cannot round to a probability of 0.
     """
@@ -129,7 +134,7 @@ LINKS = {
 
 
 def _log_link(s: Tensor, phi: Tensor | float, link: str, epsilon: float | str) -> Tensor:
-    # float64: it is one number a pair, and near phi = 1 g is a small difference of large terms
+    # float64: one number per pair, and near phi = 1 g is a small difference of large terms
     phi = torch.as_tensor(phi, dtype=torch.float64, device=s.device)
     L = -phi.clamp(1e-300, 1 - 1e-15).log()  # finite and not 0
     return LINKS[link](s.double(), L, 2 * L if epsilon == "auto" else torch.full_like(L, epsilon))
@@ -169,14 +174,18 @@ def mallows_phi_loss(
 
 
 def mallows_ipo_loss(policy: Stats, reference: Stats, c: Tensor | float, beta: float) -> Tensor:
-    """(c Delta - 1 / (2 beta))^2, (pairs,): MallowsIPO, section 5.5; c = 1 is IPO."""
+    """(c Delta - 1 / (2 beta))^2, (pairs,): MallowsIPO; c = 1 is IPO.
+
+    Section 5.5 only names it: that c scales Delta, and not the target, is our reading of "scaling".
+    """
     return (c * dpl_margin(policy, reference, 1.0, 1.0) - 1 / (2 * beta)) ** 2
 
 
 def mallows_simpo_loss(policy: Stats, c: Tensor | float, beta: float, gamma: float) -> Tensor:
     """-log sigmoid(c (beta [log pi(y_w) / |y_w| - log pi(y_l) / |y_l|] - gamma)), (pairs,): MallowsSimPO.
 
-    Section 5.5. It has no reference but in c; c = 1 is SimPO.
+    It has no reference but in c; c = 1 is SimPO. Section 5.5 only names it: that c scales gamma too is our
+    reading.
     """
     reward = beta * policy.logp / policy.length
     return -F.logsigmoid(c * (reward[..., 0] - reward[..., 1] - gamma))

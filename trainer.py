@@ -1,11 +1,11 @@
-"""The one training loop, and the reference pass before it.
+"""The one training loop, which every train_*.py shares.
 
-    a global batch of pairs -> a share a process -> micro-batches by a token budget -> the mean loss's
-    gradient, summed over processes once -> an update
+    a global batch of pairs -> each process's share -> micro-batches within a token budget -> the gradient of
+    the mean loss, summed over processes once -> an optimizer step
 
-What a step does is a function of (seed, step) alone: the batch is a slice of an endless stream of shuffles
-and dropout is reseeded, so a resumed run is the run that was never interrupted. The gradient is that of the
-mean over the batch's pairs however they are split. Row s of metrics.jsonl is the policy after s updates.
+What a step does depends on (seed, step) alone: the batch is a slice of an endless stream of shuffles, and
+dropout is reseeded. So a resumed run is the run that was never interrupted. The gradient is that of the mean
+over the batch's pairs, however they are split. Row s of metrics.jsonl is about the policy after s updates.
 
     python train_dpl.py                                         # one process
     torchrun --nproc_per_node 8 train_dpl.py                    # eight, each with the whole model
@@ -41,7 +41,7 @@ from reference import count_tokens, digest_examples, digest_model, micro_batches
 
 # (policy, reference) -> losses and reward margins, each (pairs,)
 Objective = Callable[[Stats, Stats | None], tuple[Tensor, Tensor | None]]
-STRIDE = 1000003  # between the seeds of steps and epochs
+STRIDE = 1000003  # from the seed of one step or epoch to the next one's
 COUNTS = ("batch_size", "micro_batch_tokens", "max_length", "log_every", "eval_every", "save_every", "keep")
 CHOICES = {
     "schedule": ("constant", "linear", "cosine"),
@@ -72,17 +72,19 @@ class TrainConfig:
     max_length: int = flag(512, "Longest prompt + completion, in tokens.")
     max_steps: int = flag(0, "Optimizer steps; 0 means --epochs decides.")
     epochs: float = flag(1.0, "Passes over the data, where --max_steps is 0.")
-    lr: float = flag(4e-3, "Peak learning rate (the papers' 7B models: 1e-5).")
+    lr: float = flag(4e-3, "Peak learning rate; recipes/ has the papers' (5e-7 to 1e-5).")
     warmup_steps: int = flag(20, "Steps of linear warm-up.")
     schedule: str = flag("cosine", "After the warm-up: constant, linear or cosine (both to zero).")
     optimizer: str = flag("adamw", "adamw (no weight decay) or rmsprop.")
     max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0 does not clip.")
     seed: int = flag(0, "Decides the order of pairs, the adapter's start and dropout.")
     log_every: int = flag(10, "Steps between rows of metrics.jsonl.")
-    eval_every: int = flag(100, "Steps between evaluations, which also come first and last.")
-    save_every: int = flag(100, "Steps between checkpoints; one also comes last.")
+    eval_every: int = flag(
+        100, "Steps between evaluations; there is one before the first step and one at the end."
+    )
+    save_every: int = flag(100, "Steps between checkpoints; there is one at the end.")
     keep: int = flag(2, "Checkpoints to keep: the newest ones.")
-    parallel: str = flag("ddp", "With torchrun: ddp (each process the whole model) or fsdp (a share of it).")
+    parallel: str = flag("ddp", "With torchrun: ddp (each process holds the whole model) or fsdp (a shard).")
     checkpoint_activations: bool = flag(False, "Save memory: run each layer again in the backward pass.")
     wandb: bool = flag(False, "Log to Weights & Biases too.")
     tensorboard: bool = flag(False, "Log to --out_dir/tensorboard too.")
@@ -136,7 +138,9 @@ def measure(
 ) -> dict[str, float]:
     """Means over `rows` of the loss and what explains it; with gradients on, adds the mean loss's gradient.
 
-    Each process measures its share of the rows; the means are of all of them.
+    The keys: loss, reward_margin and reward_accuracy (of an objective that has margins), logp_chosen and
+    logp_rejected (logp without a reference), kl. Each process measures its share of the rows; the means are
+    of all of them. Raises InputError if a loss is NaN or infinite, naming `where` and the pairs.
 
     `kl` is the mean of log pi_ref - log pi over completions: an estimate of KL(pi_ref || pi), in nats a
     sequence, if the reference wrote the completions, else only the policy's drift away from them.
@@ -220,15 +224,16 @@ def train(
 
     make_objective(reference, vocabulary size) returns the objective; `reference` is the training set's Stats,
     or None where none is wanted. `load` reads and tokenises a file into (prompt, *completions) examples.
-    Under torchrun every process calls this. SIGTERM and SIGINT end it with exit code 128 + the signal, saved.
+    Under torchrun every process calls this. SIGTERM and SIGINT save a checkpoint and exit with code 128 + the
+    signal's number.
     """
     out, device, fsdp = open_run(config), own_device(), config.parallel == "fsdp"
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    # a bfloat16 base under a float32 adapter; weights that are trained themselves stay float32, with autocast
+    # LoRA: a bfloat16 base under a float32 adapter. All weights: float32, and autocast to bfloat16
     dtype = torch.bfloat16 if half and config.lora_rank else torch.float32
     mixed = half and not config.lora_rank
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed)
-    place = "cpu" if fsdp else str(device)  # whole, the model need not fit on a device
+    place = "cpu" if fsdp else str(device)  # a model to be sharded need not fit on a device whole
     model, tokenizer = load_model(config.model, place, dtype)
     check_packable(model, config.model)
     examples = load(config.data, tokenizer, config.max_length)
@@ -262,7 +267,7 @@ def train(
         held_out_known = reference_stats(model, held_out, *cache) if reference and held_out else None
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    # 0.95, not 0.999: a run of a hundred steps must forget its first gradients
+    # beta2 is 0.95, not 0.999: a run may be a hundred steps, and must forget its first gradients
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     if config.optimizer == "rmsprop":
         optimizer = torch.optim.RMSprop(parameters, lr=config.lr)
@@ -270,7 +275,7 @@ def train(
     trained = sum(p.numel() for p in parameters)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     multiplied = sum(p.numel() for p in model.parameters()) - (embedding is not head) * embedding.numel()
-    flops = 4 * multiplied + 2 * trained  # a token: forward, back to its activations, back to trained weights
+    flops = 4 * multiplied + 2 * trained  # a token: 2 forward, 2 back to activations, 2 to trained weights
 
     start = go_back(config, facts, model, optimizer) if config.resume else 0
     if start > steps:
@@ -278,7 +283,7 @@ def train(
     if rank() == 0:
         start_files(config, out, start)
     logs = open_logs(config, out) if rank() == 0 else []
-    gathered(None)  # the folder is a run's before anyone writes into it
+    gathered(None)  # no one writes into the folder before it holds run.json
     objective = make_objective(known, vocabulary, examples, tokenizer)
     processes = f" on {world()} processes ({config.parallel})" if world() > 1 else ""
     print(f"{trained:,} trained parameters, {len(examples):,} examples, {steps:,} steps of {size}{processes}")
@@ -305,7 +310,9 @@ def train(
             bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
 
         began, rows = time.monotonic(), batch_rows(step, size, len(examples), config.seed)
-        torch.manual_seed(config.seed + STRIDE * (step + 1) + rank())  # dropout, resumed here or not
+        torch.manual_seed(
+            config.seed + STRIDE * (step + 1) + rank()
+        )  # dropout is the same, resumed here or not
         for _, layer in lora_layers(model):  # dropout is the adapter's alone: the base stays the reference
             layer.train(not last)
         with autocast, torch.set_grad_enabled(not last):

@@ -2,7 +2,7 @@
 
 Stories and polls have utilities r, and raters are Plackett-Luce: P(a over b) = sigmoid(r(a) - r(b)). Debates
 have a ranking and a dispersion phi, and raters are Mallows: a rater's own ranking has probability
-phi^(pairs it orders otherwise), phi = 0 one mind, phi = 1 no two alike.
+phi^(pairs it orders otherwise): phi near 0, all agree; phi = 1, every ranking is equally likely.
 """
 
 import math
