@@ -1,12 +1,14 @@
 """Many continuations of few prompts: a prompt is computed and kept once, whatever the number of its samples.
 
-A step feeds one token of every text that goes on. Its query meets two sets of keys, under one softmax:
+A step feeds the newest token of every unfinished text. Its query attends to two sets of keys, under one
+softmax:
 
     scores  =  [ q @ K(prompt) | q @ K(own) ]
 
-The texts of a prompt share the first product, which reads its keys once; a cache of whole texts keeps and
-reads them for every sample: with long prompts, most of what a step moves. Own keys and values go to blocks
-that are allocated at the start. A text that has ended leaves the batch, and the last one takes its row.
+All texts of a prompt share the first product, so the prompt's keys are stored and read once; an ordinary
+cache stores and reads them once per sample, which with long prompts is most of what a step moves. Room for
+the texts' own keys and values is allocated at the start. When a text ends it leaves the batch, and another
+takes its row.
 """
 
 import math
@@ -41,9 +43,9 @@ class Completion(NamedTuple):
 def race(probs: Tensor, streams: Sequence[np.random.Generator]) -> Tensor:
     """A token for each row of probs (rows, vocab), which need not sum to 1, from the row's stream: (rows,).
 
-    With exponential E(v), argmax p(v) / E(v) has the law p. A rounding error in p changes the token only where
-    two nearly tie, while an inverse CDF adds up the errors of all tokens before. Two races, between blocks of
-    the vocabulary and inside the block that won, need few random numbers.
+    With exponential E(v), argmax p(v) / E(v) has the law p. A rounding error in p changes the token only
+    where two nearly tie, while an inverse CDF adds up the errors of all tokens before. Two races, between
+    blocks of the vocabulary and inside the block that won, need few random numbers.
     """
     rows, vocab = probs.shape
     if vocab % BLOCK:
@@ -148,7 +150,7 @@ class SharedCache:
                 kept[prompt, :, : part.shape[1]] = part
 
     def times_prompts(self, x: Tensor, y: Tensor) -> Tensor:
-        """Rows of x (rows, kv, group, a) times their prompts' y (S, kv, a, b), one product for each prompt."""
+        """Rows of x (rows, kv, group, a) times their prompts' y (S, kv, a, b), one product per prompt."""
         if self.cell is None and self.width == 1:
             return x @ y
         (_, kv, group, a), (prompts, _, _, b) = x.shape, y.shape
@@ -234,7 +236,10 @@ class Batch:
                 f"{name} samples one prompt at a time: give --batch_size no more than --num_samples"
             )
         self.shared, self.cache = None, DynamicCache(config=self.model.config)
-        logits = self.forward(torch.tensor(prompts))
+        try:
+            logits = self.forward(torch.tensor(prompts))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name} cannot be sampled: {error}") from None
         if not self.cache.is_initialized:
             raise InputError(f"{name} cannot be sampled: it does not use transformers' DynamicCache")
         self.cache.reorder_cache(owners.to(self.device))

@@ -10,6 +10,7 @@ text that *follows* other text, so that decoding both together gives back the te
 the completion: a policy's probability of a text includes the decision to stop.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,7 +154,7 @@ def _template(messages: list[dict], tokenizer: PreTrainedTokenizerBase, generate
         raise InputError("message lists need a chat template, and the tokenizer has no chat template")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         raise InputError(f"the chat template refuses the messages: {error}") from None
 
 
@@ -182,8 +183,14 @@ def encode_continuations(texts: list[str], tokenizer: PreTrainedTokenizerBase) -
 
 def decode_continuation(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Text of token ids that follow other text; SentencePiece-like decoders drop a text's first space."""
-    anchor = _encode(["a"], tokenizer)[0]
-    return tokenizer.decode(anchor + ids)[len(tokenizer.decode(anchor)) :]
+    anchor, length = _anchor(tokenizer)
+    return tokenizer.decode(anchor + ids)[length:]
+
+
+@functools.cache
+def _anchor(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+    [anchor] = _encode(["a"], tokenizer)
+    return anchor, len(tokenizer.decode(anchor))
 
 
 def encode_answers(

@@ -12,7 +12,8 @@ exact as the number of particles grows. The cuts (--min_p ...) come before tau a
 tau = 1 a model with many tokens needs one: unlikely texts are so many that together they outweigh the rest.
 
 Sample s of prompt n depends on (seed, n, s) alone, up to the rounding of floats: neither on the batch nor on
-the number of processes. (Global temperature: on the seed, n, and the numbers of particles and samples.) Under torchrun each process takes a share of the prompts.
+the number of processes. (Global temperature: on seed, n and the numbers of particles and samples.) Under
+torchrun each process takes a share of the prompts.
 
     python sample.py --model out/dpl --prompts data/society/prompts.jsonl --num_samples 16
     python sample.py --model out/dpl --prompt "Which meal?" --global_temperature 2 --min_p 0.01
@@ -25,7 +26,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -40,9 +41,7 @@ from parallel import gathered, joined, own_device, rank, world
 from preferences import Text, decode_continuation, encode_answers, encode_prompts, read_prompts
 from reference import digest_examples
 
-NUCLEUS = (
-    1024  # tokens that top_p sorts first: sorting a whole vocabulary costs as much as a small model's step
-)
+NUCLEUS = 1024  # tokens that top_p sorts first: sorting a whole vocabulary takes a small model's step
 FORMATS = ("jsonl", "messages", "alpaca_eval", "arena_hard")
 FREE = {"out_file", "overwrite", "resume"}  # flags that a resumed run may change
 
@@ -245,7 +244,7 @@ def as_line(config: SampleConfig, row: dict, index: int, last: bool, text: str, 
     elif config.format == "arena_hard":
         answer = {"role": "assistant", "content": {"answer": text}}
         made = {"uid": row.get("uid", turns[-1]["content"]), "ans_id": str(index), "model": config.model}
-        made |= {"messages": [*turns, answer], "metadata": {"token_len": stats["tokens"]} | stats}
+        made |= {"messages": [*turns, answer], "metadata": {"token_len": stats["tokens"]}} | stats
     else:
         made = {"prompt": prompt, "completion": text} | stats
     line = json.dumps(made, ensure_ascii=False)
@@ -268,7 +267,7 @@ def sample_prompts(
     reach = max((len(s.encode()) for s in stop), default=0) + 1  # tokens that a stop string may lie over
 
     def stopped(tokens: list[int]) -> bool:
-        text = tokenizer.decode(tokens[-reach:])
+        text = decode_continuation(tokens[-reach:], tokenizer)
         return any(s in text for s in stop)
 
     if tau := config.global_temperature:
@@ -297,30 +296,31 @@ def sample_prompts(
     return result
 
 
-def open_out_file(out: Path, config: SampleConfig, encoded: list[list[int]], chunk: int) -> int:
-    """How many prompts an interrupted run has answered in `out`, which is cut after them; 0 in a new file.
+def written_lines(out: Path, config: SampleConfig, prompts: str) -> list[bytes]:
+    """The whole lines of `out`, if --resume is to keep them. `prompts` is a digest.
 
-    The run's flags and a digest of its prompts stay beside it, as <out>.flags.json. Raises InputError if they
-    were others, or if they are not there.
+    Raises InputError if <out>.flags.json, which lies beside it, is missing or tells of other flags or rows.
     """
-    beside, prompts, lines = Path(f"{out}.flags.json"), digest_examples([encoded]), []
-    if config.resume and out.exists():
-        try:
-            before = json.loads(beside.read_bytes())
-            require_same(asdict(config), before["config"], FREE)
-            same = before["prompts"] == prompts
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"--out_file {out}: no whole {beside.name} beside it to --resume by") from None
-        if not same:
-            raise InputError(f"--prompts {config.prompts}: not what the run to --resume was reading")
-        lines = out.read_bytes().splitlines(keepends=True)
-    done = sum(line.endswith(b"\n") for line in lines) // config.num_samples
-    # the batches of a run that never stopped
-    done = len(encoded) if done >= len(encoded) else done // chunk * chunk
+    if not (config.resume and out.exists()):
+        return []
+    beside = Path(f"{out}.flags.json")
+    try:
+        before = json.loads(beside.read_bytes())
+        require_same(asdict(config), before["config"], FREE)
+        same = before["prompts"] == prompts
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"--out_file {out}: no whole {beside.name} beside it to --resume by") from None
+    if not same:
+        raise InputError(f"--prompts {config.prompts}: not what the run to --resume was reading")
+    return [line for line in out.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def open_out_file(out: Path, lines: list[bytes], config: SampleConfig, prompts: str) -> IO[str]:
+    """Open `out` to append to these lines, and write what written_lines() compares."""
     with write_whole(out, "wb") as file:
-        file.writelines(lines[: done * config.num_samples])
-    write_json(beside, {"config": asdict(config), "prompts": prompts})  # last: never flags of other lines
-    return done
+        file.writelines(lines)
+    write_json(f"{out}.flags.json", {"config": asdict(config), "prompts": prompts})
+    return out.open("a", encoding="utf-8")
 
 
 @joined()
@@ -351,13 +351,20 @@ def main() -> None:
 
     count, total = config.num_samples, config.num_samples * len(rows)
     chunk = max(1, config.batch_size // count)  # prompts that a process takes at a time
-    [done, *_] = gathered(open_out_file(out, config, encoded, chunk) if out and rank() == 0 else 0)
-    file = out.open("a", encoding="utf-8") if out and rank() == 0 else None
-    bar = tqdm(total=len(rows), initial=done, unit="prompt", disable=None if file else True)
+    digest = digest_examples([encoded])
+    lines = written_lines(out, config, digest) if out and rank() == 0 else []
+    done = gathered(len(lines) // count)[0]
+    done = (
+        len(rows) if done >= len(rows) else done // chunk * chunk
+    )  # the batches of a run that never stopped
+    bar = tqdm(total=len(rows), initial=done, unit="prompt", disable=None if out and rank() == 0 else True)
+    file = None
     for first in range(done, len(rows), chunk * world()):
         start = first + rank() * chunk
         numbers = range(start, min(start + chunk, len(rows)))
         parts = gathered(sample_prompts(model, tokenizer, encoded, numbers, ends, config))
+        if out and rank() == 0 and not file:  # not before: what --overwrite replaces outlives a failure
+            file = open_out_file(out, lines[: done * count], config, digest)
         for index, (text, stats) in enumerate(itertools.chain(*parts), first * count):
             if file:
                 file.write(as_line(config, rows[index // count], index, index + 1 == total, text, stats))
@@ -368,7 +375,8 @@ def main() -> None:
         bar.update(sum(map(len, parts)) // count)
     if file:
         file.close()
-        print(f"wrote {total:,} completions to {out}")
+    if out:
+        print(f"{total:,} completions in {out}")
 
 
 if __name__ == "__main__":

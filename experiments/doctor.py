@@ -6,16 +6,23 @@ temperature 1, and DPO also at 1.4; compares every slot with its exact target; d
     python experiments/doctor.py        # a few minutes on two cores; what is already there is not done again
 """
 
+import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from files import Help
+
 OUT, REFERENCE = Path("out/doctor"), "data/society/reference"
-SAMPLES = 2000
+SAMPLES, LAWS = 2000, ("sampled", "target")
 # row of the picture: (folder, model, alpha of its target or None, token temperature)
 ROWS = {
     "reference": ("reference", REFERENCE, None, 1.0),
@@ -52,28 +59,29 @@ def make_results() -> dict[str, dict]:
     return results
 
 
+def stack(axis: Axes, y: float, height: float, shares: dict[str, float], least: float = math.inf) -> None:
+    """One bar of shares in percent, each a shade, named if above `least`; what is left to 100 is hatched."""
+    left = 0.0
+    for i, (name, share) in enumerate(shares.items()):
+        shade = 0.15 + 0.72 * i / (len(shares) - 1)
+        axis.barh(y, share, height, left=left, color=str(shade), edgecolor="white", linewidth=0.6)
+        if share > least:
+            color = "white" if shade < 0.5 else "black"
+            axis.text(left + share / 2, y, name, ha="center", va="center", fontsize=8, color=color)
+        left += share
+    axis.barh(y, max(0, 100 - left), height, left=left, color="white", edgecolor="black", hatch="////")
+
+
 def draw(results: dict[str, dict], path: Path) -> None:
     """One bar a policy, cut by the doctor's name, its exact target thinner below; misspelling at right."""
-    names = list(next(iter(results.values()))["stories"]["name"]["target"])
-    shades = [str(0.15 + 0.72 * i / (len(names) - 1)) for i in range(len(names))]
     figure, axis = plt.subplots(figsize=(9, 4.6))
     for row, (label, result) in enumerate(results.items()):
         found = result["stories"]["name"]
-        has_target = ROWS[label][2] is not None
-        bars = [("sampled", row, 0.42)] + ([("target", row + 0.34, 0.16)] if has_target else [])
-        for law, y, height in bars:
-            left = 0.0
-            for name, shade in zip(names, shades, strict=True):
-                share = 100 * found[law][name]
-                axis.barh(y, share, height, left=left, color=shade, edgecolor="white", linewidth=0.6)
-                if law == "sampled" and share > 9:
-                    color = "white" if float(shade) < 0.5 else "black"
-                    axis.text(left + share / 2, y, name, ha="center", va="center", fontsize=8, color=color)
-                left += share
-            if law == "sampled":
-                axis.barh(y, 100 - left, height, left=left, color="white", edgecolor="black", hatch="////")
+        sampled, target = ({name: 100 * found[law][name] for name in found["target"]} for law in LAWS)
+        stack(axis, row, 0.42, sampled, 9)
         axis.text(103, row, f"{100 * result['misspelt']:.1f}%", va="center", fontsize=11)
-        if has_target:
+        if ROWS[label][2] is not None:
+            stack(axis, row + 0.34, 0.16, target)
             axis.text(-1, row + 0.34, "exact target", ha="right", va="center", fontsize=7)
     axis.text(103, -0.62, "misspelt\n(hatched)", fontsize=9, va="center")
     axis.set_yticks(range(len(results)), list(results))
@@ -89,5 +97,11 @@ def draw(results: dict[str, dict], path: Path) -> None:
     print(f"wrote {path}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Make what is missing, and draw assets/doctor.png."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=Help).parse_args()
     draw(make_results(), ROOT / "assets" / "doctor.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from decode import Batch
 from evaluate import society
+from experiments.doctor import stack
 from files import InputError, flag, parse, run_command
 from model import load_model
 from preferences import decode_continuation, encode_answers, encode_prompts
@@ -218,7 +219,10 @@ def compare_laws(logp: Tensor, tokens: list[Tensor], title: str) -> list[tuple[f
 
 def draw(laws: dict[str, list[tuple[float, ...]]], stories: dict[str, Any], path: Path) -> None:
     """The questions' panels, two for the second; readable in grey."""
-    figure, ((laws_axis, bars_axis), slips_axes) = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
+    figure, ((laws_axis, *slips_axes), (last, bars_axis)) = plt.subplots(
+        2, 2, figsize=(11, 9), layout="constrained"
+    )
+    slips_axes.append(last)
     for (name, found), shade in zip(laws.items(), ("black", "0.6"), strict=True):
         _, _, tv, reverses = (100 * np.array(column) for column in zip(*found, strict=True))
         laws_axis.plot(TEMPERATURES, tv, "-", color=shade, label=f"{name}: total variation")
@@ -235,20 +239,15 @@ def draw(laws: dict[str, list[tuple[float, ...]]], stories: dict[str, Any], path
             axis.plot(x, [percents[what] for percents in line], style, label=name)
         axis.set(xlabel="temperature (token, global, or α/β)", ylabel="share of stories, %", ylim=(-3, 103))
         axis.set_title(f"2. Stories {title}" if what else f"2. Stories with {title}", loc="left")
-    slips_axes[0].legend(frameon=False, fontsize=9)
-    shades = [str(0.15 + 0.72 * i / (len(stories["names"]) - 1)) for i in range(len(stories["names"]))]
+    slips_axes[1].legend(frameon=False, fontsize=9, loc="center right")
     for row, bar in enumerate(stories["bars"].values()):
-        start = 0.0
-        for name, shade, share in zip(stories["names"], shades, (100 * bar).tolist(), strict=True):
-            bars_axis.barh(row, share, 0.6, left=start, color=shade, edgecolor="white", linewidth=0.6)
-            if share > 14:
-                ink = "white" if float(shade) < 0.5 else "black"
-                bars_axis.text(start + share / 2, row, name, ha="center", va="center", fontsize=7, color=ink)
-            start += share
-        bars_axis.barh(row, 100 - start, 0.6, left=start, color="white", edgecolor="black", hatch="////")
+        shares = (100 * bar / bar.sum()).tolist()
+        stack(bars_axis, row, 0.6, dict(zip(stories["names"], shares, strict=True)), 14)
+        bars_axis.text(102, row, f"{bar.sum():.1%}", va="center", fontsize=9)
     bars_axis.set_yticks(range(len(stories["bars"])), list(stories["bars"]))
     bars_axis.invert_yaxis()
-    bars_axis.set(xlim=(0, 100), xlabel="stories by their doctor, % (hatched: misspelt or malformed)")
+    bars_axis.text(102, -0.6, "well-formed", fontsize=9)
+    bars_axis.set(xlim=(0, 100), xlabel="well-formed stories by their doctor, %")
     bars_axis.set_title("3. Routes to temperature 2", loc="left")
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)

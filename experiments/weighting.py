@@ -15,6 +15,7 @@ Runs of one seed see the same batches, so the weight's effect is the difference 
     python experiments/weighting.py     # 24 short runs, nine minutes; those already there are not run again
 """
 
+import argparse
 import json
 import math
 import subprocess
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data.society.truth import mallows_favourites, mallows_pair
-from files import write_json
+from files import Help, write_json
 from model import load_model, pair_stats
 from preferences import encode_answers, encode_prompts, pack
 
@@ -143,6 +144,7 @@ def draw(results: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 def main() -> None:
     """Train, measure, print the table, draw assets/weighting.png."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=Help).parse_args()
     results = make_results()
     write_json(OUT / "weighting.json", results)
     print_table(results)

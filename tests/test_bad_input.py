@@ -457,8 +457,11 @@ def test_sample_from_a_model_that_gives_no_numbers(refused, model, data, tmp_pat
         {name: t * float("nan") for name, t in tensors.items()}, model / "model.safetensors", {"format": "pt"}
     )
     out = tmp_path / "out.jsonl"
-    refused(sample, ["--model", model, "--prompts", data, "--out_file", out, *SAMPLE], "NaN")
-    assert out.read_bytes() == b""
+    out.write_text("old\n")
+    refused(
+        sample, ["--model", model, "--prompts", data, "--out_file", out, *SAMPLE, "--overwrite"], "are NaN"
+    )
+    assert out.read_text() == "old\n" and not list(tmp_path.glob("*flags*"))
 
 
 def damage_config(folder):

@@ -133,6 +133,12 @@ def test_samples_text_encodes_to_the_sampled_tokens(tokenizer, tmp_path, monkeyp
     sample.main()
     text = json.loads(out.read_text(encoding="utf-8"))["completion"]
     assert encode_answers(["Nobody"], [text], tokenizer) == [[*word, tokenizer.eos_token_id]]
+    monkeypatch.setattr(
+        sys, "argv", [*sys.argv, "--overwrite", "--stop", text]
+    )  # its space is the text's first
+    sample.main()
+    row = json.loads(out.read_text(encoding="utf-8"))
+    assert row["completion"] == "" and row["finish"] == "stop"
 
 
 @pytest.mark.parametrize(

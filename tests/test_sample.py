@@ -390,7 +390,8 @@ def test_formats(run, sharp_model_folder, tmp_path):
     assert [row["messages"][-1]["content"]["answer"] for row in made["arena_hard"]] == texts
     assert [row["uid"] for row in made["arena_hard"]] == ["a1"] * 3 + ["b2"] * 3
     for rows in made.values():
-        assert all({"logp", "sampled_logp", "finish"} <= (row.get("metadata") or row).keys() for row in rows)
+        assert all({"logp", "sampled_logp", "finish"} <= row.keys() for row in rows)
+    assert all(row["metadata"].keys() == {"token_len"} for row in made["arena_hard"])
     chat = read(run("--model", model, "--chat", "--overwrite"))
     assert chat[-1]["prompt"] == [{"role": "user", "content": "The fig"}]
     assert chat[-1]["completion"] != texts[-1]

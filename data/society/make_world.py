@@ -11,9 +11,10 @@ tokens: a policy can misspell, and raters dislike it. Everything is drawn here a
 own code. world.json keeps the reference's exact log-probability of each story, opinion and place, so that the
 optimum pi ~ pi_ref^(beta/alpha) exp(r/alpha) is exact for every alpha and beta (truth.py).
 
-    python data/society/make_world.py        # five minutes on a laptop; writes the files beside it
+    python data/society/make_world.py        # three minutes on a laptop; writes the files beside it
 """
 
+import argparse
 import gzip
 import itertools
 import json
@@ -30,7 +31,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 from data.society.truth import mallows_favourites, preference, read_story
-from files import write_json, write_whole
+from files import Help, write_json, write_whole
 from model import load_model, pair_stats
 from preferences import encode_answers, encode_prompts, pack
 from sample import sample
@@ -260,6 +261,7 @@ def write_world() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=Help).parse_args()
     torch.set_num_threads(2)  # whatever the machine: the order of sums, and so every bit, depends on it
     train_reference(Path("out/society"))
     write_world()
