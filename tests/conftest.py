@@ -1,6 +1,7 @@
 """Small tokenizers of the kinds in use and a random model, made on the spot: nothing is downloaded."""
 
 import json
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -11,6 +12,9 @@ import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import train_dpl
+from files import run_command
 
 ROOT = Path(__file__).parent.parent
 settings.register_profile("shared machine", deadline=None)
@@ -24,6 +28,24 @@ CHATML = (
     "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+USER, FIG, MUD = (
+    {"role": role, "content": text}
+    for role, text in (("user", "Best fruit?"), ("assistant", "The fig."), ("assistant", "Mud."))
+)
+PAIR = {"prompt": "Best fruit?", "chosen": " The fig.", "rejected": " Mud."}
+PAIRS = [PAIR, {**PAIR, "prompt": "A café?"}, {**PAIR, "chosen": " A grey cat likes the fig."}]
+
+
+def lines(*rows):
+    """Rows as the bytes of a .jsonl file."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def truncate(path):
+    """Leave the first half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def torchrun(*words):
@@ -102,3 +124,53 @@ def tiny_model_folder(tmp_path_factory):
         LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """A function that runs a script in this process and checks that it ends in one good line."""
+
+    def run(script, arguments, *fragments):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            run_command(script.main)
+        error = capsys.readouterr().err
+        assert exit.value.code == 2
+        assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n")
+        for fragment in fragments:
+            assert str(fragment) in error
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A file of good pairs."""
+    path = tmp_path / "good.jsonl"
+    path.write_bytes(lines(*PAIRS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_model_folder, tmp_path_factory):
+    """Folder of a short finished run, an adapter of rank 2."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "pairs.jsonl").write_bytes(lines(*PAIRS))
+    flags = {"--model": tiny_model_folder, "--data": folder / "pairs.jsonl", "--out_dir": folder / "run"}
+    flags |= {"--lora_rank": 2, "--max_steps": 2, "--alpha": 0.2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_dpl.py", *(str(word) for flag in flags.items() for word in flag)])
+        train_dpl.main()
+    return folder / "run"
+
+
+@pytest.fixture
+def adapter(finished_run, tmp_path):
+    """A copy of the finished run, to damage."""
+    return shutil.copytree(finished_run, tmp_path / "runs" / "run")
+
+
+@pytest.fixture
+def model(tiny_model_folder, tmp_path):
+    """A copy of the tiny model, to damage."""
+    return shutil.copytree(tiny_model_folder, tmp_path / "model")

@@ -1,0 +1,212 @@
+"""Bad input to sample.py and evaluate.py, and to all as a user sees them: one line, exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import FIG, PAIR, lines, truncate
+from safetensors.torch import load_file, save_file
+
+import evaluate
+import sample
+import train_dpl
+
+SAMPLE = ["--num_samples", 1, "--max_new_tokens", 1]
+
+
+def test_sample_keeps_an_existing_file(refused, tiny_model_folder, data):
+    before = data.read_bytes()
+    flags = ["--model", tiny_model_folder, "--prompts", data, "--out_file", data]
+    refused(sample, [*flags, *SAMPLE], f"--out_file {data}: exists; --overwrite replaces it")
+    assert data.read_bytes() == before
+
+
+def test_sample_does_not_write_over_a_folder(refused, tiny_model_folder, data, tmp_path):
+    (tmp_path / "folder").mkdir()
+    flags = [
+        "--model",
+        tiny_model_folder,
+        "--prompts",
+        data,
+        "--out_file",
+        tmp_path / "folder",
+        "--overwrite",
+    ]
+    refused(sample, [*flags, *SAMPLE], tmp_path / "folder")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "folder", data]
+
+
+@pytest.mark.parametrize(
+    ("rows", "fragment"),
+    [
+        (None, "prompts.jsonl: no such file"),
+        (lines(PAIR, {"text": "a"}), "prompts.jsonl:2: needs a 'prompt', a string or a message list"),
+        (lines({"prompt": []}), "prompts.jsonl:1: needs a 'prompt', a string or a message list"),
+        (lines({"prompt": [FIG]}), "prompts.jsonl:1: roles out of order: assistant"),
+    ],
+)
+def test_sample_with_bad_prompts(refused, tiny_model_folder, tmp_path, rows, fragment):
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "samples" / "out.jsonl"
+    if rows is not None:
+        path.write_bytes(rows)
+    refused(sample, ["--model", tiny_model_folder, "--prompts", path, "--out_file", out, *SAMPLE], fragment)
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragment"),
+    [
+        (["--num_samples", 0], "--num_samples 0: must be at least 1"),
+        (["--prompt", "\udcff"], "the command line or an @file is not UTF-8 text"),
+        (["--temperature", 1e-30], "--temperature 1e-30: must be 0, or at least 1e-6"),
+        (["--temperature", -1], "--temperature -1.0: must be 0, or at least 1e-6"),
+        (["--top_p", 0], "--top_p 0.0: must be in (0, 1]"),
+        (["--batch_size", 0], "--batch_size 0: must be at least 1"),
+        (["--format", "csv"], "--format csv: must be one of jsonl, messages, alpaca_eval, arena_hard"),
+        (["--stop", "a", ""], "must be strings that are not empty"),
+        (["--resume", "--overwrite"], "--resume True: must be given without --overwrite"),
+        (["--global_temperature", 0], "--global_temperature 0.0: must be at least 1e-6"),
+        (["--global_temperature", 2, "--temperature", 2], "must be given without --temperature"),
+        (["--global_temperature", 2, "--particles", 0], "--particles 0: must be at least --num_samples"),
+        (["--max_new_tokens", 2100], "--max_new_tokens 2100: needs 21"),
+        (["--prompts", "missing.txt"], "missing.txt: no such file"),
+        (["--chat"], "tokenizer has no chat template"),
+    ],
+)
+def test_sample_with_bad_flags(refused, tiny_model_folder, data, tmp_path, flags, fragment):
+    out = tmp_path / "samples" / "out.jsonl"
+    good = ["--model", tiny_model_folder, "--prompts", data, "--out_file", out, *SAMPLE]
+    refused(sample, [*good, *flags], fragment)
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [(b"\n \n", "prompts.txt: the file is empty"), (b"caf\xe9\n", "prompts.txt:1: not UTF-8 text")],
+)
+def test_sample_with_a_bad_text_file(refused, tiny_model_folder, tmp_path, text, fragment):
+    (tmp_path / "prompts.txt").write_bytes(text)
+    refused(sample, ["--model", tiny_model_folder, "--prompts", tmp_path / "prompts.txt", *SAMPLE], fragment)
+
+
+def test_sample_from_a_model_that_gives_no_numbers(refused, model, data, tmp_path):
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        {name: t * float("nan") for name, t in tensors.items()}, model / "model.safetensors", {"format": "pt"}
+    )
+    out = tmp_path / "out.jsonl"
+    out.write_text("old\n")
+    refused(
+        sample, ["--model", model, "--prompts", data, "--out_file", out, *SAMPLE, "--overwrite"], "are NaN"
+    )
+    assert out.read_text() == "old\n" and not list(tmp_path.glob("*flags*"))
+
+
+def damage_config(folder):
+    truncate(folder / "adapter_config.json")
+
+
+def damage_kind(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+
+
+def damage_start(folder):
+    edit_config(folder, init_lora_weights="pissa")  # such adapters go with a changed base
+
+
+def damage_base_into_itself(folder):
+    edit_config(folder, base_model_name_or_path=str(folder))
+
+
+def damage_base(folder):
+    edit_config(folder, base_model_name_or_path=str(folder / "moved"))
+
+
+def damage_rank(folder):
+    edit_config(folder, r=3)
+
+
+def damage_rank_type(folder):
+    edit_config(folder, r="two")
+
+
+def damage_weights(folder):
+    truncate(folder / "adapter_model.safetensors")
+
+
+def lose_weights(folder):
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def edit_config(folder, **values):
+    """Change keys of adapter_config.json."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | values))
+
+
+@pytest.mark.parametrize(
+    ("damage", "fragments"),
+    [
+        (damage_config, ["adapter_config.json: not a LoRA adapter's configuration"]),
+        (damage_kind, ["adapter_config.json: only plain LoRA adapters are read"]),
+        (damage_start, ["adapter_config.json: only plain LoRA adapters are read"]),
+        (damage_base_into_itself, ["--model ", "names no other base_model_name_or_path"]),
+        (damage_base, ["--model ", "moved: cannot be loaded"]),
+        (damage_rank, ["adapter_model.safetensors: ", "lora_A is (2, 32), this model needs (3, 32)"]),
+        (damage_rank_type, ["adapter_config.json: r must be a positive whole number"]),
+        (damage_weights, ["adapter_model.safetensors: cannot be read"]),
+        (lose_weights, ["adapter_model.safetensors: cannot be read"]),
+    ],
+)
+def test_sample_with_a_damaged_adapter(refused, adapter, data, tmp_path, damage, fragments):
+    damage(adapter)
+    out = tmp_path / "samples" / "out.jsonl"
+    refused(
+        sample, ["--model", adapter, "--prompts", data, "--out_file", out, *SAMPLE], str(adapter), *fragments
+    )
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragment"),
+    [
+        ({}, "samples.jsonl: no such file"),
+        ({"--samples": "DATA"}, "good.jsonl:1: needs string 'prompt' and 'completion'"),
+        ({"--alpha": "-1"}, "--alpha"),
+        ({"--alpha": "nan"}, "--alpha"),
+        ({"--alpha": "abc"}, "argument --alpha: invalid float value: 'abc'"),
+        ({"--aplha": "1"}, "--aplha"),
+    ],
+)
+def test_evaluate_with_bad_input(refused, tmp_path, data, flags, fragment):
+    if "--alpha" in flags:
+        (tmp_path / "samples.jsonl").write_bytes(lines({"prompt": "a", "completion": "b"}))
+    flags = {
+        "--samples": tmp_path / "samples.jsonl",
+        "--alpha": 0.2,
+        "--out_file": tmp_path / "o" / "o.json",
+    } | flags
+    words = [data if word == "DATA" else word for flag in flags.items() for word in flag]
+    refused(evaluate, ["society", *words], fragment)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "fragment"),
+    [
+        ("train_dpl.py", ["--data", "missing.jsonl", "--model", "MODEL"], "missing.jsonl: no such file"),
+        (
+            "evaluate.py",
+            ["society", "--samples", "missing.jsonl", "--alpha", "1"],
+            "missing.jsonl: no such file",
+        ),
+    ],
+)
+def test_as_a_user_sees_it(tiny_model_folder, tmp_path, script, flags, fragment):
+    script = Path(train_dpl.__file__).with_name(script)
+    flags = [str(tiny_model_folder) if word == "MODEL" else word for word in flags]
+    done = subprocess.run([sys.executable, script, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {fragment}\n")
+    assert not any(tmp_path.iterdir())
