@@ -15,8 +15,8 @@ g jumps at s = 0, and at phi = 0.05 its slope is 2.6 times as steep for a pair i
 contradict each other hold their arms level until the others pull harder. A logit moves as beta times steps,
 so that beta Delta moves as beta squared: the smallest betas stop long before they come to rest, and as arm 5
 never wins, no loss has a finite optimum at all. Ten times the steps take MallowsPO-phi too to 72% of arm 1 at
-beta = 0.02 (DPO: 100%): it is slower to collapse, not immune. (That the loss is a mean over pairs and that the
-policy starts uniform are our choices; the paper names neither.)
+beta = 0.02 (DPO: 100%): it is slower to collapse, not immune. (That the loss is a mean over pairs and that
+the policy starts uniform are our choices; the paper names neither.)
 
     python experiments/bandit.py        # half a minute; out/bandit/metrics.json, assets/bandit_*.png
 """
