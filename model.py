@@ -240,9 +240,7 @@ class TokenLogProbs(torch.autograd.Function):
     def backward(ctx, grad, _):
         slope, hidden, weight, bias, target = ctx.saved_tensors
         grad_weight = grad_bias = None
-        if ctx.needs_input_grad[
-            1
-        ]:  # its gradient sums over tokens, weighted by `grad`, so p is computed again
+        if ctx.needs_input_grad[1]:  # a sum over tokens weighted by `grad`, so p is computed again
             grad_weight = torch.zeros_like(weight)
             grad_bias = None if bias is None else torch.zeros_like(bias)
             for rows in _chunks(len(hidden), len(weight)):
@@ -377,6 +375,4 @@ def shard(model: PreTrainedModel, device: torch.device, mixed: bool) -> None:
         module.set_gradient_divide_factor(1.0)  # a sum: losses are divided by the global batch already
         module.set_force_sum_reduction_for_comms(True)
     model.pair_stats = partial(_pair_stats, model)
-    register_fsdp_forward_method(
-        model, "pair_stats"
-    )  # weights are gathered only around forward() and methods named here
+    register_fsdp_forward_method(model, "pair_stats")  # weights are gathered around such methods alone

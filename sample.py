@@ -201,28 +201,22 @@ class SampleConfig:
     top_k: int = flag(0, "Keep the k likeliest tokens; 0 keeps all.")
     top_p: float = flag(1.0, "Keep the smallest set of tokens that holds this mass.")
     min_p: float = flag(0.0, "Keep tokens at least this share as likely as the likeliest.")
-    global_temperature: float | None = flag(
-        None, "Temperature of whole texts, in place of --temperature; the cuts come first."
-    )
+    global_temperature: float | None = flag(None, "Temperature of whole texts, after the cuts above.")
     particles: int = flag(128, "Texts grown side by side for --global_temperature.")
     batch_size: int = flag(128, "Completions in one batch: lower it to save memory.")
     seed: int = flag(0, "Decides the samples.")
 
     def __post_init__(self) -> None:
-        tau = self.global_temperature
+        t, tau = self.temperature, self.global_temperature
         for name, holds, wanted in (
             ("num_samples", self.num_samples >= 1, "at least 1"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            (
-                "temperature",
-                self.temperature == 0 or 1e-6 <= self.temperature < math.inf,
-                "0, or at least 1e-6",
-            ),
+            ("temperature", t == 0 or 1e-6 <= t < math.inf, "0, or at least 1e-6"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
             ("global_temperature", tau is None or 1e-6 <= tau < math.inf, "at least 1e-6"),
-            ("global_temperature", tau is None or self.temperature == 1, "given without --temperature"),
+            ("global_temperature", tau is None or t == 1, "given without --temperature"),
             ("particles", tau is None or self.particles >= self.num_samples, "at least --num_samples"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("seed", self.seed >= 0, "0 or more"),
@@ -354,9 +348,8 @@ def main() -> None:
     digest = digest_examples([encoded])
     lines = written_lines(out, config, digest) if out and rank() == 0 else []
     done = gathered(len(lines) // count)[0]
-    done = (
-        len(rows) if done >= len(rows) else done // chunk * chunk
-    )  # the batches of a run that never stopped
+    # the batches must be those of a run that never stopped
+    done = len(rows) if done >= len(rows) else done // chunk * chunk
     bar = tqdm(total=len(rows), initial=done, unit="prompt", disable=None if out and rank() == 0 else True)
     file = None
     for first in range(done, len(rows), chunk * world()):

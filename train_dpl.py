@@ -3,9 +3,9 @@
     max_pi  E_pi[r] + alpha H(pi) - beta H(pi, pi_ref)         optimum:  pi ~ pi_ref^(beta/alpha) exp(r/alpha)
 
 H(pi) is entropy, H(pi, pi_ref) = -E_pi[log pi_ref] cross-entropy: alpha rewards spreading out, beta charges
-for leaving the reference (equation 4). alpha = beta is DPO; alpha / beta is a
-temperature on whole sequences, pi_DPL ~ pi_DPO^(beta/alpha); alpha = 1 with a flat reference gives back the
-population's shares. As in DPO, the reward drops out and a logistic loss on pairs remains (dpl_loss).
+for leaving the reference (equation 4). alpha = beta is DPO; alpha / beta is a temperature on whole sequences,
+pi_DPL ~ pi_DPO^(beta/alpha); alpha = 1 with a flat reference gives back the population's shares. As in DPO,
+the reward drops out and a logistic loss on pairs remains (dpl_loss).
 
     python train_dpl.py --alpha 0.2 --out_dir out/dpl         # the embedded society, a minute on a laptop
     python train_dpl.py @recipes/hh_dpl.txt --data FILE --alpha 0.2       # the paper's run on HH-RLHF
@@ -30,10 +30,7 @@ class DPLConfig(TrainConfig):
     alpha: float = flag(0.2, "Entropy bonus: alpha / beta is the global temperature.")
     beta: float = flag(0.1, "Cross-entropy penalty towards the reference; alpha = beta is DPO.")
     length_normalize: bool = flag(False, "Average log-probabilities over tokens instead of summing.")
-    divergence: str = flag(
-        "reverse_kl",
-        "reverse_kl, or a baseline with alpha = beta: forward_kl, js_divergence, alpha_divergence.",
-    )
+    divergence: str = flag("reverse_kl", "For DPO also forward_kl, js_divergence or alpha_divergence.")
     divergence_alpha: float = flag(0.5, "Which alpha_divergence, in (0, 1): towards 0 is reverse KL.")
 
     def __post_init__(self) -> None:

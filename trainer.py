@@ -79,10 +79,8 @@ class TrainConfig:
     max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0 does not clip.")
     seed: int = flag(0, "Decides the order of pairs, the adapter's start and dropout.")
     log_every: int = flag(10, "Steps between rows of metrics.jsonl.")
-    eval_every: int = flag(
-        100, "Steps between evaluations; there is one before the first step and one at the end."
-    )
-    save_every: int = flag(100, "Steps between checkpoints; there is one at the end.")
+    eval_every: int = flag(100, "Steps between evaluations; also one at the start and one at the end.")
+    save_every: int = flag(100, "Steps between checkpoints; also one at the end.")
     keep: int = flag(2, "Checkpoints to keep: the newest ones.")
     parallel: str = flag("ddp", "With torchrun: ddp (each process holds the whole model) or fsdp (a shard).")
     checkpoint_activations: bool = flag(False, "Save memory: run each layer again in the backward pass.")

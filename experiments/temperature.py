@@ -12,7 +12,7 @@ Token temperature t tempers each step, global temperature tau whole texts: p(y)^
    DPO under the cut; and DPL, trained at alpha / beta = tau, against DPO's without one.
 
     python experiments/doctor.py                # trains the policies
-    python experiments/temperature.py           # two minutes; draws assets/temperature.png
+    python experiments/temperature.py           # three minutes; draws assets/temperature.png
 """
 
 import itertools
@@ -239,7 +239,7 @@ def draw(laws: dict[str, list[tuple[float, ...]]], stories: dict[str, Any], path
             axis.plot(x, [percents[what] for percents in line], style, label=name)
         axis.set(xlabel="temperature (token, global, or α/β)", ylabel="share of stories, %", ylim=(-3, 103))
         axis.set_title(f"2. Stories {title}" if what else f"2. Stories with {title}", loc="left")
-    slips_axes[1].legend(frameon=False, fontsize=9, loc="center right")
+    slips_axes[1].legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.08))
     for row, bar in enumerate(stories["bars"].values()):
         shares = (100 * bar / bar.sum()).tolist()
         stack(bars_axis, row, 0.6, dict(zip(stories["names"], shares, strict=True)), 14)
