@@ -40,7 +40,9 @@ def entropy_bits(law: dict[str, float]) -> float:
 
 
 def society(samples: list[dict], world: dict[str, Any], alpha: float, beta: float) -> dict[str, Any]:
-    """Each slot's and poll's law as sampled, its target, the reference's; the share of misspelt names."""
+    """Each slot's and poll's law as sampled, its target, the reference's; the shares of stories whose name is
+    misspelt or missing, and of malformed ones.
+    """
     texts: dict[str, list[str]] = {}
     for row in samples:
         texts.setdefault(row["prompt"], []).append(row["completion"])
@@ -77,7 +79,7 @@ def print_society(result: dict[str, Any]) -> None:
         numbers = [found[k] for k in ("tv_target", "tv_reference", "entropy_bits", "target_entropy_bits")]
         print("{:36} {:12.3f} {:12.3f} {:6.2f} {:11.2f}".format(name, *numbers))
     if "misspelt" in result:
-        print(f"misspelt names {result['misspelt']:.1%}, malformed stories {result['malformed']:.1%}")
+        print(f"name misspelt or missing {result['misspelt']:.1%}, malformed {result['malformed']:.1%}")
 
 
 def main() -> None:

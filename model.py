@@ -13,8 +13,9 @@ token y has the gradient
 
     d log p_y / d h  =  W_y - sum_v p_v W_v,
 
-which does not depend on the loss, so it is formed in the forward pass while p is at hand. A token costs two
-products of vocabulary size where autograd needs three, and the logits of a batch never exist at once.
+which does not depend on the loss, so it is formed in the forward pass while p is at hand. Under a frozen head
+a token costs two products of vocabulary size, as with autograd where it keeps all logits (three where it
+computes them again); but the logits of a batch never exist at once. A trained head adds two.
 """
 
 import contextlib

@@ -8,8 +8,9 @@ text has probability prod_i p(y_i|.)^(1/tau) / Z_i with Z_i = sum_v p(v|.)^(1/ta
 
 Hence sequential Monte Carlo, for any model and with no training: grow many texts at token temperature tau,
 weight each by its Z_i, and when the weights get uneven let heavy texts multiply and light ones die. It is
-exact as the number of particles grows. The cuts (--min_p ...) come before tau and make another p. Above
-tau = 1 a model with many tokens needs one: unlikely texts are so many that together they outweigh the rest.
+exact as the number of particles grows. The law is over texts cut at --max_new_tokens; above tau = 1, Z may
+grow with that limit without bound: unlikely texts are so many that together they outweigh the rest. The cuts
+(--min_p ...), which come before tau and make another p, keep them out.
 
 Sample s of prompt n depends on (seed, n, s) alone, up to the rounding of floats: neither on the batch nor on
 the number of processes. (Global temperature: on seed, n and the numbers of particles and samples.) Under

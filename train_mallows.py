@@ -6,7 +6,8 @@ which drops out as in DPO, the chosen completion is preferred with probability
 
     g(beta Delta),      Delta = log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l).
 
-The distance between rankings decides g: Spearman's rho (theta) or Kendall's tau (phi), with c = -log phi,
+The distance between rankings decides g: Spearman's rho (theta) or Kendall's tau (phi), with c = -log phi (the
+paper's -2 log phi, its 2 a part of phi*),
 
     theta:  g(s) = sigmoid(c(x) s)
     phi:    g(s) = f(s + 1) - f(s),  f(z) = z / (1 - phi(x)^z),  for s > 0;  g(-s) = 1 - g(s)

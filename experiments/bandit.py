@@ -11,12 +11,12 @@ Delta = logit_w - logit_l. A step of gradient descent on the mean loss is then, 
 
 Among the first four arms, arm 1 won three pairs of its four, arms 2 and 3 half of theirs, though they pay
 more. DPO's optimum, exp(r / beta), turns that accident into near certainty at beta = 0.1: reward collapse.
-g jumps at s = 0, and at phi = 0.05 its slope is 2.6 times as steep for a pair in the wrong order: pairs that
+g jumps at s = 0, and at phi = 0.05 -log g is 2.6 times as steep for a pair in the wrong order: pairs that
 contradict each other hold their arms level until the others pull harder. A logit moves as beta times steps,
-so that beta Delta moves as beta squared: the smallest betas stop long before they come to rest, and as arm 5
-never wins, no loss has a finite optimum at all. Ten times the steps take MallowsPO-phi too to 72% of arm 1 at
-beta = 0.02 (DPO: 100%): it is slower to collapse, not immune. (That the loss is a mean over pairs and that
-the policy starts uniform are our choices; the paper names neither.)
+so that beta Delta moves as beta squared: the smallest betas stop long before they come to rest. Arm 5 never wins,
+and on the other four both losses end at softmax(kappa (2, 1, 1, 0)), with another kappa for a beta: ten times
+the steps take MallowsPO-phi too to 72% of arm 1 at beta = 0.02. It is slower to collapse, not immune. (That
+the loss is a mean over pairs and that the policy starts uniform are our choices; the paper names neither.)
 
     python experiments/bandit.py        # half a minute; out/bandit/metrics.json, assets/bandit_*.png
 """

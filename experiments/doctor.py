@@ -83,7 +83,7 @@ def draw(results: dict[str, dict], path: Path) -> None:
         if ROWS[label][2] is not None:
             stack(axis, row + 0.34, 0.16, target)
             axis.text(-1, row + 0.34, "exact target", ha="right", va="center", fontsize=7)
-    axis.text(103, -0.62, "misspelt\n(hatched)", fontsize=9, va="center")
+    axis.text(103, -0.62, "misspelt,\nmissing\n(hatched)", fontsize=9, va="center")
     axis.set_yticks(range(len(results)), list(results))
     axis.tick_params(axis="y", length=0)
     axis.set(xlim=(0, 100), ylim=(len(results) - 0.35, -0.9))

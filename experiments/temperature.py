@@ -168,7 +168,7 @@ def tell_stories(config: TemperatureConfig) -> dict[str, Any]:
         ], size
 
     def slips(name: str, tau: float | None, law: dict[str, float]) -> tuple[float, float]:
-        """Percent of names misspelt, and of stories misspelt or malformed, as evaluate.py counts them."""
+        """Percent of stories with a name misspelt or missing, and of malformed ones, as evaluate.py counts."""
         rows = [{"prompt": story, "completion": text} for text in sampled(name, tau, law)[0]]
         found = society(rows, world, 0.1, 0.1)
         return 100 * found["misspelt"], 100 * found["malformed"]
@@ -179,7 +179,7 @@ def tell_stories(config: TemperatureConfig) -> dict[str, Any]:
         "DPO, global temperature, min-p": [slips("dpo", t, CUT) for t in TEMPERATURES],
         "DPL, α/β": [slips(name, None, {}) for name in policies],
     }
-    for what, title in enumerate(("names misspelt, %", "misspelt or malformed, %")):
+    for what, title in enumerate(("name misspelt or missing, %", "story malformed, %")):
         print(f"\n{title:26}         at " + " ".join(f"{t:5.2f}" for t in TEMPERATURES))
         for name, line in lines.items():
             print(f"{name:34} " + " ".join(f"{percents[what]:5.1f}" for percents in line))
@@ -232,13 +232,13 @@ def draw(laws: dict[str, list[tuple[float, ...]]], stories: dict[str, Any], path
     laws_axis.legend(frameon=False, fontsize=9)
     styles = ("k-", "k:", "k--", "ko")
     for what, (axis, title) in enumerate(
-        zip(slips_axes, ("names misspelt", "misspelt or malformed"), strict=True)
+        zip(slips_axes, ("Name misspelt or missing", "Story malformed"), strict=True)
     ):
         for (name, line), style in zip(stories["lines"].items(), styles, strict=True):
             x = TEMPERATURES if len(line) == len(TEMPERATURES) else [1, 2, 4]
             axis.plot(x, [percents[what] for percents in line], style, label=name)
         axis.set(xlabel="temperature (token, global, or α/β)", ylabel="share of stories, %", ylim=(-3, 103))
-        axis.set_title(f"2. Stories {title}" if what else f"2. Stories with {title}", loc="left")
+        axis.set_title(f"2. {title}", loc="left")
     slips_axes[1].legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.08))
     for row, bar in enumerate(stories["bars"].values()):
         shares = (100 * bar / bar.sum()).tolist()

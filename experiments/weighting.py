@@ -3,19 +3,21 @@
 The society's debates have five answers each, a central ranking, and raters drawn from a Mallows law whose
 dispersion phi runs from 0.05 (one mind) to 0.95. DPO, the phi link and DPL train on the same pairs with the
 same settings, each with and without the weight, and DPO also at larger beta, since a loss that pulls less
-hard stays nearer everything. Each policy is read off exactly, as a law over the five answers:
+hard stays nearer everything. Each policy is read off exactly, as a law over the five answers and, as a sixth
+that loses to them all, any other text:
 
-    utility     P(a rater prefers the policy's answer to the reference's), a tie counting half
+    utility     P(a rater prefers the policy's text to the reference's), a tie counting half
     KL          KL(pi || pi_ref), in nats
     distance    total variation between the policy and the shares of raters whose favourite each answer is
-    outside     what the policy gives to other texts, left out of the other three
+    outside     what the policy gives to other texts
 
 Runs of one seed see the same batches, so the weight's effect is the difference within a seed.
 
-    python experiments/weighting.py     # 24 short runs, nine minutes; those already there are not run again
+    python experiments/weighting.py     # 24 short runs, eleven minutes; those already there are not run again
 """
 
 import argparse
+import itertools
 import json
 import math
 import subprocess
@@ -46,7 +48,8 @@ METHODS = {  # label: (folder, flags of train_mallows.py, marker, filled where w
     "DPL": ("dpl", ["--loss", "dpl", "--alpha", "0.2", *OFF], "D", "white"),
     "Mallows-DPL": ("mallows_dpl", ["--loss", "dpl", "--alpha", "0.2"], "D", "0.2"),
 }
-WEIGHTED = {"MallowsPO-θ": "DPO", "MallowsPO-φ": "φ link, no weight", "Mallows-DPL": "DPL"}
+# what the weight changes; and DPL against DPO at about its KL
+PAIRS = {"MallowsPO-θ": "DPO", "MallowsPO-φ": "φ link, no weight", "Mallows-DPL": "DPL", "DPL": "DPO"}
 SETTINGS = ["--lora_rank", "0", "--lr", "5e-4", "--epochs", "3"]
 SEEDS = (0, 1, 2)
 
@@ -65,19 +68,21 @@ def answer_logp(folder: Path, debates: dict[str, dict]) -> np.ndarray:
 
 
 def measures(logp: np.ndarray, debates: dict[str, dict]) -> dict[str, np.ndarray]:
-    """Each debate's utility, KL and distance among its answers, and the mass outside them, (debates,)."""
+    """Each debate's utility, KL, distance, and mass outside its answers, (debates,); logp (debates, 5)."""
     found = {"utility": [], "kl": [], "distance": [], "outside": []}
     for law, debate in zip(np.exp(logp), debates.values(), strict=True):
-        phi, items = debate["phi"], range(len(law))
-        found["outside"].append(1 - law.sum())
-        law = law / law.sum()
+        phi, other = debate["phi"], len(law)
+        wins = np.full((other + 1, other + 1), 0.5)
+        for i, j in itertools.combinations(range(other + 1), 2):  # i is ranked before j
+            wins[i, j] = 1.0 if j == other else mallows_pair(j - i, phi)
+            wins[j, i] = 1 - wins[i, j]
         reference = np.exp(debate["reference_logp"])
-        reference /= reference.sum()
-        wins = [[0.5 if i == j else mallows_pair(abs(j - i), phi) for j in items] for i in items]
-        wins = np.array([[w if i <= j else 1 - w for j, w in enumerate(row)] for i, row in enumerate(wins)])
+        law, reference = (np.append(p, 1 - p.sum()) for p in (law, reference))
+        favourites = np.append(mallows_favourites(phi, other), 0)
         found["utility"].append(law @ wins @ reference)
         found["kl"].append(law @ np.log(law / reference))
-        found["distance"].append(abs(law - mallows_favourites(phi, len(law))).sum() / 2)
+        found["distance"].append(abs(law - favourites).sum() / 2)
+        found["outside"].append(law[other])
     return {name: np.array(values) for name, values in found.items()}
 
 
@@ -109,11 +114,11 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def print_table(results: dict[str, dict[str, list[float]]]) -> None:
-    """Every policy's means, then what the weight changes, paired by seed."""
+    """Every policy's means, then the differences of PAIRS, seed by seed."""
     names = ["utility", "kl", "distance", "contested", "outside"]
     print(f"{'':31}", *(f"{name:>18}" for name in names))
     rows = dict(results)
-    for label, plain in WEIGHTED.items():
+    for label, plain in PAIRS.items():
         pairs = {name: np.subtract(results[label][name], results[plain][name]).tolist() for name in names}
         rows[f"{label} - {plain}"] = pairs
     for label, found in rows.items():
@@ -136,7 +141,7 @@ def draw(results: dict[str, dict[str, list[float]]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set(xlabel="KL(policy || reference), nats", ylabel="preferred to the reference's answer, %")
     axes[1].set(xlabel="total variation to the raters' favourites")
-    axes[0].legend(frameon=False, fontsize=9, loc="lower right")
+    axes[0].legend(frameon=False, fontsize=9, loc="lower left")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")

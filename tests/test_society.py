@@ -106,7 +106,7 @@ def test_evaluate_prints_and_writes_what_it_found(world, tmp_path, monkeypatch, 
     printed = capsys.readouterr().out
     name = found["stories"]["name"]
     assert re.search(rf"^name +{name['tv_target']:.3f} +{name['tv_reference']:.3f} ", printed, re.MULTILINE)
-    assert f"misspelt names {1 / len(rows):.1%}, malformed stories {1 / len(rows):.1%}" in printed
+    assert f"name misspelt or missing {1 / len(rows):.1%}, malformed {1 / len(rows):.1%}" in printed
 
 
 def test_laws_and_distances():
