@@ -13,10 +13,10 @@ Among the first four arms, arm 1 won three pairs of its four, arms 2 and 3 half 
 more. DPO's optimum, exp(r / beta), turns that accident into near certainty at beta = 0.1: reward collapse.
 g jumps at s = 0, and at phi = 0.05 -log g is 2.6 times as steep for a pair in the wrong order: pairs that
 contradict each other hold their arms level until the others pull harder. A logit moves as beta times steps,
-so that beta Delta moves as beta squared: the smallest betas stop long before they come to rest. Arm 5 never wins,
-and on the other four both losses end at softmax(kappa (2, 1, 1, 0)), with another kappa for a beta: ten times
-the steps take MallowsPO-phi too to 72% of arm 1 at beta = 0.02. It is slower to collapse, not immune. (That
-the loss is a mean over pairs and that the policy starts uniform are our choices; the paper names neither.)
+so that beta Delta moves as beta squared: the smallest betas stop long before they come to rest. Arm 5 never
+wins, and on the other four both losses end at softmax(kappa (2, 1, 1, 0)), with another kappa for a beta: ten
+times the steps take MallowsPO-phi too to 72% of arm 1 at beta = 0.02. It is slower to collapse, not immune.
+(That the loss is a mean over pairs and the policy starts uniform are our choices; the paper names neither.)
 
     python experiments/bandit.py        # half a minute; out/bandit/metrics.json, assets/bandit_*.png
 """

@@ -168,7 +168,7 @@ def tell_stories(config: TemperatureConfig) -> dict[str, Any]:
         ], size
 
     def slips(name: str, tau: float | None, law: dict[str, float]) -> tuple[float, float]:
-        """Percent of stories with a name misspelt or missing, and of malformed ones, as evaluate.py counts."""
+        """Percent of stories whose name is misspelt or missing, and of malformed ones (evaluate.py)."""
         rows = [{"prompt": story, "completion": text} for text in sampled(name, tau, law)[0]]
         found = society(rows, world, 0.1, 0.1)
         return 100 * found["misspelt"], 100 * found["malformed"]
