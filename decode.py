@@ -212,8 +212,7 @@ class Batch:
 
         Raises ValueError if some layer is no attention by position (recurrence, chunks, biases, sinks).
         """
-        config = self.model.config.get_text_config()
-        if not self.model._supports_attention_backend or getattr(config, "attention_chunk_size", None):
+        if not self.model._supports_attention_backend:
             raise ValueError("no attention by position")
         if self.model.config._attn_implementation != "packed":
             self.model.set_attn_implementation("packed")
@@ -224,7 +223,7 @@ class Batch:
             last = torch.tensor(row.lengths, device=self.device).cumsum(0) - 1
             logits.append(self.forward(row.ids[None], row.position[None], last))
         self.shared.row = None
-        if self.shared.calls != config.num_hidden_layers * len(logits):
+        if self.shared.calls != self.model.config.get_text_config().num_hidden_layers * len(logits):
             raise ValueError("not one attention by position in each layer")
         return torch.cat(logits)
 

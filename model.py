@@ -196,6 +196,8 @@ def packed_attention(
     if any(kwargs.get(name) is not None for name in ("s_aux", "position_bias")):
         raise ValueError("its attention has sinks or a bias of its own")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if getattr(module.config, "attention_chunk_size", None):
+        raise ValueError("it attends in chunks by index")
     if "sliding_window" not in kwargs and getattr(module.config, "sliding_window", None):
         raise ValueError("its sliding window is in its mask alone")
     limits = {"window": kwargs.get("sliding_window"), "cap": kwargs.get("softcap")}
@@ -334,8 +336,6 @@ def check_packable(model: PreTrainedModel, path: str) -> None:
     ids = torch.arange(12).remainder(model.config.get_text_config().vocab_size - 1).add(1).tolist()
     pairs = [(ids[:4], ids[4:8], ids[5:10]), (ids[2:5], ids[6:7], ids[7:12])]
     try:
-        if getattr(model.config.get_text_config(), "attention_chunk_size", None):
-            raise ValueError("it attends in chunks by index")
         plain = []
         for prompt, *completions in pairs:
             for completion in completions:

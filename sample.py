@@ -177,8 +177,8 @@ def end_tokens(
     """
     ids = model.generation_config.eos_token_id
     ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
-    for prompt in [prompt for prompt in prompts if not isinstance(prompt, str)][:1]:
-        [answer] = encode_answers([prompt], [[{"role": "assistant", "content": "a"}]], tokenizer)
+    if messages := next((prompt for prompt in prompts if not isinstance(prompt, str)), None):
+        [answer] = encode_answers([messages], [[{"role": "assistant", "content": "a"}]], tokenizer)
         ids.add(answer[-1])
     return sorted(ids)
 

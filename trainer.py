@@ -220,8 +220,9 @@ def train(
 ) -> None:
     """Train by `config` and write the run's folder.
 
-    make_objective(reference, vocabulary size) returns the objective; `reference` is the training set's Stats,
-    or None where none is wanted. `load` reads and tokenises a file into (prompt, *completions) examples.
+    make_objective(reference, vocabulary size, training examples, tokenizer) gives the objective, `reference`
+    being the examples' Stats, or None where none is wanted. `load` reads and tokenises a file into
+    (prompt, *completions) examples.
     Under torchrun every process calls this. SIGTERM and SIGINT save a checkpoint and exit with code 128 + the
     signal's number.
     """
@@ -308,9 +309,7 @@ def train(
             bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
 
         began, rows = time.monotonic(), batch_rows(step, size, len(examples), config.seed)
-        torch.manual_seed(
-            config.seed + STRIDE * (step + 1) + rank()
-        )  # dropout is the same, resumed here or not
+        torch.manual_seed(config.seed + STRIDE * (step + 1) + rank())  # the same dropout, resumed or not
         for _, layer in lora_layers(model):  # dropout is the adapter's alone: the base stays the reference
             layer.train(not last)
         with autocast, torch.set_grad_enabled(not last):

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from files import Help
 
 OUT, REFERENCE = Path("out/doctor"), "data/society/reference"
-SAMPLES, LAWS = 2000, ("sampled", "target")
+SAMPLES = 2000
 # row of the picture: (folder, model, alpha of its target or None, token temperature)
 ROWS = {
     "reference": ("reference", REFERENCE, None, 1.0),
@@ -77,7 +77,8 @@ def draw(results: dict[str, dict], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(9, 4.6))
     for row, (label, result) in enumerate(results.items()):
         found = result["stories"]["name"]
-        sampled, target = ({name: 100 * found[law][name] for name in found["target"]} for law in LAWS)
+        laws = (found["sampled"], found["target"])
+        sampled, target = ({name: 100 * law[name] for name in found["target"]} for law in laws)
         stack(axis, row, 0.42, sampled, 9)
         axis.text(103, row, f"{100 * result['misspelt']:.1f}%", va="center", fontsize=11)
         if ROWS[label][2] is not None:

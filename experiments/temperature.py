@@ -167,25 +167,26 @@ def tell_stories(config: TemperatureConfig) -> dict[str, Any]:
             decode_continuation(c.tokens[: -1 if c.finish == "eos" else None], tokenizer) for c in drawn
         ], size
 
-    def slips(name: str, tau: float | None, law: dict[str, float]) -> tuple[float, float]:
+    def slips(texts: list[str]) -> tuple[float, float]:
         """Percent of stories whose name is misspelt or missing, and of malformed ones (evaluate.py)."""
-        rows = [{"prompt": story, "completion": text} for text in sampled(name, tau, law)[0]]
+        rows = [{"prompt": story, "completion": text} for text in texts]
         found = society(rows, world, 0.1, 0.1)
         return 100 * found["misspelt"], 100 * found["malformed"]
 
-    lines = {
-        "DPO, token temperature": [slips("dpo", None, {"temperature": t}) for t in TEMPERATURES],
-        "DPO, global temperature, all texts": [slips("dpo", t, {}) for t in TEMPERATURES],
-        "DPO, global temperature, min-p": [slips("dpo", t, CUT) for t in TEMPERATURES],
-        "DPL, α/β": [slips(name, None, {}) for name in policies],
+    runs = {
+        "DPO, token temperature": [sampled("dpo", None, {"temperature": t}) for t in TEMPERATURES],
+        "DPO, global temperature, all texts": [sampled("dpo", t, {}) for t in TEMPERATURES],
+        "DPO, global temperature, min-p": [sampled("dpo", t, CUT) for t in TEMPERATURES],
+        "DPL, α/β": [sampled(name, None, {}) for name in policies],
     }
+    lines = {name: [slips(texts) for texts, _ in line] for name, line in runs.items()}
     for what, title in enumerate(("name misspelt or missing, %", "story malformed, %")):
         print(f"\n{title:26}         at " + " ".join(f"{t:5.2f}" for t in TEMPERATURES))
         for name, line in lines.items():
             print(f"{name:34} " + " ".join(f"{percents[what]:5.1f}" for percents in line))
 
     index = {text: i for i, text in enumerate(stories)}
-    texts, size = sampled("dpo", 2.0, CUT)
+    texts, size = runs["DPO, global temperature, min-p"][TEMPERATURES.tolist().index(2.0)]
     written = torch.tensor([index[text] for text in texts if text in index])
     routes = {
         "exact, DPO^(1/2)": (logp / 2).softmax(0),

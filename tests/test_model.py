@@ -14,6 +14,7 @@ from transformers import (
     GPTNeoXConfig,
     GptOssConfig,
     Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -159,6 +160,14 @@ def test_a_packed_model_still_generates():
 
 BIASED = {
     "bias by index": BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
+    "chunks by index": Llama4TextConfig(
+        **GROUPED,
+        head_dim=8,
+        intermediate_size_mlp=48,
+        attention_chunk_size=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    ),
     "sinks": GptOssConfig(
         vocab_size=97,
         hidden_size=32,
