@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.society.truth import poll_laws, read_story, story_laws
-from files import InputError, read_rows, refuse, run_command, write_json
+from files import InputError, raise_input_error, read_rows, run_command, write_json
 
 WORLD = Path(__file__).parent / "data/society/world.json"
 OTHER = "(other)"  # what the grammar cannot write: misspelt or malformed
@@ -91,7 +91,7 @@ def main() -> None:
     command.add_argument("--alpha", type=float, required=True, help="entropy bonus it was trained with")
     command.add_argument("--beta", type=float, default=0.1, help="cross-entropy penalty it was trained with")
     command.add_argument("--out_file", help="also write everything there, as JSON")
-    parser.error = command.error = refuse
+    parser.error = command.error = raise_input_error
     args = parser.parse_args()
     if not (0 < args.alpha < math.inf and 0 < args.beta < math.inf):
         raise InputError("--alpha and --beta must be positive numbers")

@@ -1,11 +1,13 @@
-"""Reading rows, writing files whole, parsing flags, and a one-line message for every bad input.
+"""Flags, rows of data, atomic writes and digests; every bad input ends in one line on stderr.
 
-Rows come from .jsonl, .jsonl.gz, .json, .parquet and .txt. A file is written under a temporary name and
-renamed, so readers never see half of it and an interrupted run leaves the old one intact.
+Rows are read from .jsonl, .jsonl.gz, .json, .parquet and .txt files. Files are written atomically: under a
+temporary name that is then renamed, so that a reader never sees half a file and an interrupted run leaves the
+old file as it was.
 """
 
 import argparse
 import contextlib
+import difflib
 import gzip
 import hashlib
 import json
@@ -14,9 +16,9 @@ import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import field
+from dataclasses import field, fields
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
 
@@ -24,67 +26,71 @@ Config = TypeVar("Config")
 
 
 class InputError(Exception):
-    """The user's input is at fault; the message names the file, row or flag and says what to do."""
+    """The user's input is wrong. The message names the file, row or flag and says what to do."""
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a script's main(); an InputError becomes one line on stderr and exit code 2."""
+    """Run a script's main(). An InputError is printed as one line on stderr, with exit code 2."""
     try:
         main()
     except (InputError, OSError) as error:  # OSError: disk full, no permission, a folder in a file's place
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's processes all read the same bad flags
-            complain(error)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all of torchrun's processes read the same bad flags
+            print_error(error)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
 
-def complain(error: Exception) -> None:
-    """An error as one line on stderr."""
+def print_error(error: Exception) -> None:
+    """Print an exception's message as one line on stderr."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
-def refuse(message: str) -> None:
-    """Stands in for a parser's error(): raise an InputError instead of printing the usage."""
+def raise_input_error(message: str) -> NoReturn:
+    """Replacement for ArgumentParser.error, which would print the usage and exit."""
     raise InputError(message)
 
 
 @contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Prefix the message of an InputError raised inside with the file that it is about."""
+def error_prefix(path: str | Path) -> Iterator[None]:
+    """Put the name of a file in front of the message of any InputError raised in the block."""
     try:
         yield
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
+# ---- flags
+
+
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """--help keeps a docstring's own lines, and tells every flag's default."""
+    """--help shows a docstring with its own line breaks, and the default of every flag."""
 
 
 def flag(default: Any, help: str) -> Any:
-    """A dataclass field that parse() turns into a command-line flag."""
+    """A dataclass field that parse() turns into a command-line flag with this default and help text."""
     return field(default=default, metadata={"help": help})
 
 
-def require(config: Any, name: str, holds: bool, wanted: str) -> None:
-    """Raise InputError for the flag `name` unless `holds`; `wanted` completes "must be ..."."""
-    if not holds:
+def require(config: Any, name: str, condition: bool, wanted: str) -> None:
+    """Raise InputError("--name value: must be `wanted`") unless `condition` is true."""
+    if not condition:
         raise InputError(f"--{name} {getattr(config, name)}: must be {wanted}")
 
 
-def require_same(flags: dict[str, Any], before: dict[str, Any], free: set[str]) -> None:
-    """Raise InputError for the first flag not in `free` that differs from the run being resumed."""
+def require_same(flags: dict[str, Any], saved: dict[str, Any], may_change: set[str]) -> None:
+    """Raise InputError for the first flag that differs from the run being resumed, unless it may change."""
     for name, value in flags.items():
-        had = before.get(name, value)
-        if name not in free and had != value:
-            raise InputError(f"--{name} {value}: the run to --resume had {had}; give the same")
+        before = saved.get(name, value)
+        if name not in may_change and before != value:
+            raise InputError(f"--{name} {value}: the run to --resume had {before}; give the same")
 
 
 def parse(config: type[Config], description: str | None) -> Config:
-    """Flags from the command line and from @files (flags with their values, # comments).
+    """Read a config dataclass from the command line and from @files (flags with values, # comments).
 
-    Raises InputError for what it cannot read.
+    If the dataclass has a class method `default_args(args)`, the arguments that it returns are read before
+    those of the command line. Raises InputError for anything that cannot be read.
     """
 
     def split(line: str) -> list[str]:
@@ -96,30 +102,38 @@ def parse(config: type[Config], description: str | None) -> Config:
     parser = HfArgumentParser(
         config, description=description, formatter_class=Help, fromfile_prefix_chars="@", allow_abbrev=False
     )
-    parser.error = refuse
+    parser.error = raise_input_error
     parser.convert_arg_line_to_args = split
     try:
         " ".join(sys.argv).encode()
+        argv = sys.argv[1:]
+        if hasattr(config, "default_args"):
+            argv = config.default_args(parser.parse_known_args(argv)[0]) + argv
         values, unknown = parser.parse_args_into_dataclasses(
-            return_remaining_strings=True, look_for_args_file=False
+            argv, return_remaining_strings=True, look_for_args_file=False
         )
     except UnicodeError:
         raise InputError("the command line or an @file is not UTF-8 text") from None
     if unknown:
-        raise InputError(f"unknown argument {unknown[0]}; --help lists the flags")
+        name = unknown[0].split("=")[0]
+        close = difflib.get_close_matches(name, [f"--{field.name}" for field in fields(config)], 1)
+        advice = f"did you mean {close[0]}?" if close else "--help lists the flags"
+        raise InputError(f"unknown argument {unknown[0]}; {advice}")
     return values
+
+
+# ---- reading
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("file:row", row) for each JSON object of a .jsonl, .jsonl.gz, .json or .parquet file.
 
-    A line of a .txt file is {"prompt": line}. Rows are counted from 1, as an editor counts lines. Raises
-    InputError for a file that is missing, empty, cut short, not UTF-8 or not JSON, and for a row that is not
+    A line of a .txt file becomes {"prompt": line}. Rows are counted from 1, as an editor counts lines. Raises
+    InputError for a file that is missing, empty, truncated, not UTF-8 or not JSON, and for a row that is not
     an object.
     """
     path, count = Path(path), 0
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    require_file(path)
     for number, row in _parse(path):
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
@@ -129,9 +143,15 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(f"{path}: the file is empty")
 
 
+def require_file(path: str | Path) -> None:
+    """Raise InputError unless `path` is a file."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+
+
 def _loads(text: str) -> Any:
     value = json.loads(text)
-    if "\\ud" in text.lower():  # a lone surrogate is valid JSON but no UTF-8 text
+    if "\\ud" in text.lower():  # half a surrogate pair is valid JSON but cannot be encoded as UTF-8
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -139,16 +159,13 @@ def _loads(text: str) -> Any:
 def _parse(path: Path) -> Iterator[tuple[int, Any]]:
     name, number = path.name, 0
     try:
-        if name.endswith((".jsonl", ".jsonl.gz")):
+        if name.endswith((".jsonl", ".jsonl.gz", ".txt")):
             with (gzip.open if name.endswith(".gz") else open)(path, "rb") as lines:
                 for number, line in enumerate(lines, 1):  # bytes: a decoding error then names its own row
-                    if text := line.decode("utf-8-sig").strip():
-                        yield number, _loads(text)
-        elif name.endswith(".txt"):
-            with open(path, "rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if (text := line.decode("utf-8-sig")).strip():
-                        yield number, {"prompt": text.rstrip("\r\n")}
+                    text = line.decode("utf-8-sig")
+                    if text.strip():
+                        is_text = name.endswith(".txt")
+                        yield number, {"prompt": text.rstrip("\r\n")} if is_text else _loads(text)
         elif name.endswith(".json"):
             text = path.read_bytes().decode("utf-8-sig")
             rows = _loads(text) if text.strip() else []
@@ -169,20 +186,21 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
             raise InputError(f"{path}: unknown format; use .jsonl, .jsonl.gz, .json, .parquet or .txt")
     except UnicodeError:
         raise InputError(f"{path}:{max(number, 1)}: not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        row = number if number else error.lineno
-        raise InputError(f"{path}:{row}: not JSON: {error.msg} (column {error.colno})") from None
-    except ValueError as error:  # an integer of too many digits for Python
-        raise InputError(f"{path}:{max(number, 1)}: not JSON: {error}") from None
+    except ValueError as error:  # not JSON, or an integer with too many digits for Python
+        reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
+        raise InputError(f"{path}:{number or getattr(error, 'lineno', 1)}: not JSON: {reason}") from None
     except RecursionError:
         raise InputError(f"{path}:{max(number, 1)}: JSON nested too deeply") from None
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise InputError(f"{path}: damaged or cut-short gzip file, after row {number}") from None
 
 
+# ---- writing
+
+
 @contextlib.contextmanager
-def write_whole(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Open a temporary file beside `path`; it takes the place of `path` once written, flushed and closed."""
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Open a temporary file beside `path`; at the end of the block it is flushed to disk and renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -196,29 +214,47 @@ def write_whole(path: str | Path, mode: str = "w") -> Iterator[IO]:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: str | Path, value: Any) -> None:
+    """Write one JSON document, atomically."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
 def write_tensors(path: str | Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> str:
-    """Write a safetensors file, whole or not at all; returns its SHA-256.
+    """Write a safetensors file, atomically; returns its SHA-256.
 
-    `metadata` may have one entry: safetensors writes several in an order drawn anew each time, and equal
-    contents must make equal bytes.
+    Give at most one entry of `metadata`: safetensors writes several in random order, and the same contents
+    must give the same bytes.
     """
-    from safetensors.torch import save  # here: scripts that only read rows start without torch
-
-    # not save_file: it renames a file of its own over ours, not fsynced and readable by its owner alone
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
-    with write_whole(path, "wb") as file:
+    data = _to_bytes(tensors, metadata)  # not save_file, which neither fsyncs nor keeps our file mode
+    with atomic_write(path, "wb") as file:
         file.write(data)
     return hashlib.sha256(data).hexdigest()
 
 
-def digest(tensors: dict[str, Any]) -> str:
+def _to_bytes(tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> bytes:
+    from safetensors.torch import save  # imported here: scripts that only read rows start without torch
+
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+# ---- digests
+
+
+def digest_tensors(tensors: dict[str, Any]) -> str:
     """SHA-256 of tensors' names, shapes, dtypes and values."""
-    from safetensors.torch import save
-
-    return hashlib.sha256(save({name: tensor.contiguous() for name, tensor in tensors.items()})).hexdigest()
+    return hashlib.sha256(_to_bytes(tensors)).hexdigest()
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write one JSON document, whole or not at all."""
-    with write_whole(path) as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+def digest_json(value: Any) -> str:
+    """SHA-256 of a value that JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def digest_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            sha256.update(block)
+    return sha256.hexdigest()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import parallel
-from files import InputError, digest, naming, write_json, write_tensors
+from files import InputError, digest_tensors, error_prefix, write_json, write_tensors
 
 
 class LoRALinear(nn.Module):
@@ -114,7 +114,7 @@ def save_lora(model: nn.Module, folder: str | Path, base_model: str) -> None:
     if not layers:
         raise ValueError("the model has no LoRA layers to save")
     tensors = {
-        f"base_model.model.{name}.{part}.weight": parallel.whole(getattr(layer, part).detach()).cpu()
+        f"base_model.model.{name}.{part}.weight": parallel.full_tensor(getattr(layer, part).detach()).cpu()
         for name, layer in layers.items()
         for part in ("lora_A", "lora_B")
     }
@@ -132,14 +132,14 @@ def save_lora(model: nn.Module, folder: str | Path, base_model: str) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    if parallel.rank() == 0:
+    if parallel.get_rank() == 0:
         write_tensors(folder / "adapter_model.safetensors", tensors, {"sha256": checksum(tensors, config)})
         write_json(folder / "adapter_config.json", config)
 
 
 def checksum(tensors: dict[str, Tensor], config: dict[str, Any]) -> str:
     """SHA-256 of an adapter's weights and of the scale that it is applied with."""
-    return digest(tensors | {"scale": torch.tensor(config["lora_alpha"] / config["r"])})
+    return digest_tensors(tensors | {"scale": torch.tensor(config["lora_alpha"] / config["r"])})
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
         if not match:
             raise InputError(f"{path}: unexpected tensor {key}; only lora_A and lora_B weights are read")
         found.setdefault(match[1], {})[match[2]] = tensor
-    with naming(path):
+    with error_prefix(path):
         add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0, sorted(found))
     for name, layer in lora_layers(model):
         for part in ("lora_A", "lora_B"):

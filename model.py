@@ -1,28 +1,28 @@
-"""The model side: load a causal LM, and read off log-probability, length and entropy of each completion.
+"""The model: load a causal LM, and compute log-probability, length and entropy of every completion.
 
-One forward over one row `[prompt | chosen | rejected | prompt | ...]` serves a whole micro-batch: the prompt
-is computed once for both completions and nothing is padded. What a token may see is one rule (`may_attend`):
+One forward pass over one row `[prompt | chosen | rejected | prompt | ...]` serves a whole micro-batch. The
+prompt is computed once for both completions, and nothing is padded. One rule says which keys a query may
+attend to (`attention_rule`):
 
-    the same example, and the prompt or its own completion, and no later position [, and inside the window]
+    same example,  and key in the prompt or in the query's own completion,  and key position <= query position
+    [, and within the sliding window]
 
-by *position in the text*, not by index in the row, so that sliding windows stay right. On CUDA the rule is a
-FlexAttention BlockMask over the row; elsewhere each example takes its own dense mask in turn.
+It compares *positions in the text*, not indices in the row, so that sliding windows stay correct. On CUDA the
+rule becomes a FlexAttention BlockMask; on the CPU each example gets a dense boolean mask.
 
-Logits are computed for a chunk of tokens at a time. With z = W h and p = softmax(z), the log-probability of a
-token y has the gradient
+Logits are computed for a chunk of tokens at a time (`TokenLogProbs`), so the logits of a whole batch never
+exist. With hidden state h, logits z = W h and p = softmax(z), a token y's log-probability and the entropy H
+have the gradients
 
-    d log p_y / d h  =  W_y - sum_v p_v W_v,
+    d log p_y / dh  =  W_y - sum_v p_v W_v            d H / dh  =  - sum_v p_v (log p_v + H) W_v
 
-which does not depend on the loss, so it is formed in the forward pass while p is at hand. Under a frozen head
-a token costs two products of vocabulary size, as with autograd where it keeps all logits (three where it
-computes them again); but the logits of a batch never exist at once. A trained head adds two.
+Neither depends on the loss, so both are computed in the forward pass, while p is at hand.
 """
 
 import contextlib
 import functools
-import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +31,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -48,50 +45,55 @@ from transformers.utils import logging as transformers_logging
 
 from files import InputError
 from lora import load_lora, merge_lora, read_adapter_config
-from parallel import world
-from preferences import Packed, pack
+from preferences import Packed
 
 transformers_logging.disable_progress_bar()  # a small model loads faster than its bar draws
-CHUNK = 2**24  # logits held at once; in float32, 64 MiB
+CHUNK = 2**24  # logits held at once: 64 MiB in float32
 
 
 class Stats(NamedTuple):
-    """What the losses see; each (pairs, 2), column 0 chosen and column 1 rejected."""
+    """What a loss sees; each tensor is (pairs, 2), column 0 chosen and column 1 rejected."""
 
     logp: Tensor  # sum of the completion's token log-probabilities, end token included, in nats
-    length: Tensor  # tokens of the completion, end token included
-    entropy: Tensor | None = None  # mean over those tokens of the next-token entropy, in nats a token
+    length: Tensor  # number of tokens of the completion, end token included
+    entropy: Tensor | None = None  # mean over those tokens of the next-token entropy, in nats per token
+
+
+# ---- loading
 
 
 def load_model(
     path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer, from a folder or the hub; an adapter's folder gives its base, merged.
+    """A causal LM and its tokenizer from a folder or the hub. An adapter's folder gives its base, merged.
 
-    Only safetensors weights are read. Raises InputError if either cannot be loaded whole.
+    Only safetensors weights are read. Raises InputError if model or tokenizer cannot be loaded completely.
     """
-    path = str(path)
-    with _reporting(path):
+    path, folder = str(path), Path(path)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if (folder / "run.json").is_file() and not (is_adapter or (folder / "config.json").is_file()):
+        raise InputError(f"--model {path}: the run is unfinished; train with --resume to finish it")
+    with _loading(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if (Path(path) / "adapter_config.json").is_file():
+    if is_adapter:
         base = read_adapter_config(path).get("base_model_name_or_path")
-        if not isinstance(base, str) or Path(base).resolve() == Path(path).resolve():
+        if not isinstance(base, str) or Path(base).resolve() == folder.resolve():
             raise InputError(f"--model {path}: adapter_config.json names no other base_model_name_or_path")
-        model, _ = load_model(base, "cpu", dtype)  # on the CPU: merged weights are the same on any device
+        model, _ = load_model(base, "cpu", dtype)  # merge on the CPU: the same weights on any device
         return merge_lora(load_lora(model, path)).to(device), tokenizer
-    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise InputError(f"--model {path}: no *.safetensors weights there (other formats are not read)")
     options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
-    with _reporting(path):
+    with _loading(path):
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
     broken = sorted(info["missing_keys"]) + [str(name) for name in info["mismatched_keys"]]
-    if broken:  # transformers would train on from random numbers
+    if broken:  # transformers would go on with random numbers
         raise InputError(f"--model {path}: {len(broken)} weights are missing or misshapen, first {broken[0]}")
     return model.to(device).eval(), tokenizer
 
 
 @contextlib.contextmanager
-def _reporting(path: str):
+def _loading(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -99,37 +101,24 @@ def _reporting(path: str):
         raise InputError(f"--model {path}: cannot be loaded: {reason}") from error
 
 
-class Layout:
-    """How the tokens of one packed row attend to each other; all layers share one mask for each window."""
-
-    def __init__(self, packed: Packed):
-        self.run, make = (flex, block_mask) if packed.ids.is_cuda else (dense, dense_masks)
-        self.masks_for = functools.cache(partial(make, packed))  # window -> what self.run takes as its mask
-        self.calls = 0
-
-    def attend(
-        self, layer: nn.Module, *qkv: Tensor, scale: float, window: int | None, cap: float | None
-    ) -> Tensor:
-        """Attention within the row: queries, keys, values and result are (1, heads, T, head size)."""
-        self.calls += 1
-        return self.run(*qkv, self.masks_for(window), scale, cap)
+# ---- attention within a packed row
 
 
-def may_attend(packed: Packed, window: int | None) -> Callable[[Any, Any, Any, Any], Tensor]:
-    """FlexAttention's mask_mod(batch, head, query, key) for a packed row; broadcasts over index tensors."""
+def attention_rule(packed: Packed, window: int | None) -> Callable[[Any, Any, Any, Any], Tensor]:
+    """FlexAttention's mask_mod(batch, head, query, key) for a packed row; works on broadcasting indices."""
     example, branch, position = packed.example, packed.branch, packed.position
 
-    def rule(_batch: Any, _head: Any, q: Any, k: Any) -> Tensor:
-        allowed = (example[q] == example[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))
-        allowed = allowed & (position[k] <= position[q])
+    def may_attend(_batch: Any, _head: Any, q: Any, k: Any) -> Tensor:
+        same_text = (example[q] == example[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))
+        allowed = same_text & (position[k] <= position[q])
         return allowed if window is None else allowed & (position[q] - position[k] < window)
 
-    return rule
+    return may_attend
 
 
 def dense_masks(packed: Packed, window: int | None) -> list[Tensor]:
-    """The rule as one boolean (n, n) mask for each example, n its tokens."""
-    rule = may_attend(packed, window)
+    """The rule as one boolean (n, n) mask for each example of n tokens."""
+    rule = attention_rule(packed, window)
     spans = torch.arange(len(packed.ids), device=packed.ids.device).split(packed.lengths)
     return [rule(None, None, span[:, None], span[None, :]) for span in spans]
 
@@ -137,14 +126,14 @@ def dense_masks(packed: Packed, window: int | None) -> list[Tensor]:
 def block_mask(packed: Packed, window: int | None) -> Any:
     """The rule as a FlexAttention BlockMask over the whole row."""
     size = len(packed.ids)
-    return create_block_mask(may_attend(packed, window), None, None, size, size, device=packed.ids.device)
+    return create_block_mask(attention_rule(packed, window), None, None, size, size, device=packed.ids.device)
 
 
-compile_once = functools.cache(torch.compile)  # one wrapper for all layers and steps, made at first use
+compile_once = functools.cache(torch.compile)  # one compiled function for all layers and steps
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, softcap: float | None) -> Tensor:
-    """FlexAttention over the row, (1, heads, T, head size); compiled where it runs for real, on CUDA."""
+    """FlexAttention over the row, (1, heads, T, head size) in and out; compiled on CUDA."""
 
     def capped(score: Tensor, *_: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -157,9 +146,9 @@ def flex(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, sof
 def dense(
     query: Tensor, key: Tensor, value: Tensor, masks: list[Tensor], scale: float, softcap: float | None
 ) -> Tensor:
-    """Attention example by example with dense masks, (1, heads, T, head size) in and out.
+    """Attention one example at a time with dense masks, (1, heads, T, head size) in and out.
 
-    Work is the sum of n^2 over examples where one mask over the row would cost (sum of n)^2.
+    It costs the sum of n^2 over the examples; one mask over the row would cost (sum of n)^2.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -176,6 +165,21 @@ def dense(
     return torch.cat(out, 2)
 
 
+class RowAttention:
+    """Attention of a packed row. Layers with the same window share one mask."""
+
+    def __init__(self, packed: Packed):
+        self.attention, make_mask = (flex, block_mask) if packed.ids.is_cuda else (dense, dense_masks)
+        self.mask = functools.cache(partial(make_mask, packed))  # window -> mask
+        self.calls = 0
+
+    def __call__(
+        self, layer: nn.Module, *qkv: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        self.calls += 1
+        return self.attention(*qkv, self.mask(window), scale, softcap)
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -183,25 +187,25 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    layout: Any = None,
+    attend: Callable[..., Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention that transformers' layers call: `layout.attend`, or without a layout their own eager one.
+    """The attention function that transformers' layers call: `attend`, or their own eager one without it.
 
-    Raises ValueError if a layer asks a layout for more than attention by position.
+    Raises ValueError if a layer needs more than attention by position.
     """
-    if layout is None:
+    if attend is None:
         eager = sys.modules[type(module).__module__].eager_attention_forward
         return eager(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if any(kwargs.get(name) is not None for name in ("s_aux", "position_bias")):
         raise ValueError("its attention has sinks or a bias of its own")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if getattr(module.config, "attention_chunk_size", None):
         raise ValueError("it attends in chunks by index")
     if "sliding_window" not in kwargs and getattr(module.config, "sliding_window", None):
         raise ValueError("its sliding window is in its mask alone")
-    limits = {"window": kwargs.get("sliding_window"), "cap": kwargs.get("softcap")}
-    out = layout.attend(module, query, key, value, scale=scale, **limits)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    limits = {"window": kwargs.get("sliding_window"), "softcap": kwargs.get("softcap")}
+    out = attend(module, query, key, value, scale=scale, **limits)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -209,50 +213,68 @@ AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", eager_mask)
 
 
-class TokenLogProbs(torch.autograd.Function):
-    """(logp, entropy), each (M,), of M targets given hidden states (M, D) and the head (V, D).
+# ---- log-probability and entropy of tokens
 
-    In float32 at least. `softcap` bounds logits, softcap * tanh(z / softcap), as in Gemma 2. Differentiable
-    in hidden, weight and bias through logp alone; entropy is zeros unless asked for.
+
+class TokenLogProbs(torch.autograd.Function):
+    """(logp, entropy), each (M,), of M target tokens, from hidden states (M, D) and the head's weight (V, D).
+
+    Computed in float32 at least. `softcap` bounds logits, softcap * tanh(z / softcap), as in Gemma 2. Without
+    `with_entropy`, entropy is zeros. Both are differentiable with respect to hidden, weight and bias.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, softcap, want_entropy):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logp = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+    def forward(ctx, hidden, weight, bias, target, softcap, with_entropy):
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logp = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         entropy = torch.zeros_like(logp)
-        slope = torch.empty_like(hidden) if hidden.requires_grad else None
+        logp_slope = torch.empty_like(hidden) if hidden.requires_grad else None  # d logp / d hidden
+        entropy_slope = torch.empty_like(hidden) if hidden.requires_grad and with_entropy else None
         for rows in _chunks(len(hidden), len(weight)):
             y = target[rows, None]
             z = _logits(hidden[rows], weight, bias, softcap)
             log_z = z.logsumexp(-1, keepdim=True)
             logp[rows] = (z.gather(1, y) - log_z).squeeze(1)
-            if slope is None and not want_entropy:
+            if logp_slope is None and not with_entropy:
                 continue
             p = (z - log_z).exp_()
-            if want_entropy:
+            if with_entropy:
                 entropy[rows] = log_z.squeeze(1) - torch.linalg.vecdot(p, z)
-            if slope is not None:
-                slope[rows] = _slope(p, z, y, softcap).to(weight.dtype) @ weight
-        ctx.save_for_backward(slope, hidden, weight, bias, target)
+            if entropy_slope is not None:
+                entropy_slope[rows] = _entropy_slope(p, z, softcap).to(weight.dtype) @ weight
+            if logp_slope is not None:
+                logp_slope[rows] = _logp_slope(p, z, y, softcap).to(weight.dtype) @ weight
+        ctx.save_for_backward(logp_slope, entropy_slope, hidden, weight, bias, target)
         ctx.softcap = softcap
-        ctx.mark_non_differentiable(entropy)
+        if not with_entropy:
+            ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
     @staticmethod
-    def backward(ctx, grad, _):
-        slope, hidden, weight, bias, target = ctx.saved_tensors
-        grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:  # a sum over tokens weighted by `grad`, so p is computed again
+    def backward(ctx, grad_logp, grad_entropy):
+        logp_slope, entropy_slope, hidden, weight, bias, target = ctx.saved_tensors
+        grad_hidden = grad_weight = grad_bias = None
+        if logp_slope is not None:
+            grad_hidden = logp_slope * grad_logp[:, None].to(logp_slope.dtype)
+        if entropy_slope is not None:
+            grad_hidden += entropy_slope * grad_entropy[:, None].to(logp_slope.dtype)
+        if ctx.needs_input_grad[
+            1
+        ]:  # a sum over tokens weighted by the incoming gradient: p is computed again
             grad_weight = torch.zeros_like(weight)
             grad_bias = None if bias is None else torch.zeros_like(bias)
             for rows in _chunks(len(hidden), len(weight)):
                 z = _logits(hidden[rows], weight, bias, ctx.softcap)
-                grad_z = _slope(z.softmax(-1), z, target[rows, None], ctx.softcap) * grad[rows, None]
+                p = z.softmax(-1)
+                grad_z = (
+                    0
+                    if entropy_slope is None
+                    else _entropy_slope(p, z, ctx.softcap) * grad_entropy[rows, None]
+                )
+                grad_z = grad_z + _logp_slope(p, z, target[rows, None], ctx.softcap) * grad_logp[rows, None]
                 grad_weight += grad_z.to(hidden.dtype).T @ hidden[rows]
                 if bias is not None:
                     grad_bias += grad_z.sum(0)
-        grad_hidden = None if slope is None else slope * grad[:, None].to(slope.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
@@ -267,36 +289,43 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def _slope(p: Tensor, z: Tensor, y: Tensor, softcap: float | None) -> Tensor:
-    """d log p_y / d(logits before the cap) = onehot(y) - p, times the cap's own slope; overwrites p."""
+def _logp_slope(p: Tensor, z: Tensor, y: Tensor, softcap: float | None) -> Tensor:
+    """d log p_y / d(logits before the cap) = onehot(y) - p, times the cap's own slope. Overwrites p."""
     slope = p.neg_().scatter_add_(1, y, torch.ones_like(y, dtype=p.dtype))
     return slope if softcap is None else slope * (1 - (z / softcap) ** 2)
 
 
-def pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) -> Stats:
-    """Log-probability, length and (without gradient) mean token entropy of each completion, all (pairs, 2).
+def _entropy_slope(p: Tensor, z: Tensor, softcap: float | None) -> Tensor:
+    """d H / d(logits before the cap) = -p (log p + H) = -p (z - sum_v p_v z_v), times the cap's own slope."""
+    slope = p * (torch.linalg.vecdot(p, z)[:, None] - z)
+    return slope if softcap is None else slope * (1 - (z / softcap) ** 2)
 
-    For examples with one completion, (examples, 1). `model` is any transformers causal LM whose layers go
-    through the library's attention interface; check_packable tells.
+
+def pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) -> Stats:
+    """Log-probability, length and, if asked for, mean token entropy of each completion: all (pairs, 2).
+
+    For examples with one completion, (examples, 1). Gradients flow through logp and entropy. `model` is any
+    causal LM of transformers that check_packable accepts.
     """
-    run = getattr(model, "pair_stats", partial(_pair_stats, model))  # the first is shard()'s
+    run = getattr(model, "packed_forward", partial(packed_forward, model))  # shard() adds it as a method
     return run(packed, entropy)
 
 
-def _pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) -> Stats:
+def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Stats:
+    """pair_stats itself. FSDP gathers a sharded model's weights around this function (see parallel.shard)."""
     if model.config._attn_implementation != "packed":
         model.set_attn_implementation("packed")
     device = model.get_input_embeddings().weight.device
     packed = Packed(*(x.to(device) if isinstance(x, Tensor) else x for x in packed))
-    layout = Layout(packed)
+    attend = RowAttention(packed)
     hidden = model.base_model(
         input_ids=packed.ids[None],
         position_ids=packed.position[None],
-        attention_mask=torch.empty(1, 1, 1, 1, device=device),  # 4-D: "already prepared", so none is built
+        attention_mask=torch.empty(1, 1, 1, 1, device=device),  # 4-D means "ready": transformers makes none
         use_cache=False,
-        layout=layout,
+        attend=attend,
     ).last_hidden_state[0]
-    if layout.calls < model.config.get_text_config().num_hidden_layers:
+    if attend.calls < model.config.get_text_config().num_hidden_layers:
         raise ValueError("some of its layers are no attention")
     head = model.get_output_embeddings()
     softcap = getattr(model.config, "final_logit_softcapping", None)
@@ -304,76 +333,9 @@ def _pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) -
     logp, h = TokenLogProbs.apply(hidden, head.weight, head.bias, packed.target, softcap, entropy)
     size = len(packed.lengths) * packed.completions
 
-    def per_completion(values: Tensor) -> Tensor:
-        flat = values.new_zeros(size).index_add(0, packed.column, values)
-        return flat.view(-1, packed.completions).clone()  # FSDP puts hooks on outputs, and warns of views
+    def sum_by_completion(values: Tensor) -> Tensor:
+        sums = values.new_zeros(size).index_add(0, packed.column, values)
+        return sums.view(-1, packed.completions).clone()  # FSDP's hooks on outputs warn of views
 
-    length = per_completion(torch.ones_like(h))
-    return Stats(per_completion(logp), length, per_completion(h) / length if entropy else None)
-
-
-def max_positions(model: PreTrainedModel) -> float:
-    """The positions that a text may have; infinity if the model names no limit.
-
-    LongRoPE (Phi-3) turns to other factors for the whole row once any text in it is longer than its original
-    length: there, no text may be.
-    """
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    limits = [getattr(config, "max_position_embeddings", None)]
-    if rope.get("rope_type") == "longrope":
-        limits.append(rope.get("original_max_position_embeddings"))
-    return min(filter(None, limits), default=math.inf)
-
-
-@torch.no_grad()
-def check_packable(model: PreTrainedModel, path: str) -> None:
-    """Raise InputError unless packing leaves this model's log-probabilities as they are.
-
-    Compares the packed forward with a plain one for each text, on a few ids. Finds what would be silently
-    wrong: recurrent layers, biases by index, attention sinks, windows that only the mask knows, odd heads.
-    """
-    ids = torch.arange(12).remainder(model.config.get_text_config().vocab_size - 1).add(1).tolist()
-    pairs = [(ids[:4], ids[4:8], ids[5:10]), (ids[2:5], ids[6:7], ids[7:12])]
-    try:
-        plain = []
-        for prompt, *completions in pairs:
-            for completion in completions:
-                row = torch.tensor([prompt + completion], device=model.device)
-                logp = model(row).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-                plain.append(logp.gather(1, row[0, len(prompt) :, None]).sum())
-        gap = (pair_stats(model, pack(pairs)).logp.flatten() - torch.stack(plain)).abs().max().item()
-        if not gap <= (1e-2 if model.dtype == torch.float32 else 0.5):  # SmolLM2 rounds to 2e-3
-            raise ValueError(f"log-probabilities move by {gap:.2g} nats")
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--model {path}: {type(model).__name__} cannot be packed: {reason}") from None
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The transformer blocks: modules of the classes in `_no_split_modules`."""
-    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Activation checkpointing, in place: a block keeps its input only and runs again in the backward."""
-    for layer in decoder_layers(model):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-
-def shard(model: PreTrainedModel, device: torch.device, mixed: bool) -> None:
-    """Shard a model on the CPU over all processes with FSDP2, in place, onto `device`.
-
-    Weights move one block at a time: no device holds more than its shard and one block. On the CPU, weights
-    in their file's own dtype are memory-mapped, one copy a node; in another dtype each process holds a copy
-    until then. If `mixed`, trained weights are gathered as bfloat16 and gradients summed in float32.
-    """
-    mesh = init_device_mesh(device.type, (world(),))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
-    for module in [*decoder_layers(model), model]:
-        # the root too, which FSDP2 would keep whole after an evaluation: a checkpoint must find shards
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        module.set_gradient_divide_factor(1.0)  # a sum: losses are divided by the global batch already
-        module.set_force_sum_reduction_for_comms(True)
-    model.pair_stats = partial(_pair_stats, model)
-    register_fsdp_forward_method(model, "pair_stats")  # weights are gathered around such methods alone
+    length = sum_by_completion(torch.ones_like(logp))
+    return Stats(sum_by_completion(logp), length, sum_by_completion(h) / length if entropy else None)

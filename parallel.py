@@ -1,8 +1,11 @@
-"""Many processes: who this one is, sums over all of them, and one clear line when one fails.
+"""torchrun, DDP and FSDP: which process this is, collectives over all processes, and sharding the model.
 
-torchrun starts one process a device and tells each its place (RANK, LOCAL_RANK, WORLD_SIZE). Every process
-reads the same data and knows the same batch, takes its share of the pairs, and sums what must be summed.
-Without torchrun there is one process, rank 0 of 1, and nothing is sent.
+torchrun starts one process per device and tells each its place (RANK, LOCAL_RANK, WORLD_SIZE). Every process
+reads the same data and knows the same global batch, takes its share of the pairs, and the gradients are
+summed with one all_reduce. Without torchrun there is one process, rank 0 of 1, and nothing is sent.
+
+    torchrun --nproc_per_node 8 train_dpl.py                      # DDP: each process holds the whole model
+    torchrun --nproc_per_node 8 train_dpl.py --parallel fsdp      # FSDP2: each holds an eighth of it
 """
 
 import atexit
@@ -11,29 +14,33 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
-from files import InputError, complain
+from files import InputError, print_error
 
 
-def rank() -> int:
-    """This process's number; 0 is the one that prints and writes."""
+def get_rank() -> int:
+    """This process's number. Only rank 0 prints and writes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
-    """How many processes there are."""
+def get_world_size() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def own_device() -> torch.device:
-    """This process's GPU, or the CPU where there is none. Raises InputError if there are too few GPUs."""
+def get_device() -> torch.device:
+    """This process's GPU, or the CPU if there is none. Raises InputError if there are too few GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
@@ -43,43 +50,44 @@ def own_device() -> torch.device:
 
 
 @functools.cache
-def _join() -> dist.Store:
-    """Meet the other processes, once; returns the store of keys that all of them see."""
-    store, number, count = next(dist.rendezvous("env://"))
-    device = own_device()
+def _init_process_group() -> dist.Store:
+    """Connect to the other processes, once; returns torch.distributed's key-value store."""
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", store=store, rank=number, world_size=count, device_id=device)
+        dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size, device_id=device)
     else:
-        dist.init_process_group("gloo", store=store, rank=number, world_size=count)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     atexit.register(dist.destroy_process_group)
     return store
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
-    """Run the block as one of torchrun's processes, if torchrun started this one; only rank 0 prints.
+def distributed() -> Iterator[None]:
+    """Run the block in torchrun's process group, if torchrun started this process; only rank 0 prints.
 
-    The first process with bad input says so and exits with code 2, at which torchrun ends the others; those
-    that find the same, or lose the connection because of it, exit silently. Restores signal handlers.
+    If one process raises InputError, it prints the message and exits with code 2; torchrun then ends the
+    others. Processes that raise the same error, or lose the connection because of it, exit silently.
+    Signal handlers are restored at the end.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    store = _join() if "RANK" in os.environ else None
-    torch.set_flush_denormal(True)  # gradients near 1e-38, of saturated losses, make a CPU six times slower
+    store = _init_process_group() if "RANK" in os.environ else None
+    torch.set_flush_denormal(True)  # denormal gradients (1e-38, saturated losses) are six times slower on x86
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
-            if rank() > 0:
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
+        with open(os.devnull, "w") as devnull, contextlib.ExitStack() as stack:
+            if get_rank() > 0:
+                stack.enter_context(contextlib.redirect_stdout(devnull))
             yield
     except (InputError, OSError, RuntimeError) as error:
-        ours = not isinstance(error, RuntimeError)  # RuntimeError: what a lost connection raises
-        failures = store.add("failures", int(ours)) if store else 0
+        input_error = not isinstance(error, RuntimeError)  # a lost connection raises RuntimeError
+        failures = store.add("failures", int(input_error)) if store else 0
         if not failures:
             raise
-        if ours and failures == 1:
-            complain(error)
+        if input_error and failures == 1:
+            print_error(error)
         sys.stdout.flush()
-        os._exit(2)  # at once: the usual way out would wait for processes that wait for this one
+        os._exit(2)  # sys.exit would wait for processes that wait for this one
     finally:
         torch.set_flush_denormal(False)
         for number, handler in handlers.items():
@@ -87,47 +95,85 @@ def joined() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def note_signals() -> list[int]:
-    """Until joined() ends, SIGTERM and SIGINT are only recorded, in the list returned."""
-    caught: list[int] = []
+def record_signals() -> list[int]:
+    """Make SIGTERM and SIGINT append their number to the returned list, until distributed() ends."""
+    received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: caught.append(number))
-    return caught
+        signal.signal(number, lambda number, _: received.append(number))
+    return received
 
 
-def summed(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, where the tensor is."""
-    if world() == 1:
+def all_reduce(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, on the tensor's own device."""
+    if get_world_size() == 1:
         return tensor
-    total = tensor.to(own_device(), copy=True)
+    total = tensor.to(get_device(), copy=True)
     dist.all_reduce(total)
     return total.to(tensor.device)
 
 
-def gathered(value: Any) -> list[Any]:
-    """A small value of every process, by rank. No process gets past this before all have reached it."""
-    values = [value] * world()
-    if world() > 1:
+def all_gather(value: Any) -> list[Any]:
+    """A small Python value from every process, in order of rank."""
+    values = [value] * get_world_size()
+    if get_world_size() > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Add up whole gradients over all processes, in place, in one message."""
-    if world() == 1:
+def barrier() -> None:
+    """Wait until every process has come here."""
+    if get_world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum the gradients over all processes, in place, in one all_reduce."""
+    if get_world_size() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    total = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(total)
-    for gradient, found in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(found.view_as(gradient))
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, on every process; any other as it is. All processes must call it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, on every process; any other tensor unchanged. All processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds, sharing its memory."""
+def to_local(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, sharing its memory; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks: modules whose class transformers lists in `_no_split_modules`."""
+    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Activation checkpointing, in place: a block keeps only its input and runs again in the backward."""
+    for layer in decoder_layers(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def shard(model: nn.Module, device: torch.device, mixed: bool, method: Callable) -> None:
+    """Shard a model that is on the CPU over all processes with FSDP2, in place, onto `device`.
+
+    Weights move one block at a time, so a device never holds more than its shard and one block. If `mixed`,
+    weights are gathered in bfloat16 and gradients are summed in float32. `method(model, ...)` is the function
+    that the caller runs instead of model.forward: it becomes a method of the model, and FSDP gathers the
+    weights around it.
+    """
+    mesh = init_device_mesh(device.type, (get_world_size(),))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
+    for module in [*decoder_layers(model), model]:
+        # reshard the root too: by default FSDP2 keeps it whole after a forward, and a checkpoint needs shards
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        module.set_gradient_divide_factor(
+            1.0
+        )  # sum gradients: losses are divided by the global batch already
+        module.set_force_sum_reduction_for_comms(True)
+    setattr(model, method.__name__, partial(method, model))
+    register_fsdp_forward_method(model, method.__name__)

@@ -1,30 +1,25 @@
-"""Preference pairs: read them, turn them into token ids, pack them into rows without padding.
+"""Preference pairs: tokenise them, pack them into rows without padding, split a batch into micro-batches.
 
-    {"prompt": "Best fruit?", "chosen": " The fig.", "rejected": " Mud."}     strings, joined as they are
-    {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", "rejected": ...}          HH-RLHF transcripts
-    {"prompt": [{"role": "user", ...}], "chosen": [{"role": "assistant", ...}], "rejected": [...]}
-    {"chosen": [user, assistant], "rejected": [user, assistant]}               the shared start is the prompt
+A completion includes its end token, because a policy's probability of a text includes the decision to stop.
+Prompt and completion are tokenised apart: the prompt's ids are those that sample.py feeds the model, and the
+ids of both, one after the other, decode to the whole text. A micro-batch is one row of token ids:
 
-The boundary is exact: a prompt's ids are those that sample.py feeds the model, a completion's are those of
-text that *follows* other text, so that decoding both together gives back the text. The end token is part of
-the completion: a policy's probability of a text includes the decision to stop.
+    [prompt 0 | chosen 0 | rejected 0 | prompt 1 | chosen 1 | rejected 1 | ...]
 """
 
 import functools
-import os
+import json
+import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from files import InputError, naming, read_rows
-
-Text = str | list[dict[str, str]]  # plain, or a message list for the chat template
-TURN = "\n\nAssistant:"  # HH-RLHF's mark before each answer
+from files import InputError, error_prefix
+from formats import Text, message
 
 
 class Pair(NamedTuple):
@@ -36,108 +31,50 @@ class Pair(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Examples laid end to end as `[prompt | chosen | rejected]`; the prompt is there once.
+    """Examples laid end to end as `[prompt | chosen | rejected]`, each prompt once, with no padding.
 
-    A completion's last token is predicted but never fed, since nothing follows it. T is the number of tokens
-    fed, M the number predicted.
+    T tokens are fed to the model and M are predicted. A completion's last token is predicted but not fed,
+    since nothing follows it.
     """
 
-    ids: Tensor  # (T,)
-    position: Tensor  # (T,) place in its own text: every completion starts again at len(prompt)
-    example: Tensor  # (T,) which example a token belongs to
-    branch: Tensor  # (T,) 0 prompt, 1 first completion (chosen), 2 second (rejected)
-    source: Tensor  # (M,) index into the row of the token whose hidden state predicts ...
-    target: Tensor  # (M,) ... this token id
-    column: Tensor  # (M,) example * completions + completion: whose log-probability it adds to
+    ids: Tensor  # (T,) token ids
+    position: Tensor  # (T,) position within its own text: every completion restarts at len(prompt)
+    example: Tensor  # (T,) which example the token belongs to
+    branch: Tensor  # (T,) 0 prompt, 1 first completion (chosen), 2 second completion (rejected)
+    source: Tensor  # (M,) index into the row: the hidden state at source[m] predicts ...
+    target: Tensor  # (M,) ... the token id target[m]
+    column: Tensor  # (M,) example * completions + completion: where its log-probability is added
     lengths: list[int]  # tokens fed, per example
     completions: int  # per example: 2 for pairs, 1 for supervised examples, 0 for prompts alone
 
 
-def read_pairs(path: str | Path) -> list[dict[str, Any]]:
-    """Rows with keys prompt, chosen and rejected: all strings, or all message lists.
-
-    Raises InputError naming the file and row for a row in none of the formats above.
-    """
-    return [_as_pair(row, where) for where, row in read_rows(path)]
-
-
-def _as_pair(row: dict[str, Any], where: str) -> dict[str, Any]:
-    for key in ("chosen", "rejected"):
-        if key not in row:
-            raise InputError(f"{where}: no key '{key}' (found {', '.join(map(repr, row)) or 'none'})")
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt is None:
-            shared = os.path.commonprefix([chosen, rejected])
-            cut = shared.rfind(TURN) + len(TURN)
-            if cut < len(TURN):
-                raise InputError(f"{where}: no 'prompt', and no shared prompt up to a {TURN!r}")
-            prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
-        elif not isinstance(prompt, str):
-            raise InputError(f"{where}: 'prompt' must be a string like 'chosen', not {type(prompt).__name__}")
-        empty = [key for key, text in (("chosen", chosen), ("rejected", rejected)) if not text]
-        if empty:
-            raise InputError(f"{where}: empty completion in '{empty[0]}'")
-    elif isinstance(chosen, list) and isinstance(rejected, list):
-        if not isinstance(prompt, list):  # whole conversations; a string beside them repeats the question
-            same = [a == b for a, b in zip(chosen, rejected, strict=False)]
-            cut = min(same.index(False) if False in same else len(same), len(chosen) - 1, len(rejected) - 1)
-            prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
-            if not prompt:
-                raise InputError(f"{where}: 'chosen' and 'rejected' have no shared prompt to start with")
-        for key, answer in (("chosen", chosen), ("rejected", rejected)):
-            check_messages([*prompt, *answer], f"{where}: '{key}'")
-            if len(answer) != 1 or answer[0]["role"] != "assistant":
-                raise InputError(f"{where}: '{key}' must be one assistant message after the shared prompt")
-            if not answer[0]["content"]:
-                raise InputError(f"{where}: empty completion in '{key}'")
-    else:
-        raise InputError(f"{where}: 'chosen' and 'rejected' must both be strings, or both message lists")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """Rows with a 'prompt', a string or a message list; from a .txt file, one prompt per line.
-
-    Raises InputError naming the file and row.
-    """
-    rows = []
-    for where, row in read_rows(path):
-        prompt = row.get("prompt")
-        if isinstance(prompt, list) and prompt:
-            check_messages(prompt, where)
-        elif not isinstance(prompt, str):
-            raise InputError(f"{where}: needs a 'prompt', a string or a message list")
-        rows.append(row)
-    return rows
-
-
-def check_messages(messages: list[Any], where: str) -> None:
-    """Raise InputError unless roles run [system], user, assistant, user, ... with string contents."""
-    for message in messages:
-        fields = [message.get(k) for k in ("role", "content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(value, str) for value in fields):
-            raise InputError(f"{where}: a message needs a string 'role' and a string 'content'")
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != (["user", "assistant"] * len(turns))[: len(turns)]:
-        raise InputError(f"{where}: roles out of order: {', '.join(roles) or 'no message'}")
+# ---- tokenising
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
 
-def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of prompts, to continue from: one BOS if the tokenizer or its chat template writes one.
+def _apply_template(messages: list[dict], tokenizer: PreTrainedTokenizerBase, generate: bool) -> str:
+    if not tokenizer.chat_template:
+        raise InputError("message lists need a chat template, and the tokenizer has no chat template")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+    except (TemplateError, TypeError) as error:
+        raise InputError(f"the chat template refuses the messages: {error}") from None
 
-    A message list goes through the chat template, opened for the assistant's answer.
+
+def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of prompts, starting with one BOS if the tokenizer or its chat template writes one.
+
+    A message list goes through the chat template, up to where the assistant's answer starts.
     Raises InputError for messages without a chat template, and for a prompt with no token at all.
     """
     texts = []
     for number, prompt in enumerate(prompts, 1):
-        with naming(f"row {number}"):
-            texts.append(prompt if isinstance(prompt, str) else _template(prompt, tokenizer, generate=True))
+        with error_prefix(f"row {number}"):
+            is_text = isinstance(prompt, str)
+            texts.append(prompt if is_text else _apply_template(prompt, tokenizer, generate=True))
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
     encoded = _encode(texts, tokenizer)
@@ -149,21 +86,12 @@ def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) 
     return encoded
 
 
-def _template(messages: list[dict], tokenizer: PreTrainedTokenizerBase, generate: bool) -> str:
-    if not tokenizer.chat_template:
-        raise InputError("message lists need a chat template, and the tokenizer has no chat template")
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-    except (TemplateError, TypeError) as error:
-        raise InputError(f"the chat template refuses the messages: {error}") from None
-
-
 def encode_continuations(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of texts as they follow other text.
+    """Token ids of texts that follow other text.
 
-    SentencePiece-like tokenizers (Llama 2, Mistral) put a space before every text they encode, which in a
-    continuation would be one too many. There, encode `anchor + text` and drop the anchor's ids. Raises
-    InputError if no anchor keeps its own ids.
+    SentencePiece tokenizers (Llama 2, Mistral) put a space before every text that they encode, which is wrong
+    for a continuation. For them, encode `anchor + text` and drop the anchor's ids. Raises InputError if the
+    text merges with every anchor.
     """
     a, b = _encode(["a", "b"], tokenizer)
     if tokenizer.decode(a + b) == "ab":
@@ -182,7 +110,7 @@ def encode_continuations(texts: list[str], tokenizer: PreTrainedTokenizerBase) -
 
 
 def decode_continuation(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text of token ids that follow other text; SentencePiece-like decoders drop a text's first space."""
+    """Text of token ids that follow other text. (SentencePiece decoders drop the first space of a text.)"""
     anchor, length = _anchor(tokenizer)
     return tokenizer.decode(anchor + ids)[length:]
 
@@ -196,73 +124,93 @@ def _anchor(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
 def encode_answers(
     prompts: Sequence[Text], answers: Sequence[Text], tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
-    """Token ids of each answer to its prompt, with the end token: what the model itself would have to write.
+    """Token ids of each answer to its prompt, end token included: what the model itself would have to write.
 
-    In a chat template the end token is the special token that closes the assistant's turn, else EOS.
+    With a chat template the end token is the special token that closes the assistant's turn, else EOS.
     """
     special = tuple({*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())})
     texts, ended = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
-        text, closed = answer, False
+        text, has_end = answer, False
         if not isinstance(answer, str):
-            opened = _template(prompt, tokenizer, generate=True)
-            whole = _template([*prompt, *answer], tokenizer, generate=False)
-            if not whole.startswith(opened):
+            opened = _apply_template(prompt, tokenizer, generate=True)
+            conversation = _apply_template([*prompt, *answer], tokenizer, generate=False)
+            if not conversation.startswith(opened):
                 raise InputError("the chat template does not extend its own prompt; use rows of strings")
-            text, content = whole[len(opened) :], answer[-1]["content"]
-            closed = text.partition(content.strip() or content)[2].rstrip().endswith(special)
-            if closed:  # the model never writes the template's newline after <|im_end|>
+            text, content = conversation[len(opened) :], answer[-1]["content"]
+            has_end = text.partition(content.strip() or content)[2].rstrip().endswith(special)
+            if has_end:  # the model never writes the template's newline after <|im_end|>
                 text = text.rstrip()
         texts.append(text)
-        ended.append(closed)
+        ended.append(has_end)
     if not all(ended) and tokenizer.eos_token_id is None:
         raise InputError("the model's tokenizer has no end-of-sequence token, so completions could never end")
     encoded = encode_continuations(texts, tokenizer)
     return [ids if end else ids + [tokenizer.eos_token_id] for ids, end in zip(encoded, ended, strict=True)]
 
 
-def tokenize(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Pair]:
-    """Token ids of rows from read_pairs, prompt + completion at most `max_length`; prints how many it cut.
+def end_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]
+) -> list[int]:
+    """Every token id that ends a completion: the tokenizer's EOS, those in the model's generation config, and
+    if any prompt is a message list, the token that closes a turn in the chat template.
+    """
+    ids = model.generation_config.eos_token_id
+    ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+    if messages := next((prompt for prompt in prompts if not isinstance(prompt, str)), None):
+        [answer] = encode_answers([messages], [message("assistant", "a")], tokenizer)
+        ids.add(answer[-1])
+    return sorted(ids)
 
-    An over-long pair keeps the end of its prompt (half of max_length, or what the completions leave) and the
-    start of its completions. Pairs whose completions are equal, before or after the cut, are dropped.
-    Raises InputError when max_length is under 4, or when no pair is left.
+
+def tokenize(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Pair]:
+    """Token ids of the rows of read_pairs, each prompt + completion at most `max_length` tokens.
+
+    A longer pair is truncated (see `truncate`). A pair whose completions are equal, before or after that, is
+    dropped. Prints how many. Raises InputError if max_length is under 4 or if no pair is left.
     """
     prompts, chosen, rejected = ([row[key] for row in rows] for key in Pair._fields)
     answers = (encode_answers(prompts, texts, tokenizer) for texts in (chosen, rejected))
-    whole = [Pair(*ids) for ids in zip(encode_prompts(prompts, tokenizer), *answers, strict=True)]
-    pairs = [Pair(*fit(pair, tokenizer.bos_token_id, max_length)) for pair in whole]
-    cut = sum(a != b for a, b in zip(whole, pairs, strict=True))
+    encoded = [Pair(*ids) for ids in zip(encode_prompts(prompts, tokenizer), *answers, strict=True)]
+    pairs = [Pair(*truncate(pair, tokenizer.bos_token_id, max_length)) for pair in encoded]
+    cut = sum(a != b for a, b in zip(encoded, pairs, strict=True))
     kept = [pair for pair in pairs if pair.chosen != pair.rejected]
     dropped = f"dropped {len(pairs) - len(kept):,} with chosen equal to rejected"
     if not kept:
         raise InputError(f"no pair left of {len(pairs):,}: {dropped}")
-    print(f"{len(kept):,} pairs: cut {cut:,} to {max_length} tokens, {dropped}")
+    print(f"{len(kept):,} pairs: truncated {cut:,} to {max_length} tokens, {dropped}")
     return kept
 
 
-def fit(example: Sequence[list[int]], bos: int | None, max_length: int) -> list[list[int]]:
-    """Cut (prompt, *completions) so that the prompt with each completion is at most max_length tokens."""
+def truncate(example: Sequence[list[int]], bos: int | None, max_length: int) -> list[list[int]]:
+    """Truncate (prompt, *completions) so that prompt + completion is at most `max_length` tokens.
+
+    The prompt loses its start: it keeps what the completions leave, or half of max_length if that is more.
+    Then the completions lose their ends.
+    """
     if max_length < 4:
         raise InputError(f"--max_length {max_length} is too small: it must hold a prompt and a completion")
     prompt, *completions = example
     room = max(max_length - max(map(len, completions)), max_length // 2)
     if len(prompt) > room:
-        head = prompt[:1] if prompt[0] == bos else []
-        prompt = head + prompt[len(prompt) - room + len(head) :]
+        first = prompt[:1] if prompt[0] == bos else []
+        prompt = first + prompt[len(prompt) - room + len(first) :]
     return [prompt, *(completion[: max_length - len(prompt)] for completion in completions)]
 
 
-def pack(pairs: Sequence[Sequence[list[int]]]) -> Packed:
-    """Lay examples (prompt, *completions), all with as many completions, end to end in one row."""
+# ---- packing and micro-batches
+
+
+def pack(examples: Sequence[Sequence[list[int]]]) -> Packed:
+    """Lay examples (prompt, *completions), all with the same number of completions, end to end in one row."""
     ids, position, example, branch, source, target, column, lengths = ([] for _ in range(8))
-    for index, (prompt, *completions) in enumerate(pairs):
+    for index, (prompt, *completions) in enumerate(examples):
         start = len(ids)
         ids += prompt
         position += range(len(prompt))
         branch += [0] * len(prompt)
         for number, completion in enumerate(completions):
-            # the prompt's last token predicts each completion's first, and every fed token the next one
+            # the prompt's last token predicts each completion's first; every fed token predicts the next one
             source += [start + len(prompt) - 1, *range(len(ids), len(ids) + len(completion) - 1)]
             target += completion
             column += [index * len(completions) + number] * len(completion)
@@ -272,4 +220,50 @@ def pack(pairs: Sequence[Sequence[list[int]]]) -> Packed:
         lengths.append(len(ids) - start)
         example += [index] * lengths[-1]
     rows = (torch.tensor(row) for row in (ids, position, example, branch, source, target, column))
-    return Packed(*rows, lengths=lengths, completions=len(pairs[0]) - 1)
+    return Packed(*rows, lengths=lengths, completions=len(examples[0]) - 1)
+
+
+def count_tokens(example: Sequence[list[int]]) -> int:
+    """Tokens that pack() feeds for (prompt, *completions): all but each completion's last."""
+    return sum(map(len, example)) - len(example) + 1
+
+
+def micro_batches(
+    rows: Sequence[int], examples: Sequence, max_tokens: int, rank: int = 0, world_size: int = 1
+) -> list[list[int]]:
+    """The micro-batches of process `rank`: rows of similar length, at most `max_tokens` tokens together.
+
+    A longer row is a micro-batch of its own. Processes get nearly equal numbers of tokens and the same number
+    of micro-batches, because under FSDP all processes must run every forward pass together; to make the
+    numbers equal, two rows may share a micro-batch beyond `max_tokens`. Needs at least `world_size` rows.
+    """
+    tokens = {row: count_tokens(examples[row]) for row in rows}
+    by_length = sorted(rows, key=tokens.__getitem__)
+
+    def split(share: Sequence[int]) -> list[list[int]]:
+        batches, size = [], math.inf
+        for row in share:
+            if size + tokens[row] > max_tokens:
+                batches.append([])
+                size = 0
+            batches[-1].append(row)
+            size += tokens[row]
+        return batches
+
+    shares = [split(by_length[start::world_size]) for start in range(world_size)]
+    count, mine = min(max(map(len, shares)), len(rows) // world_size), shares[rank]
+    if len(mine) > count:  # by one at most, because shares differ by one row
+        mine[:2] = [mine[0] + mine[1]]
+    while len(mine) < count:
+        largest = max(mine, key=len)
+        mine.remove(largest)
+        mine += [largest[::2], largest[1::2]]
+    return mine
+
+
+def describe(example: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, width: int = 300) -> str:
+    """The parts of an example, decoded, a line each: what the model reads and what it is trained to write."""
+    names = Pair._fields if len(example) == 3 else ("prompt", "completion")
+    texts = [json.dumps(tokenizer.decode(ids), ensure_ascii=False) for ids in example]
+    texts = [t if len(t) <= width else f"{t[: width // 2]} ... {t[-width // 2 :]}" for t in texts]
+    return "\n".join(f"  {name:10} {text}" for name, text in zip(names, texts, strict=True))

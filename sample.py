@@ -36,11 +36,23 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decode import Batch, Completion, race
-from files import InputError, flag, naming, parse, require, require_same, run_command, write_json, write_whole
-from model import load_model, max_positions
-from parallel import gathered, joined, own_device, rank, world
-from preferences import Text, decode_continuation, encode_answers, encode_prompts, read_prompts
-from reference import digest_examples
+from files import (
+    InputError,
+    atomic_write,
+    digest_json,
+    error_prefix,
+    flag,
+    parse,
+    require,
+    require_same,
+    run_command,
+    write_json,
+)
+from checks import max_positions
+from model import load_model
+from parallel import all_gather, distributed, get_device, get_rank, get_world_size
+from formats import read_prompts, to_messages
+from preferences import decode_continuation, encode_prompts, end_tokens
 
 NUCLEUS = 1024  # tokens that top_p sorts first: sorting a whole vocabulary takes a small model's step
 FORMATS = ("jsonl", "messages", "alpaca_eval", "arena_hard")
@@ -167,20 +179,6 @@ def sample_global(
     return draw_global(
         batch, num_samples, global_temperature, np.random.default_rng(draw_seed(generator)), {}
     )[0]
-
-
-def end_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]
-) -> list[int]:
-    """Every id that ends a completion: the tokenizer's EOS, those of the model's generation settings, and if
-    there are message lists among the prompts, the one that closes a turn in the chat template.
-    """
-    ids = model.generation_config.eos_token_id
-    ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
-    if messages := next((prompt for prompt in prompts if not isinstance(prompt, str)), None):
-        [answer] = encode_answers([messages], [[{"role": "assistant", "content": "a"}]], tokenizer)
-        ids.add(answer[-1])
-    return sorted(ids)
 
 
 @dataclass
@@ -312,28 +310,28 @@ def written_lines(out: Path, config: SampleConfig, prompts: str) -> list[bytes]:
 
 def open_out_file(out: Path, lines: list[bytes], config: SampleConfig, prompts: str) -> IO[str]:
     """Open `out` to append to these lines, and write what written_lines() compares."""
-    with write_whole(out, "wb") as file:
+    with atomic_write(out, "wb") as file:
         file.writelines(lines)
     write_json(f"{out}.flags.json", {"config": asdict(config), "prompts": prompts})
     return out.open("a", encoding="utf-8")
 
 
-@joined()
+@distributed()
 def main() -> None:
     """Sample every prompt of a file, or one prompt to the terminal."""
-    config, device = parse(SampleConfig, __doc__), own_device()
+    config, device = parse(SampleConfig, __doc__), get_device()
     rows = read_prompts(config.prompts) if config.prompt is None else [{"prompt": config.prompt}]
     for row in rows:
         if config.chat and isinstance(row["prompt"], str):
-            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+            row["prompt"] = to_messages(row["prompt"])
     out = Path(config.out_file or "samples.jsonl") if config.out_file or len(rows) > 1 else None
     if out and out.is_dir():
         raise InputError(f"--out_file {out}: is a folder")
-    if out and rank() == 0 and out.exists() and not (config.overwrite or config.resume):
+    if out and get_rank() == 0 and out.exists() and not (config.overwrite or config.resume):
         raise InputError(f"--out_file {out}: exists; --overwrite replaces it, --resume continues it")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_model(config.model, str(device), dtype)
-    with naming(config.prompts if config.prompt is None else "--prompt"):
+    with error_prefix(config.prompts if config.prompt is None else "--prompt"):
         prompts = [row["prompt"] for row in rows]
         encoded, ends = encode_prompts(prompts, tokenizer), end_tokens(model, tokenizer, prompts)
     longest = max(map(len, encoded)) + config.max_new_tokens - 1  # the last token is never fed
@@ -346,18 +344,20 @@ def main() -> None:
 
     count, total = config.num_samples, config.num_samples * len(rows)
     chunk = max(1, config.batch_size // count)  # prompts that a process takes at a time
-    digest = digest_examples([encoded])
-    lines = written_lines(out, config, digest) if out and rank() == 0 else []
-    done = gathered(len(lines) // count)[0]
+    digest = digest_json(encoded)
+    lines = written_lines(out, config, digest) if out and get_rank() == 0 else []
+    done = all_gather(len(lines) // count)[0]
     # the batches must be those of a run that never stopped
     done = len(rows) if done >= len(rows) else done // chunk * chunk
-    bar = tqdm(total=len(rows), initial=done, unit="prompt", disable=None if out and rank() == 0 else True)
+    bar = tqdm(
+        total=len(rows), initial=done, unit="prompt", disable=None if out and get_rank() == 0 else True
+    )
     file = None
-    for first in range(done, len(rows), chunk * world()):
-        start = first + rank() * chunk
+    for first in range(done, len(rows), chunk * get_world_size()):
+        start = first + get_rank() * chunk
         numbers = range(start, min(start + chunk, len(rows)))
-        parts = gathered(sample_prompts(model, tokenizer, encoded, numbers, ends, config))
-        if out and rank() == 0 and not file:  # not before: what --overwrite replaces outlives a failure
+        parts = all_gather(sample_prompts(model, tokenizer, encoded, numbers, ends, config))
+        if out and get_rank() == 0 and not file:  # not before: what --overwrite replaces outlives a failure
             file = open_out_file(out, lines[: done * count], config, digest)
         for index, (text, stats) in enumerate(itertools.chain(*parts), first * count):
             if file:

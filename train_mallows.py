@@ -1,27 +1,29 @@
-"""MallowsPO: DPO weighted by how much people disagree about the prompt.
+"""MallowsPO: DPO weighted by how much people agree about the prompt.
 
-A Mallows model scatters people's rankings of the completions around a central one, by a dispersion phi(x) in
-(0, 1]: near 0 a prompt has one answer, at 1 anything goes. With the negative central rank as the reward,
-which drops out as in DPO, the chosen completion is preferred with probability
+A Mallows model draws people's rankings of the completions around a central ranking. Its dispersion phi(x), in
+(0, 1], says how widely they scatter: near 0 everybody gives the same ranking, at 1 all rankings are equally
+likely. With the negative rank as the reward, which cancels out as in DPO, y_w is preferred to y_l with
+probability
 
     g(beta Delta),      Delta = log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l).
 
-The distance between rankings decides g: Spearman's rho (theta) or Kendall's tau (phi), with c = -log phi (the
-paper's -2 log phi, its 2 a part of phi*),
+The distance between rankings decides the link g: Spearman's rho gives theta, Kendall's tau gives phi.
 
-    theta:  g(s) = sigmoid(c(x) s)
-    phi:    g(s) = f(s + 1) - f(s),  f(z) = z / (1 - phi(x)^z),  for s > 0;  g(-s) = 1 - g(s)
+    theta:  g(s) = sigmoid(c(x) s)                                   c = -2 log phi   (corollary 2)
+    phi:    g(s) = f(s + 1) - f(s),  f(z) = z / (1 - phi(x)^z),      c = -log phi     (corollary 3)
+            for s > 0, and g(-s) = 1 - g(s)
 
-Nothing is learned for c: where the reference is unsure of the next token, people are taken to disagree. With
-h the mean token entropy of the reference over a completion,
+The weight c(x) grows with agreement. It is estimated, not learned: where the reference is unsure of the next
+token, people are taken to disagree. With h the reference's mean token entropy over a completion,
 
-    c(x) = -phi* log( (h(y_w) + h(y_l)) / (2 log V) ),      phi* such that c's mean over the data is 1.
+    c(x) = -phi* log( (h(y_w) + h(y_l)) / (2 log V) ),      phi* such that the mean of c over the data is 1,
 
-In theta, c = 1 is DPO, and c scales the KL penalty of its prompt (proposition 4): a dispersed prompt, with
-its small c, is held less closely to the reference. The same weight makes MallowsIPO, MallowsSimPO and a
-dispersion-weighted DPL.
+which absorbs theta's factor 2. In theta, c = 1 is DPO, and c scales the KL penalty of its prompt (proposition
+4): a dispersed prompt, with its small c, is held less closely to the reference. So the weight decides which
+prompts are learned; it is not by itself a means to diversity. MallowsIPO and MallowsSimPO put the same weight
+into IPO and SimPO, as the authors' released trainer does; dispersion-weighted DPL is in neither paper.
 
-    python train_mallows.py --out_dir out/mallows                          # the embedded society
+    python train_mallows.py --out_dir out/mallows                          # the embedded society's debates
     python train_mallows.py @recipes/llama3_mallows.txt --data FILE        # the paper's run on UltraFeedback
 """
 
@@ -29,38 +31,40 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from files import flag, parse, require, run_command, write_json, write_whole
+from files import atomic_write, flag, parse, require, run_command, write_json
 from model import Stats
-from parallel import rank
+from parallel import get_rank
 from train_dpl import dpl_margin, per_token
-from trainer import Objective, TrainConfig, train
+from trainer import TrainConfig, train
 
 LOSSES = ("theta", "phi", "ipo", "simpo", "dpl")
 
 
 @dataclass
 class MallowsConfig(TrainConfig):
-    """MallowsPO's own flags."""
+    """Flags of train_mallows.py."""
 
-    data: str = flag("data/society/debates.jsonl.gz", "Training rows: .jsonl[.gz], .json, .parquet.")
-    out_dir: str = flag("out/mallows", "Where the adapter, metrics.jsonl and dispersion.json go.")
+    out_dir: str = flag("out/mallows", "Folder for the adapter, metrics.jsonl and dispersion.json.")
     loss: str = flag("theta", "theta (DPO, weighted), phi, ipo, simpo or dpl.")
     link: str = flag("exact", "For phi: exact, or its smooth stand-ins sigmoid and polynomial.")
-    epsilon: str = flag("0.1", "The polynomial stands in on [-epsilon, epsilon]; auto is -2 log phi(x).")
+    epsilon: str = flag("0.1", "The polynomial replaces g on [-epsilon, epsilon]; auto is -2 log phi(x).")
     dispersion: str = flag("on", "off sets c(x) = 1: plain DPO, IPO, SimPO and DPL, or phi = 1/e.")
-    dispersion_scale: float | None = flag(None, "phi* (default: what gives c(x) the mean 1 over --data).")
-    alpha: float = flag(0.2, "For dpl: entropy bonus.")
-    beta: float = flag(0.1, "Penalty towards the reference; SimPO's scale of the reward.")
-    gamma: float = flag(0.5, "For simpo: the margin the reward should reach.")
+    dispersion_scale: float | None = flag(None, "phi* (default: c(x) has the mean 1 over --data).")
+    alpha: float = flag(0.2, "For dpl: weight of the entropy bonus.")
+    beta: float = flag(0.1, "Penalty towards the reference; for simpo: scale of the reward.")
+    gamma: float = flag(0.5, "For simpo: the margin that the reward should reach.")
     length_normalize: bool = flag(False, "Average log-probabilities over tokens, as simpo always does.")
+
+    society = "recipes/debates.txt"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,11 +154,11 @@ def mallows_phi_link(s: Tensor, phi: Tensor | float) -> Tensor:
 
 
 def mallows_theta_loss(policy: Stats, reference: Stats, c: Tensor | float, beta: float) -> Tensor:
-    """-log sigmoid(c beta Delta), (pairs,): corollary 2, its factor 2 a part of phi*; c = 1 is DPO.
+    """-log sigmoid(c beta Delta), (pairs,): corollary 2, its factor 2 in phi*. c = 1 is DPO.
 
-    `c` is (pairs,), the neg-log-dispersion.
+    `c` is (pairs,), the scaled neg-log-dispersion.
     """
-    return -F.logsigmoid(c * dpl_margin(policy, reference, beta, beta))
+    return mallows_dpl_loss(policy, reference, c, beta, beta)
 
 
 def mallows_phi_loss(
@@ -165,64 +169,78 @@ def mallows_phi_loss(
     link: str = "exact",
     epsilon: float | str = 0.1,
 ) -> Tensor:
-    """-log g(beta Delta), (pairs,): corollary 3, or section 3.4's smooth stand-ins for g.
+    """-log g(beta Delta), (pairs,): corollary 3, or with section 3.4's smooth stand-ins for g.
 
-    `phi` is (pairs,), exp(-c). `link` is exact, sigmoid or polynomial; the polynomial is g outside
-    [-epsilon, epsilon], and epsilon "auto" is -2 log phi. Raises KeyError for another link.
+    `phi` is (pairs,), exp(-c). `link` is exact, sigmoid or polynomial. The polynomial is g outside
+    [-epsilon, epsilon]; epsilon "auto" is -2 log phi. Raises KeyError for another link.
     """
     s = dpl_margin(policy, reference, beta, beta)
     return -_log_link(s, phi, link, epsilon).to(s.dtype)
 
 
 def mallows_ipo_loss(policy: Stats, reference: Stats, c: Tensor | float, beta: float) -> Tensor:
-    """(c Delta - 1 / (2 beta))^2, (pairs,): MallowsIPO; c = 1 is IPO.
-
-    Section 5.5 only names it: that c scales Delta, and not the target, is our reading of "scaling".
-    """
+    """(c Delta - 1 / (2 beta))^2, (pairs,): MallowsIPO, as in the released trainer; c = 1 is IPO."""
     return (c * dpl_margin(policy, reference, 1.0, 1.0) - 1 / (2 * beta)) ** 2
 
 
 def mallows_simpo_loss(policy: Stats, c: Tensor | float, beta: float, gamma: float) -> Tensor:
     """-log sigmoid(c (beta [log pi(y_w) / |y_w| - log pi(y_l) / |y_l|] - gamma)), (pairs,): MallowsSimPO.
 
-    It has no reference but in c; c = 1 is SimPO. Section 5.5 only names it: that c scales gamma too is our
-    reading.
+    Section 5.5, as in the released trainer. The reference enters through c alone; c = 1 is SimPO.
     """
-    reward = beta * policy.logp / policy.length
-    return -F.logsigmoid(c * (reward[..., 0] - reward[..., 1] - gamma))
+    chosen, rejected = (beta * policy.logp / policy.length).unbind(-1)
+    return -F.logsigmoid(c * (chosen - rejected - gamma))
 
 
 def mallows_dpl_loss(policy: Stats, reference: Stats, c: Tensor | float, alpha: float, beta: float) -> Tensor:
     """-log sigmoid(c (alpha [log pi(y_w) - log pi(y_l)] - beta [the same of pi_ref])), (pairs,).
 
-    Dispersion-weighted DPL, which is in neither paper: c = 1 is DPL, alpha = beta is mallows_theta_loss.
+    Dispersion-weighted DPL, which is in neither paper. c = 1 is DPL; alpha = beta is mallows_theta_loss.
     """
     return -F.logsigmoid(c * dpl_margin(policy, reference, alpha, beta))
 
 
-def objective(config: MallowsConfig, scale: float, vocab_size: int) -> Objective:
-    """The losses that `config` asks for at phi* = scale, and the implicit reward's margins, without c."""
-    beta, epsilon = config.beta, config.epsilon if config.epsilon == "auto" else float(config.epsilon)
-    simpo = config.loss == "simpo"
-    alpha = config.alpha if config.loss == "dpl" else beta
+def objective(
+    policy: Stats, reference: Stats, *, config: MallowsConfig, scale: float, vocab_size: int
+) -> dict[str, Tensor]:
+    """The loss that `config` asks for with phi* = scale, the reward margin without c, and c; all (pairs,)."""
+    c = torch.ones_like(policy.logp[..., 0])
+    if config.dispersion == "on":
+        c = scale * neg_log_dispersion(reference.entropy, vocab_size)
+    averaged = config.length_normalize or config.loss == "simpo"
+    p, r = (per_token(policy), per_token(reference)) if averaged else (policy, reference)
+    alpha = config.alpha if config.loss == "dpl" else config.beta
+    if config.loss == "phi":
+        epsilon = config.epsilon if config.epsilon == "auto" else float(config.epsilon)
+        loss = mallows_phi_loss(p, r, (-c.double()).exp(), config.beta, config.link, epsilon)
+    elif config.loss == "ipo":
+        loss = mallows_ipo_loss(p, r, c, config.beta)
+    elif config.loss == "simpo":
+        loss = mallows_simpo_loss(policy, c, config.beta, config.gamma)
+    else:  # theta is dpl with alpha = beta
+        loss = mallows_dpl_loss(p, r, c, alpha, config.beta)
+    margin = dpl_margin(p, r, alpha, 0.0 if config.loss == "simpo" else config.beta)
+    return {"loss": loss, "reward_margin": margin, "neg_log_dispersion": c}
 
-    def run(policy: Stats, reference: Stats) -> tuple[Tensor, Tensor]:
-        c = torch.ones_like(policy.logp[..., 0])
+
+def fit_dispersion(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence,
+    reference: Stats,
+    *,
+    config: MallowsConfig,
+) -> dict[str, Any]:
+    """phi* and V for the objective, from the reference's entropies of all examples. Reports c."""
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    unscaled = neg_log_dispersion(reference.entropy.double(), vocab_size)
+    scale = config.dispersion_scale or 1 / unscaled.mean().item()
+    if get_rank() == 0:
+        for path in Path(config.out_dir).glob("dispersion.*"):  # of a run that is overwritten
+            path.unlink()
         if config.dispersion == "on":
-            c = scale * neg_log_dispersion(reference.entropy, vocab_size)
-        p, r = policy, reference
-        if config.length_normalize or simpo:
-            p, r = per_token(policy), per_token(reference)
-        losses = {
-            "theta": lambda: mallows_theta_loss(p, r, c, beta),
-            "phi": lambda: mallows_phi_loss(p, r, (-c.double()).exp(), beta, config.link, epsilon),
-            "ipo": lambda: mallows_ipo_loss(p, r, c, beta),
-            "simpo": lambda: mallows_simpo_loss(policy, c, beta, config.gamma),
-            "dpl": lambda: mallows_dpl_loss(p, r, c, alpha, beta),
-        }
-        return losses[config.loss](), dpl_margin(p, r, alpha, 0.0 if simpo else beta)
-
-    return run
+            report_dispersion(scale * unscaled, scale, examples, tokenizer, Path(config.out_dir))
+    return {"scale": scale, "vocab_size": vocab_size}
 
 
 def report_dispersion(
@@ -258,22 +276,14 @@ def report_dispersion(
     axis = figure.subplots()
     axis.hist(c.numpy(), bins=60, color="0.55")
     axis.set(xlabel="neg-log-dispersion c(x): near 0 anything goes, far above 1 one answer", ylabel="pairs")
-    with write_whole(folder / "dispersion.png", "wb") as file:
+    with atomic_write(folder / "dispersion.png", "wb") as file:
         figure.savefig(file, format="png", dpi=150)
 
 
 def main() -> None:
     """Train by the command line's flags."""
     config = parse(MallowsConfig, __doc__)
-
-    def make_objective(reference: Stats, vocab_size: int, *pairs_and_tokenizer: Any) -> Objective:
-        raw = neg_log_dispersion(reference.entropy.double(), vocab_size)
-        scale = config.dispersion_scale or 1 / raw.mean().item()
-        if config.dispersion == "on" and rank() == 0:
-            report_dispersion(scale * raw, scale, *pairs_and_tokenizer, Path(config.out_dir))
-        return objective(config, scale, vocab_size)
-
-    train(config, make_objective)
+    train(config, partial(objective, config=config), prepare=partial(fit_dispersion, config=config))
 
 
 if __name__ == "__main__":

@@ -11,23 +11,23 @@ sys.path.insert(0, str(ROOT))
 
 from lora import add_lora
 from model import load_model, pair_stats, shard
-from parallel import gathered, joined, local, own_device, world
+from parallel import all_gather, distributed, get_device, get_world_size
 from preferences import pack
 
 
-@joined()
+@distributed()
 def main() -> None:
     """Print each process's share, frozen base with adapter and all weights trained."""
     for name, rank in (("LoRA, r = 8", 8), ("all weights", 0)):
         model, _ = load_model(ROOT / "data/society/reference")
         if rank:
             add_lora(model, rank, 8.0)
-        shard(model, own_device(), mixed=False)
+        shard(model, get_device(), mixed=False)
         pair_stats(model, pack([([5, 6], [7, 8, 9], [7, 9])])).logp.sum().backward()
         weights = list(model.parameters())
         held = sum(local(weight).untyped_storage().nbytes() for weight in weights)
-        shares = gathered(held / sum(weight.numel() * weight.element_size() for weight in weights))
-        print(f"{name}: {world()} processes hold " + ", ".join(f"{share:.1%}" for share in shares))
+        shares = all_gather(held / sum(weight.numel() * weight.element_size() for weight in weights))
+        print(f"{name}: {get_world_size()} processes hold " + ", ".join(f"{share:.1%}" for share in shares))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from files import InputError, flag, parse, run_command, write_json, write_whole
+from files import InputError, atomic_write, flag, parse, run_command, write_json
 
 PAYS = np.array([[20, 11], [30, 3], [18, 15], [15, 10], [1, 4]])  # Table 4: an arm's two rewards ...
 CHANCE = np.array([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.99, 0.01], [0.99, 0.01]])  # ... and how likely
@@ -210,7 +210,7 @@ def save(figure: Figure, xlabel: str, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_subplotspec().is_last_row():
             axis.set_xlabel(xlabel)
-    with write_whole(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=150)
     print(f"wrote {path}")
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from files import InputError, flag, parse, run_command, write_json, write_whole
+from files import InputError, atomic_write, flag, parse, run_command, write_json
 from model import load_model
 from preferences import read_pairs, tokenize
 from reference import reference_stats
@@ -153,7 +153,7 @@ def main() -> None:
     left, right = figure.subplots(1, 2)
     draw_mallows(left, results)
     draw_society(right, society)
-    with write_whole(config.picture, "wb") as file:
+    with atomic_write(config.picture, "wb") as file:
         figure.savefig(file, format="png", dpi=150)
     print(f"wrote {config.out_file} and {config.picture}")
 

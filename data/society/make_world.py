@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 from data.society.truth import mallows_favourites, preference, read_story
-from files import Help, write_json, write_whole
+from files import Help, atomic_write, write_json
 from model import load_model, pair_stats
 from preferences import encode_answers, encode_prompts, pack
 from sample import sample
@@ -200,7 +200,7 @@ def make_pairs(
 def write_rows(path: Path, rows: list[dict]) -> None:
     """JSON lines, gzipped by name, without a time stamp so that equal rows make equal bytes."""
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    with write_whole(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         file.write(gzip.compress(data, 9, mtime=0) if path.suffix == ".gz" else data)
 
 

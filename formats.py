@@ -1,0 +1,153 @@
+"""Rows of text: which layouts of pairs, prompts and messages are read.
+
+    {"prompt": "Best fruit?", "chosen": " The fig.", "rejected": " Mud."}     strings, joined as they are
+    {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", "rejected": ...}          HH-RLHF transcripts
+    {"prompt": [{"role": "user", ...}], "chosen": [{"role": "assistant", ...}], "rejected": [...]}
+    {"chosen": [user, assistant], "rejected": [user, assistant]}               the shared start is the prompt
+
+The prompt may also stand at the start of both completions, and it may be a string before message lists.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from files import InputError, read_rows
+
+Text = str | list[dict[str, str]]  # a plain string, or a message list for the chat template
+ASSISTANT = "\n\nAssistant:"  # HH-RLHF writes this before each answer
+KEYS = ("prompt", "chosen", "rejected")
+
+
+def read_pairs(path: str | Path, chat: bool = False) -> list[dict[str, Text]]:
+    """Rows with keys prompt, chosen and rejected: all three strings, or all three message lists.
+
+    Completions that repeat their prompt lose it, and the number of such rows is printed. With `chat`, strings
+    become messages. Raises InputError naming the file and row for a row in none of the formats above.
+    """
+    pairs, repeats = [], 0
+    for where, row in read_rows(path):
+        for key in ("chosen", "rejected"):
+            if key not in row:
+                raise InputError(f"{where}: no key '{key}' (found {', '.join(map(repr, row)) or 'none'})")
+        prompt, answers = row.get("prompt"), (row["chosen"], row["rejected"])
+        if not (all(isinstance(a, str) for a in answers) or all(isinstance(a, list) for a in answers)):
+            raise InputError(f"{where}: 'chosen' and 'rejected' must both be strings, or both message lists")
+        same_type = type(prompt) is type(answers[0])
+        if prompt and same_type and all(a[: len(prompt)] == prompt for a in answers):
+            answers, repeats = [a[len(prompt) :] for a in answers], repeats + 1
+        if isinstance(answers[0], str):
+            pair = _string_pair(prompt, *answers, where)
+        else:
+            pair = _message_pair(prompt, *answers, where)
+        if chat and isinstance(pair[0], str):
+            pair = to_messages(pair[0]), *(message("assistant", text.strip() or text) for text in pair[1:])
+            check_messages(pair[0], where)
+        pairs.append(dict(zip(KEYS, pair, strict=True)))
+    if repeats:
+        print(f"{path}: in {repeats:,} rows chosen and rejected repeat the prompt: removed from both")
+    return pairs
+
+
+def _string_pair(prompt: Any, chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
+    if prompt is None:
+        shared = os.path.commonprefix([chosen, rejected])
+        end = shared.rfind(ASSISTANT) + len(ASSISTANT)
+        if end < len(ASSISTANT):
+            raise InputError(f"{where}: no 'prompt', and no shared prompt up to a {ASSISTANT!r}")
+        prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
+    elif not isinstance(prompt, str):
+        raise InputError(f"{where}: 'prompt' must be a string like 'chosen', not {type(prompt).__name__}")
+    for key, text in (("chosen", chosen), ("rejected", rejected)):
+        if not text:
+            raise InputError(f"{where}: empty completion in '{key}'")
+    return prompt, chosen, rejected
+
+
+def _message_pair(prompt: Any, chosen: list, rejected: list, where: str) -> tuple[list, list, list]:
+    if isinstance(prompt, str) and len(chosen) == len(rejected) == 1:
+        prompt = message("user", prompt)
+    elif not isinstance(prompt, list):  # whole conversations; a string prompt only repeats their start
+        same = [a == b for a, b in zip(chosen, rejected, strict=False)]
+        end = min(same.index(False) if False in same else len(same), len(chosen) - 1, len(rejected) - 1)
+        prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
+        if not prompt:
+            raise InputError(f"{where}: 'chosen' and 'rejected' have no shared prompt to start with")
+    for key, answer in (("chosen", chosen), ("rejected", rejected)):
+        check_messages([*prompt, *answer], f"{where}: '{key}'")
+        if len(answer) != 1 or answer[0]["role"] != "assistant":
+            raise InputError(f"{where}: '{key}' must be one assistant message after the shared prompt")
+        if not answer[0]["content"]:
+            raise InputError(f"{where}: empty completion in '{key}'")
+    return prompt, chosen, rejected
+
+
+def message(role: str, content: str) -> list[dict[str, str]]:
+    """A list of one message."""
+    return [{"role": role, "content": content}]
+
+
+def to_messages(prompt: str) -> list[dict[str, str]]:
+    """A string prompt as a message list: one user message, or the turns of an HH-RLHF transcript."""
+    before, *turns = re.split(r"\n\n(Human|Assistant):", prompt)
+    if before or not turns:
+        return message("user", prompt)
+    messages = []
+    for speaker, text in zip(turns[::2], turns[1::2], strict=True):
+        messages += message("user" if speaker == "Human" else "assistant", text.strip())
+    return messages if messages[-1]["content"] else messages[:-1]  # "\n\nAssistant:" opens the answer
+
+
+def check_messages(messages: list[Any], where: str) -> None:
+    """Raise InputError unless roles run [system], user, assistant, user, ... with string contents."""
+    for message in messages:
+        values = [message.get(k) for k in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(value, str) for value in values):
+            raise InputError(f"{where}: a message needs a string 'role' and a string 'content'")
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns or turns != (["user", "assistant"] * len(turns))[: len(turns)]:
+        raise InputError(f"{where}: roles out of order: {', '.join(roles) or 'no message'}")
+
+
+def read_prompts(path: str | Path) -> list[dict[str, Any]]:
+    """Rows with a 'prompt', a string or a message list; a .txt file holds one prompt per line.
+
+    Raises InputError naming the file and row.
+    """
+    rows = []
+    for where, row in read_rows(path):
+        prompt = row.get("prompt")
+        if isinstance(prompt, list) and prompt:
+            check_messages(prompt, where)
+        elif not isinstance(prompt, str):
+            raise InputError(f"{where}: needs a 'prompt', a string or a message list")
+        rows.append(row)
+    return rows
+
+
+def read_examples(path: str | Path, chat: bool = False) -> list[tuple[Text, Text]]:
+    """(prompt, completion) of every row, for supervised fine-tuning: two strings or two message lists.
+
+    A row holds "prompt" and "completion", or "messages", of which the last is the completion. With `chat`,
+    strings become messages. Raises InputError naming the file and row.
+    """
+    examples = []
+    for where, row in read_rows(path):
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if isinstance(row.get("messages"), list) and row["messages"]:
+            prompt, completion = row["messages"][:-1], row["messages"][-1:]
+        if isinstance(prompt, list) and isinstance(completion, list):
+            check_messages([*prompt, *completion], where)
+            if len(completion) != 1 or completion[0]["role"] != "assistant" or not completion[0]["content"]:
+                raise InputError(f"{where}: the completion must be one assistant message with content")
+        elif not (isinstance(prompt, str) and isinstance(completion, str) and completion):
+            raise InputError(
+                f"{where}: needs 'prompt' and a non-empty 'completion', strings or message lists"
+            )
+        elif chat:
+            prompt, completion = to_messages(prompt), message("assistant", completion.strip() or completion)
+            check_messages(prompt, where)
+        examples.append((prompt, completion))
+    return examples

@@ -1,0 +1,84 @@
+"""What a run reports: rows of metrics.jsonl, a printed line for each, memory and speed; wandb, TensorBoard.
+
+A row is a dict of numbers about the policy after `step` updates: what the objective returned, averaged over
+the step's pairs, and under eval_... the same of the held-out pairs. At step 0 the policy is the reference, so
+a reward margin in the first row is where the loss starts, not something learned: with alpha != beta, DPL
+starts at (alpha - beta) times the reference's log-ratio.
+"""
+
+import json
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from parallel import get_world_size
+
+# dense bfloat16 FLOP/s, by a word in the GPU's name
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+PRINTED = {"loss": "loss", "reward_accuracy": "accuracy", "reward_margin": "margin", "kl": "kl"}
+
+
+def open_loggers(config: Any, out: Path) -> list[Callable[[dict[str, float]], None]]:
+    """Functions that each take a row: metrics.jsonl's, and those of the services that `config` asks for."""
+
+    def append(row: dict[str, float]) -> None:
+        with (out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    loggers: list[Callable[[dict[str, float]], None]] = [append]
+    if config.wandb:
+        import wandb
+
+        wandb.init(project="diverse-preferences", name=out.name, dir=out, config=asdict(config))
+        loggers.append(lambda row: wandb.log(row, step=row["step"]))
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(out / "tensorboard"))
+        loggers.append(lambda row: [writer.add_scalar(name, row[name], row["step"]) for name in row])
+        loggers.append(lambda _: writer.flush())
+    return loggers
+
+
+def print_row(row: dict[str, float], steps: int, minutes_left: float) -> None:
+    """Print a row in short, above the progress bar if there is one."""
+    line = f"step {row['step']}/{steps}:"
+    for prefix, title in (("", ""), ("eval_", " | held-out:")):
+        values = [f"{PRINTED[name]} {row[prefix + name]:.4g}" for name in PRINTED if prefix + name in row]
+        line += f"{title} {', '.join(values)}" if values else ""
+    if "examples_per_second" in row:
+        line += f" | {row['examples_per_second']:.3g} pairs/s, {minutes_left:.1f} min left"
+    if row["step"] == 0 and abs(row.get("reward_margin", 0)) > 1e-3:
+        line += "  <- before any update: this margin is the loss's own start (DPL with alpha != beta)"
+    tqdm.write(line)
+    sys.stdout.flush()  # a run in the background writes to a file, which Python buffers
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory used so far, in GB: the GPU's on CUDA, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def flops_per_token(model: nn.Module) -> float:
+    """FLOPs of training, per token: 2 a weight forward, 2 back to activations, 2 to each trained weight."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    multiplied = sum(p.numel() for p in model.parameters()) - (embedding is not head) * embedding.numel()
+    return 4 * multiplied + 2 * trained
+
+
+def flop_utilisation(flops: float, device: torch.device) -> dict[str, float]:
+    """FLOP/s as a share of these GPUs' peak; empty on a CPU and on a GPU that PEAK_FLOPS does not list."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peaks = [peak for gpu, peak in PEAK_FLOPS.items() if gpu in name]
+    return {"flop_utilisation": flops / (peaks[0] * get_world_size())} if peaks else {}
