@@ -1,5 +1,10 @@
 """Decode many completions of few prompts: each prompt is computed once and stored once.
 
+    batch = Batch(model, prompts, prompt_index, max_new_tokens, eos_token_id)
+    while batch.active:
+        probs = next_token_probs(batch.logits)
+        batch.append(gumbel_max(probs, rngs), probs)
+
 A step feeds the newest token of every unfinished completion. Its query attends to the keys of its prompt and
 to the keys of its own completion, under one softmax:
 
@@ -29,6 +34,7 @@ from preferences import Packed, pack
 
 FINISH = ("", "eos", "stop", "length")  # why a completion ended, by code:
 ACTIVE, EOS, STOP, LENGTH = range(4)
+NUCLEUS = 1024  # tokens that top_p sorts first: sorting a large vocabulary takes as long as a small model
 BLOCK = 128  # tokens per block in gumbel_max
 PREFILL = 2048  # prompt tokens per forward pass
 
@@ -42,13 +48,41 @@ class Completion(NamedTuple):
     finish: str  # "eos", "stop" (a stop string) or "length" (max_new_tokens)
 
 
+def next_token_probs(
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """Next-token distribution (batch, vocab) from logits (batch, vocab); temperature 0 is greedy.
+
+    Temperature, then the top_k likeliest tokens, then the smallest set of tokens with probability top_p, then
+    tokens with p(v) >= min_p max(p). Each step takes the result of the step before, as in transformers.
+    top_k 0, top_p 1 and min_p 0 keep all tokens.
+    """
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = logits if temperature == 1 else logits / temperature
+    vocab = logits.shape[-1]
+    if 0 < top_k < vocab:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
+    probs = logits.softmax(-1)
+    if top_p < 1.0:
+        for size in (min(NUCLEUS, vocab), vocab):
+            top, order = probs.topk(size)
+            before = top.cumsum(-1) - top  # probability of the likelier tokens
+            if (before[..., -1] >= top_p).all():
+                break
+        probs = torch.zeros_like(probs).scatter_(-1, order, top.masked_fill(before >= top_p, 0.0))
+    if min_p > 0:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
+    return probs / probs.sum(-1, keepdim=True) if top_p < 1.0 or min_p > 0 else probs
+
+
 def gumbel_max(probs: Tensor, rngs: Sequence[np.random.Generator]) -> Tensor:
-    """Sample a token for each row of probs (batch, vocab), row i with random numbers of rngs[i]: (batch,).
+    """Sample a token from each row p of probs (batch, vocab); row i uses rngs[i]. Returns token ids (batch,).
 
     This is the Gumbel-max trick in its exponential-race form: argmax_v p(v) / E(v), with independent E(v) ~
-    Exponential(1), equals argmax_v [log p(v) + G(v)], since G = -log E is Gumbel noise. It samples from p,
-    normalised or not. A rounding error in p changes the token only where two tokens nearly tie; an inverse
-    CDF would add up the rounding errors of all tokens before it.
+    Exponential(1), equals argmax_v [log p(v) + G(v)], since G = -log E is Gumbel noise. p need not sum to 1.
+    A rounding error in p changes the token only where two tokens nearly tie; an inverse CDF would add up the
+    rounding errors of all tokens before.
 
     A block of BLOCK tokens is sampled first, then a token in it: vocab / BLOCK + BLOCK random numbers.
     """
@@ -69,7 +103,8 @@ class SharedPromptCache:
 
     `layers` has an entry for each attention call of a forward pass: the prompts' keys and values, each
     (prompts, kv heads, longest prompt, head size), then the completions' keys and values, each (batch,
-    kv heads, max_new_tokens, head size), of which the first `length` tokens are filled.
+    kv heads, max_new_tokens, head size), of which the first `length` tokens are filled. Before every forward
+    pass, set `calls` (attention calls so far) to 0 and `masks` (by window; layers share them) to {}.
     """
 
     def __init__(
@@ -78,14 +113,8 @@ class SharedPromptCache:
         """prompt_lengths (prompts,). Completion i continues prompt prompt_index[i]; every prompt has one."""
         self.prompt_lengths, self.max_new_tokens, self.device = prompt_lengths, max_new_tokens, device
         self.layers: list[list[Tensor]] = []
-        self.length = 0
+        self.length, self.calls, self.masks = 0, 0, {}
         self.set_prompts(prompt_index)
-        self.start_forward()
-
-    def start_forward(self) -> None:
-        """Call this before every forward pass of the model."""
-        self.calls = 0  # attention calls so far
-        self.masks: dict[int | None, list[Tensor] | Tensor | None] = {}  # by window; layers share them
 
     def prefill(
         self, packed: Packed, first: int, _: nn.Module, *qkv: Tensor, window: int | None, **options: Any
@@ -111,7 +140,7 @@ class SharedPromptCache:
     def attend(
         self, _: nn.Module, *qkv: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
-        """Attention of each completion's newest token to itself and all tokens before; stores keys and values.
+        """Attention of each completion's newest token to all tokens up to it; stores its key and value.
 
         q, k, v and the result are (batch, heads or kv heads, 1, head size).
         """
@@ -129,9 +158,8 @@ class SharedPromptCache:
         if (mask := self.prompt_mask(window)) is not None:
             scores[..., : self.longest].masked_fill_(mask, -math.inf)
         weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-        out = (
-            self.prompt_matmul(weights[..., : self.longest], prompt_v) + weights[..., self.longest :] @ own_v
-        )
+        prompt_weights, own_weights = weights[..., : self.longest], weights[..., self.longest :]
+        out = self.prompt_matmul(prompt_weights, prompt_v) + own_weights @ own_v
         return out.reshape(batch, -1, 1, v.shape[-1])
 
     def prompt_matmul(self, x: Tensor, y: Tensor) -> Tensor:
@@ -188,8 +216,8 @@ class SharedPromptCache:
 class Batch:
     """Completions that grow by a token at a time. The unfinished ones have batch indices [0, active).
 
-    `logits` (active, vocab), float32, are those of the next token. `ancestor` (batch,): the initial batch
-    index of each completion, or after reindex() of the completion that it was copied from.
+    `logits` (active, vocab), float32, are those of the next token. `ancestor` (batch,) is the initial batch
+    index of each completion; a copy made by reindex() has that of its original.
     """
 
     def __init__(
@@ -201,10 +229,10 @@ class Batch:
         eos_token_id: int | list[int] | None,
         has_stop: Callable[[list[int]], bool] | None = None,
     ):
-        """Compute the prompts' token ids. Completion i will continue prompts[prompt_index[i]].
+        """Compute the prompts (token ids). Completion i continues prompts[prompt_index[i]].
 
         It ends at an end token, when has_stop(its tokens) is true, or after max_new_tokens. Raises InputError
-        if a layer is not attention by position (recurrence, chunks, biases, sinks).
+        if a layer is more than attention by position: recurrence, chunks, biases, sinks.
         """
         self.model, self.device = model, model.get_input_embeddings().weight.device
         self.eos = torch.tensor([] if eos_token_id is None else eos_token_id).flatten()
@@ -244,17 +272,17 @@ class Batch:
 
         `keep` is transformers' logits_to_keep: the last `keep` tokens, or those with these indices.
         """
-        self.cache.start_forward()
+        self.cache.calls, self.cache.masks = 0, {}
         ids, position = ids.to(self.device), position.to(self.device)
         no_mask = torch.empty(1, 1, 1, 1, device=self.device)  # 4-D means "ready": transformers makes none
         options = {"attention_mask": no_mask, "use_cache": False, "logits_to_keep": keep, "attend": attend}
         return self.model(ids, position_ids=position, **options).logits.flatten(0, 1).float()
 
     def append(self, token: Tensor, probs: Tensor) -> Tensor:
-        """Append a token to every active completion and compute the next logits.
+        """Append to every active completion its token (active,), sampled from probs (active, vocab).
 
-        token (active,) was sampled from probs (active, vocab). Finished completions move behind the active
-        ones: returns their order as reindex() does. Raises InputError if log-probabilities are NaN.
+        Computes the next logits. Moves finished completions behind the active ones and returns the new order,
+        as reindex() does. Raises InputError if log-probabilities are NaN.
         """
         n, step, column = self.active, self.cache.length, token[:, None]
         logp = self.logits.gather(1, column)[:, 0] - self.logits.logsumexp(-1)
@@ -282,9 +310,9 @@ class Batch:
         return order
 
     def reindex(self, indices: list[int]) -> Tensor:
-        """Reindex all state by batch indices, as for resampling; active completions go first.
+        """Replace the batch by the completions at these batch indices, active ones first. Repeats are copies.
 
-        Returns the order, (batch,): new completion i is old completion order[i].
+        Returns the new order (batch,): new completion i is old completion order[i].
         """
         active = (self.finish == ACTIVE).tolist()
         first = keep_in_place([i for i in indices if active[i]])
@@ -299,11 +327,9 @@ class Batch:
 
     def completions(self, indices: Sequence[int]) -> list[Completion]:
         """The completions with these batch indices."""
-        columns = self.tokens.tolist(), self.length.tolist(), self.scores.tolist(), self.finish.tolist()
-        rows = list(zip(*columns, strict=True))
-        return [
-            Completion(ids[:n], *scores, FINISH[code]) for ids, n, scores, code in (rows[i] for i in indices)
-        ]
+        tokens = [ids[:n] for ids, n in zip(self.tokens.tolist(), self.length.tolist(), strict=True)]
+        scores, finish = self.scores.tolist(), [FINISH[code] for code in self.finish.tolist()]
+        return [Completion(tokens[i], *scores[i], finish[i]) for i in indices]
 
 
 def keep_in_place(indices: list[int]) -> list[int]:

@@ -1,20 +1,22 @@
-"""Sampling by hand: token temperature, global temperature, and transformers' cuts.
+"""Sample completions: token temperature, global temperature, and truncation by top-k, top-p and min-p.
 
-Token temperature t divides each step's logits: p_t(v) ~ p(v)^(1/t). *Global* temperature tau draws whole
-texts y from p(y)^(1/tau) / Z, which keeps their order. They differ by one factor: at token temperature tau a
-text has probability prod_i p(y_i|.)^(1/tau) / Z_i with Z_i = sum_v p(v|.)^(1/tau), so
+Token temperature t divides the logits of every step: p_t(v) is proportional to p(v)^(1/t). Global temperature
+tau acts on whole completions y: p(y)^(1/tau) / Z, which keeps their order (DPL paper, equations 6 and 10). At
+token temperature tau, a completion has the probability
 
-    p(y)^(1/tau)  =  prod_i Z_i  *  (the probability of y at token temperature tau).
+    prod_i p(y_i | y_<i)^(1/tau) / Z_i    with    Z_i = sum_v p(v | y_<i)^(1/tau),
+    so    p(y)^(1/tau)  =  prod_i Z_i  *  (probability of y at token temperature tau).
 
-Hence sequential Monte Carlo, for any model and with no training: grow many texts at token temperature tau,
-weight each by its Z_i, and when the weights get uneven let heavy texts multiply and light ones die. It is
-exact as the number of particles grows. The law is over texts cut at --max_new_tokens; above tau = 1, Z may
-grow with that limit without bound: unlikely texts are so many that together they outweigh the rest. The cuts
-(--min_p ...), which come before tau and make another p, keep them out.
+Sequential Monte Carlo therefore samples at a global temperature from any model, without training: sample many
+completions ("particles") at token temperature tau and weight each by the product of its Z_i; when weights get
+uneven, resample the particles in proportion to them. It is exact in the limit of many particles.
 
-Sample s of prompt n depends on (seed, n, s) alone, up to the rounding of floats: neither on the batch nor on
-the number of processes. (Global temperature: on seed, n and the numbers of particles and samples.) Under
-torchrun each process takes a share of the prompts.
+Above tau = 1, truncate p first (--min_p 0.01). Otherwise broken texts, each unlikely but very many, outweigh
+all good ones, the more so the larger --max_new_tokens is.
+
+Sample s of prompt n depends on (seed, n, s) alone, up to floating-point rounding: not on the batch size or on
+the number of processes. (At a global temperature: on seed, n and the numbers of particles and samples.) Under
+torchrun, each process samples a share of the prompts.
 
     python sample.py --model out/dpl --prompts data/society/prompts.jsonl --num_samples 16
     python sample.py --model out/dpl --prompt "Which meal?" --global_temperature 2 --min_p 0.01
@@ -27,7 +29,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +37,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from decode import Batch, Completion, race
+from checks import max_positions
+from decode import Batch, Completion, gumbel_max, next_token_probs
 from files import (
     InputError,
     atomic_write,
@@ -48,94 +51,71 @@ from files import (
     run_command,
     write_json,
 )
-from checks import max_positions
+from formats import read_prompts, to_messages
 from model import load_model
 from parallel import all_gather, distributed, get_device, get_rank, get_world_size
-from formats import read_prompts, to_messages
 from preferences import decode_continuation, encode_prompts, end_tokens
 
-NUCLEUS = 1024  # tokens that top_p sorts first: sorting a whole vocabulary takes a small model's step
 FORMATS = ("jsonl", "messages", "alpaca_eval", "arena_hard")
-FREE = {"out_file", "overwrite", "resume"}  # flags that a resumed run may change
+MAY_CHANGE = {"out_file", "overwrite", "resume"}  # flags that may change when a run is resumed
 
 
-def next_token_probs(
-    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-) -> Tensor:
-    """The law of the next token, (batch, vocab), from logits (batch, vocab); temperature 0 is greedy.
+def sample_batch(
+    batch: Batch, rngs: Sequence[np.random.Generator], **sampling_params: float
+) -> list[Completion]:
+    """Sample all completions of a batch, number i with random numbers of rngs[i], and return them in order.
 
-    Temperature, then the k likeliest tokens, then the smallest set that holds mass top_p, then p(v) >= min_p
-    max(p): transformers' order, each on what the one before left. 0, 1.0 and 0.0 switch the cuts off.
+    `sampling_params` are those of next_token_probs.
     """
-    if temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits if temperature == 1 else logits / temperature
-    vocab = logits.shape[-1]
-    if 0 < top_k < vocab:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
-    probs = logits.softmax(-1)
-    if top_p < 1.0:
-        for size in (min(NUCLEUS, vocab), vocab):
-            top, order = probs.topk(size)
-            before = top.cumsum(-1) - top  # mass of the likelier ones
-            if (before[..., -1] >= top_p).all():
-                break
-        probs = torch.zeros_like(probs).scatter_(-1, order, top.masked_fill(before >= top_p, 0.0))
-    if min_p > 0:
-        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
-    return probs / probs.sum(-1, keepdim=True) if top_p < 1.0 or min_p > 0 else probs
+    while batch.active:
+        probs = next_token_probs(batch.logits, **sampling_params)
+        batch.append(gumbel_max(probs, [rngs[i] for i in batch.ancestor[: batch.active].tolist()]), probs)
+    return batch.completions(batch.ancestor.argsort().tolist())
 
 
-def draw_rows(batch: Batch, streams: Sequence[np.random.Generator], law: dict[str, Any]) -> list[Completion]:
-    """Complete every text of a batch, text r with the random numbers of streams[r].
-
-    `law` holds next_token_probs' arguments.
-    """
-    while batch.going:
-        probs = next_token_probs(batch.logits, **law)
-        batch.append(race(probs, [streams[row] for row in batch.root[: batch.going].tolist()]), probs)
-    return batch.completions(batch.root.argsort().tolist())
+def systematic_resampling(weights: Tensor, count: int, rng: np.random.Generator) -> list[int]:
+    """`count` indices, index i about count * weights[i] times; weights sum to 1 (Kitagawa 1996)."""
+    points = (torch.arange(count, dtype=weights.dtype) + rng.random()) / count
+    return torch.searchsorted(weights.cumsum(0), points).clamp_(max=len(weights) - 1).tolist()
 
 
-def systematic(share: Tensor, count: int, stream: np.random.Generator) -> list[int]:
-    """`count` indices, each about count * share[i] times: evenly spaced points under one random shift."""
-    points = (torch.arange(count, dtype=share.dtype) + stream.random()) / count
-    return torch.searchsorted(share.cumsum(0), points).clamp_(max=len(share) - 1).tolist()
-
-
-def draw_global(
-    batch: Batch, num_samples: int, tau: float, stream: np.random.Generator, cuts: dict[str, Any]
+def sample_global_batch(
+    batch: Batch, num_samples: int, tau: float, rng: np.random.Generator, **sampling_params: float
 ) -> tuple[list[Completion], float, float]:
-    """`num_samples` completions from p(y)^(1/tau) / Z, the batch's texts being the particles of one prompt.
+    """Sample `num_samples` completions from p(y)^(1/tau) / Z; the batch's completions are the particles.
 
-    `cuts` holds next_token_probs' arguments. Also gives the effective sample size, 1 / sum_i W_i^2 with W_i
-    the weight of all descendants of first particle i, so that copies count as one, and log Z in nats.
+    p is the distribution of next_token_probs with `sampling_params`. Also returns the effective sample size
+    1 / sum_a W_a^2, where W_a is the weight of all particles that descend from initial particle a (so copies
+    count once), and the estimate of log Z in nats. Warns on stderr if the effective sample size is low.
     """
-    particles = batch.going
-    while batch.going:
-        probs = next_token_probs(batch.logits, **cuts)
+    particles = batch.active
+    log_weights = torch.zeros(particles, dtype=torch.float64)
+    while batch.active:
+        probs = next_token_probs(batch.logits, **sampling_params)
         tempered = probs.log() / tau
-        batch.weight[: batch.going] += tempered.logsumexp(-1).cpu()
-        share = batch.weight.softmax(0)
-        if 1 / share.square().sum() < particles / 2:  # before the token is drawn, so that copies part at once
-            mean = batch.weight.logsumexp(0) - math.log(particles)
-            rows = batch.reorder(systematic(share, particles, stream))
-            batch.logits, probs, tempered = batch.logits[rows], probs[rows], tempered[rows]
-            batch.weight[:] = mean
-        if batch.going:
-            batch.append(race(tempered.softmax(-1), [stream] * batch.going), probs)
-    share = batch.weight.softmax(0)
-    ess = 1 / torch.zeros_like(share).index_add(0, batch.root, share).square().sum().item()
-    log_z = batch.weight.logsumexp(0).item() - math.log(particles)
+        log_weights[: batch.active] += tempered.logsumexp(-1).cpu()  # log Z_i
+        weights = log_weights.softmax(0)
+        if 1 / weights.square().sum() < particles / 2:  # before the token is sampled: copies then differ
+            order = batch.reindex(systematic_resampling(weights, particles, rng))[: batch.active]
+            probs, tempered = probs[order], tempered[order]
+            log_weights[:] = log_weights.logsumexp(0) - math.log(particles)
+        if batch.active:
+            order = batch.append(gumbel_max(tempered.softmax(-1), [rng] * batch.active), probs)
+            log_weights = log_weights[order]
+    weights = log_weights.softmax(0)
+    ess = 1 / torch.zeros_like(weights).index_add(0, batch.ancestor, weights).square().sum().item()
+    log_z = log_weights.logsumexp(0).item() - math.log(particles)
     if ess < particles / 10:
-        advice = "give more --particles, or a --global_temperature nearer 1"
-        print(f"warning: effective sample size {ess:.1f} of {particles} particles: {advice}", file=sys.stderr)
-    chosen = batch.completions(stream.permutation(systematic(share, num_samples, stream)).tolist())
+        advice = "more --particles, or a --global_temperature nearer 1"
+        if tau > 1 and sampling_params.get("min_p", 0) < 0.01:
+            advice = "--min_p 0.01"
+        print(f"warning: effective sample size {ess:.1f} of {particles}: give {advice}", file=sys.stderr)
+    chosen = batch.completions(rng.permutation(systematic_resampling(weights, num_samples, rng)).tolist())
     return [c._replace(sampled_logp=c.sampled_logp / tau - log_z) for c in chosen], ess, log_z
 
 
 def draw_seed(generator: torch.Generator | None) -> int:
-    """A seed from a generator, or from torch's own."""
+    """A random seed from `generator`, or from torch's global generator."""
     return int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else None))
 
 
@@ -152,12 +132,14 @@ def sample(
     min_p: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> list[Completion]:
-    """Draw `num_samples` completions of one prompt, in one batch."""
+    """Sample `num_samples` completions of one prompt, in one batch.
+
+    Raises InputError if the model cannot be sampled (see Batch) or its log-probabilities are NaN.
+    """
     batch = Batch(model, [prompt_ids], [0] * num_samples, max_new_tokens, eos_token_id)
     seed = draw_seed(generator)
-    streams = [np.random.default_rng([seed, number]) for number in range(num_samples)]
-    law = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    return draw_rows(batch, streams, law)
+    rngs = [np.random.default_rng([seed, i]) for i in range(num_samples)]
+    return sample_batch(batch, rngs, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
 
 
 def sample_global(
@@ -171,14 +153,14 @@ def sample_global(
     particles: int,
     generator: torch.Generator | None = None,
 ) -> list[Completion]:
-    """Draw `num_samples` completions from p(y)^(1/tau) / Z, exact as particles grow; few particles repeat.
+    """Sample `num_samples` completions of one prompt from p(y)^(1/tau) / Z, with tau the global temperature.
 
-    `sampled_logp` is log p(y) / tau - log Z, with the run's estimate of log Z.
+    Exact in the limit of many particles; with few, completions repeat. `sampled_logp` is log p(y) / tau -
+    log Z, with log Z estimated. Raises InputError as sample() does.
     """
     batch = Batch(model, [prompt_ids], [0] * particles, max_new_tokens, eos_token_id)
-    return draw_global(
-        batch, num_samples, global_temperature, np.random.default_rng(draw_seed(generator)), {}
-    )[0]
+    rng = np.random.default_rng(draw_seed(generator))
+    return sample_global_batch(batch, num_samples, global_temperature, rng)[0]
 
 
 @dataclass
@@ -186,28 +168,28 @@ class SampleConfig:
     """Flags of sample.py."""
 
     model: str = flag("out/dpl", "Folder or hub name of a model, or folder of an adapter.")
-    prompts: str = flag("data/society/prompts.jsonl", "Rows with a 'prompt', or .txt with one a line.")
-    prompt: str | None = flag(None, "One prompt, in place of --prompts.")
-    chat: bool = flag(False, "Put string prompts into the chat template, as a user's message.")
-    out_file: str | None = flag(None, "Default: samples.jsonl, or for one prompt the terminal.")
+    prompts: str = flag("data/society/prompts.jsonl", "Rows with a 'prompt', or .txt with one per line.")
+    prompt: str | None = flag(None, "One prompt, in place of --prompts; prints its completions.")
+    chat: bool = flag(False, "Put string prompts into the chat template; HH-RLHF transcripts become turns.")
+    out_file: str | None = flag(None, "Default: samples.jsonl, in the --model folder if that is a run.")
     overwrite: bool = flag(False, "Replace --out_file.")
-    resume: bool = flag(False, "Continue --out_file where an interrupted run left it, or start it.")
+    resume: bool = flag(False, "Continue --out_file of an interrupted run; start it if there is none.")
     format: str = flag("jsonl", "jsonl, messages, alpaca_eval (a .json file) or arena_hard (version 2).")
     num_samples: int = flag(16, "Completions per prompt.")
     max_new_tokens: int = flag(256, "Longest completion, in tokens.")
-    stop: list[str] | None = flag(None, "Strings that end a completion and are cut off its text.")
+    stop: list[str] | None = flag(None, "Strings that end a completion; they are removed from its text.")
     temperature: float = flag(1.0, "Token temperature; 0 is greedy.")
-    top_k: int = flag(0, "Keep the k likeliest tokens; 0 keeps all.")
-    top_p: float = flag(1.0, "Keep the smallest set of tokens that holds this mass.")
-    min_p: float = flag(0.0, "Keep tokens at least this share as likely as the likeliest.")
-    global_temperature: float | None = flag(None, "Temperature of whole texts, after the cuts above.")
-    particles: int = flag(128, "Texts grown side by side for --global_temperature.")
-    batch_size: int = flag(128, "Completions in one batch: lower it to save memory.")
-    seed: int = flag(0, "Decides the samples.")
+    top_k: int = flag(0, "Keep the top_k likeliest tokens; 0 keeps all.")
+    top_p: float = flag(1.0, "Keep the smallest set of tokens with this total probability.")
+    min_p: float = flag(0.0, "Keep tokens with at least min_p times the largest probability.")
+    global_temperature: float | None = flag(None, "Temperature of whole texts; above 1, add --min_p 0.01.")
+    particles: int = flag(128, "Particles per prompt, for --global_temperature.")
+    batch_size: int = flag(128, "Completions per batch; a smaller one saves memory.")
+    seed: int = flag(0, "Seed of all random numbers.")
 
     def __post_init__(self) -> None:
         t, tau = self.temperature, self.global_temperature
-        for name, holds, wanted in (
+        for name, condition, wanted in (
             ("num_samples", self.num_samples >= 1, "at least 1"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", t == 0 or 1e-6 <= t < math.inf, "0, or at least 1e-6"),
@@ -223,152 +205,156 @@ class SampleConfig:
             ("stop", all(self.stop or []), "strings that are not empty"),
             ("resume", not (self.resume and self.overwrite), "given without --overwrite"),
         ):
-            require(self, name, holds, wanted)
+            require(self, name, condition, wanted)
 
 
-def as_line(config: SampleConfig, row: dict, index: int, last: bool, text: str, stats: dict[str, Any]) -> str:
-    """Line `index` of the output: a sample of a prompt's row in the --format asked for."""
-    prompt = row["prompt"]
-    turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    if config.format == "messages":
-        made = {"messages": [*turns, {"role": "assistant", "content": text}]} | stats
-    elif config.format == "alpaca_eval":
-        made = {"instruction": turns[-1]["content"], "output": text, "generator": config.model} | stats
-    elif config.format == "arena_hard":
-        answer = {"role": "assistant", "content": {"answer": text}}
-        made = {"uid": row.get("uid", turns[-1]["content"]), "ans_id": str(index), "model": config.model}
-        made |= {"messages": [*turns, answer], "metadata": {"token_len": stats["tokens"]}} | stats
-    else:
-        made = {"prompt": prompt, "completion": text} | stats
-    line = json.dumps(made, ensure_ascii=False)
-    if config.format == "alpaca_eval":  # one JSON list
-        line = ("[" if index == 0 else " ") + line + ("]" if last else ",")
-    return line + "\n"
+def encode(
+    rows: list[dict], config: SampleConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of every prompt, and the end tokens. Raises InputError if prompts do not fit the model."""
+    prompts = [row["prompt"] for row in rows]
+    with error_prefix(config.prompts if config.prompt is None else "--prompt"):
+        encoded, ends = encode_prompts(prompts, tokenizer), end_tokens(model, tokenizer, prompts)
+    new, limit = config.max_new_tokens, max_positions(model)
+    needed = max(map(len, encoded)) + new - 1  # the last token is not fed
+    if needed > limit:
+        raise InputError(f"--max_new_tokens {new}: needs {needed} positions, the model has {limit}")
+    if max(map(max, encoded)) >= model.get_input_embeddings().weight.shape[0]:
+        raise InputError(f"--model {config.model}: its tokenizer has tokens that it has no embeddings for")
+    return encoded, ends
 
 
 def sample_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     encoded: list[list[int]],
-    numbers: Sequence[int],
+    indices: Sequence[int],
     ends: list[int],
     config: SampleConfig,
 ) -> list[tuple[str, dict[str, Any]]]:
-    """(text, statistics) of every sample of the prompts of these numbers, prompt by prompt."""
-    room, stop, found = config.max_new_tokens, config.stop or [], []
-    law = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    reach = max((len(s.encode()) for s in stop), default=0) + 1  # tokens that a stop string may lie over
+    """Sample the prompts encoded[indices]; returns (text, statistics) of every sample, prompt by prompt."""
+    stop, result = config.stop or [], []
+    params = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    span = max((len(s.encode()) for s in stop), default=0) + 1  # most tokens that a stop string may touch
 
-    def stopped(tokens: list[int]) -> bool:
-        text = decode_continuation(tokens[-reach:], tokenizer)
+    def has_stop(tokens: list[int]) -> bool:
+        text = decode_continuation(tokens[-span:], tokenizer)
         return any(s in text for s in stop)
 
+    def make_batch(prompts: list[int], prompt_index: list[int]) -> Batch:
+        prompt_ids = [encoded[n] for n in prompts]
+        return Batch(model, prompt_ids, prompt_index, config.max_new_tokens, ends, has_stop if stop else None)
+
+    def add_results(completions: list[Completion], **extra: float) -> None:
+        for c in completions:
+            text = decode_continuation(c.tokens[: -1 if c.finish == "eos" else None], tokenizer)
+            if c.finish == "stop":
+                text = text[: min((text.find(s) for s in stop if s in text), default=None)]
+            stats = {"tokens": len(c.tokens), "logp": c.logp, "sampled_logp": c.sampled_logp} | extra
+            result.append((text, {name: round(x, 4) for name, x in stats.items()} | {"finish": c.finish}))
+
     if tau := config.global_temperature:
-        for n in numbers:
-            batch = Batch(model, [encoded[n]], [0] * config.particles, room, ends, stopped if stop else None)
-            stream = np.random.default_rng([config.seed, n])
-            drawn, ess, log_z = draw_global(batch, config.num_samples, tau, stream, law)
-            found += [(c, {"ess": ess, "log_z": log_z}) for c in drawn]
-    else:
-        rows = [(n, sample) for n in numbers for sample in range(config.num_samples)]
-        for start in range(0, len(rows), config.batch_size):
-            part = rows[start : start + config.batch_size]
-            prompts = sorted({n for n, _ in part})
-            owner = [prompts.index(n) for n, _ in part]
-            batch = Batch(model, [encoded[n] for n in prompts], owner, room, ends, stopped if stop else None)
-            streams = [np.random.default_rng([config.seed, *row]) for row in part]
-            found += [(c, {}) for c in draw_rows(batch, streams, law)]
-    result = []
-    for c, extra in found:
-        text = decode_continuation(c.tokens[: -1 if c.finish == "eos" else None], tokenizer)
-        if c.finish == "stop":
-            text = text[: min((text.find(s) for s in stop if s in text), default=None)]
-        stats = {"tokens": len(c.tokens), "logp": c.logp, "sampled_logp": c.sampled_logp} | extra
-        stats = {name: round(value, 4) for name, value in stats.items()} | {"finish": c.finish}
-        result.append((text, stats))
+        for n in indices:
+            batch, rng = make_batch([n], [0] * config.particles), np.random.default_rng([config.seed, n])
+            completions, ess, log_z = sample_global_batch(batch, config.num_samples, tau, rng, **params)
+            add_results(completions, ess=ess, log_z=log_z)
+        return result
+    samples = [(n, s) for n in indices for s in range(config.num_samples)]
+    for first in range(0, len(samples), config.batch_size):
+        part = samples[first : first + config.batch_size]
+        prompts = sorted({n for n, _ in part})
+        batch = make_batch(prompts, [prompts.index(n) for n, _ in part])
+        add_results(
+            sample_batch(batch, [np.random.default_rng([config.seed, n, s]) for n, s in part], **params)
+        )
     return result
 
 
-def written_lines(out: Path, config: SampleConfig, prompts: str) -> list[bytes]:
-    """The whole lines of `out`, if --resume is to keep them. `prompts` is a digest.
+def format_line(config: SampleConfig, row: dict, index: int, total: int, text: str, stats: dict) -> str:
+    """Line `index` of `total`, in the --format asked for: one sample of the prompt of `row`."""
+    prompt = row["prompt"]
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if config.format == "messages":
+        sample = {"messages": [*messages, {"role": "assistant", "content": text}]}
+    elif config.format == "alpaca_eval":
+        sample = {"instruction": messages[-1]["content"], "output": text, "generator": config.model}
+    elif config.format == "arena_hard":
+        answer = {"role": "assistant", "content": {"answer": text}}
+        sample = {"uid": row.get("uid", messages[-1]["content"]), "ans_id": str(index), "model": config.model}
+        sample |= {"messages": [*messages, answer], "metadata": {"token_len": stats["tokens"]}}
+    else:
+        sample = {"prompt": prompt, "completion": text}
+    line = json.dumps(sample | stats, ensure_ascii=False)
+    if config.format == "alpaca_eval":  # one JSON list
+        line = ("[" if index == 0 else " ") + line + ("]" if index == total - 1 else ",")
+    return line + "\n"
 
-    Raises InputError if <out>.flags.json, which lies beside it, is missing or tells of other flags or rows.
+
+def lines_to_keep(out: Path, config: SampleConfig, digest: str) -> list[bytes]:
+    """The complete lines of `out` that --resume keeps; `digest` is that of the encoded prompts.
+
+    Raises InputError if <out>.flags.json beside it is missing or damaged, or records other flags or prompts.
     """
     if not (config.resume and out.exists()):
         return []
-    beside = Path(f"{out}.flags.json")
+    path = Path(f"{out}.flags.json")
     try:
-        before = json.loads(beside.read_bytes())
-        require_same(asdict(config), before["config"], FREE)
-        same = before["prompts"] == prompts
+        saved = json.loads(path.read_bytes())
+        require_same(asdict(config), saved["config"], MAY_CHANGE)
+        if saved["prompts"] != digest:
+            raise InputError(f"--prompts {config.prompts}: not what the run to --resume was sampling")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"--out_file {out}: no whole {beside.name} beside it to --resume by") from None
-    if not same:
-        raise InputError(f"--prompts {config.prompts}: not what the run to --resume was reading")
+        raise InputError(
+            f"{path}: missing or damaged, so --resume cannot check the flags; give --overwrite"
+        ) from None
     return [line for line in out.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-
-
-def open_out_file(out: Path, lines: list[bytes], config: SampleConfig, prompts: str) -> IO[str]:
-    """Open `out` to append to these lines, and write what written_lines() compares."""
-    with atomic_write(out, "wb") as file:
-        file.writelines(lines)
-    write_json(f"{out}.flags.json", {"config": asdict(config), "prompts": prompts})
-    return out.open("a", encoding="utf-8")
 
 
 @distributed()
 def main() -> None:
-    """Sample every prompt of a file, or one prompt to the terminal."""
+    """Sample every prompt of a file, or print samples of one prompt."""
     config, device = parse(SampleConfig, __doc__), get_device()
     rows = read_prompts(config.prompts) if config.prompt is None else [{"prompt": config.prompt}]
     for row in rows:
         if config.chat and isinstance(row["prompt"], str):
             row["prompt"] = to_messages(row["prompt"])
-    out = Path(config.out_file or "samples.jsonl") if config.out_file or len(rows) > 1 else None
+    folder = Path(config.model) if Path(config.model, "run.json").is_file() else Path()
+    writes = config.out_file or config.prompt is None
+    out = Path(config.out_file or folder / "samples.jsonl") if writes else None
     if out and out.is_dir():
         raise InputError(f"--out_file {out}: is a folder")
     if out and get_rank() == 0 and out.exists() and not (config.overwrite or config.resume):
         raise InputError(f"--out_file {out}: exists; --overwrite replaces it, --resume continues it")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_model(config.model, str(device), dtype)
-    with error_prefix(config.prompts if config.prompt is None else "--prompt"):
-        prompts = [row["prompt"] for row in rows]
-        encoded, ends = encode_prompts(prompts, tokenizer), end_tokens(model, tokenizer, prompts)
-    longest = max(map(len, encoded)) + config.max_new_tokens - 1  # the last token is never fed
-    if longest > (limit := max_positions(model)):
-        raise InputError(
-            f"--max_new_tokens {config.max_new_tokens}: needs {longest} positions, the model has {limit}"
-        )
-    if max(map(max, encoded)) >= model.get_input_embeddings().weight.shape[0]:
-        raise InputError(f"--model {config.model}: its tokenizer has tokens that it has no embeddings for")
+    encoded, ends = encode(rows, config, model, tokenizer)
 
-    count, total = config.num_samples, config.num_samples * len(rows)
-    chunk = max(1, config.batch_size // count)  # prompts that a process takes at a time
+    count, total, is_writer = config.num_samples, config.num_samples * len(rows), out and get_rank() == 0
+    chunk = max(1, config.batch_size // count)  # prompts that a process samples at a time
     digest = digest_json(encoded)
-    lines = written_lines(out, config, digest) if out and get_rank() == 0 else []
-    done = all_gather(len(lines) // count)[0]
-    # the batches must be those of a run that never stopped
+    lines = lines_to_keep(out, config, digest) if is_writer else []
+    done = all_gather(len(lines) // count)[0]  # prompts
+    # resume at the start of a chunk: the batches, and so the rounding, are those of an uninterrupted run
     done = len(rows) if done >= len(rows) else done // chunk * chunk
-    bar = tqdm(
-        total=len(rows), initial=done, unit="prompt", disable=None if out and get_rank() == 0 else True
-    )
-    file = None
+    bar = tqdm(total=len(rows), initial=done, unit="prompt", disable=None if is_writer else True)
     for first in range(done, len(rows), chunk * get_world_size()):
         start = first + get_rank() * chunk
-        numbers = range(start, min(start + chunk, len(rows)))
-        parts = all_gather(sample_prompts(model, tokenizer, encoded, numbers, ends, config))
-        if out and get_rank() == 0 and not file:  # not before: what --overwrite replaces outlives a failure
-            file = open_out_file(out, lines[: done * count], config, digest)
-        for index, (text, stats) in enumerate(itertools.chain(*parts), first * count):
-            if file:
-                file.write(as_line(config, rows[index // count], index, index + 1 == total, text, stats))
-            else:
+        indices = range(start, min(start + chunk, len(rows)))
+        parts = all_gather(sample_prompts(model, tokenizer, encoded, indices, ends, config))
+        if is_writer and first == done:  # not earlier: a run that fails at once leaves the old file as it was
+            with atomic_write(out, "wb") as file:
+                file.writelines(lines[: done * count])
+            write_json(f"{out}.flags.json", {"config": asdict(config), "prompts": digest})
+        samples = list(enumerate(itertools.chain(*parts), first * count))
+        if is_writer:
+            with out.open("a", encoding="utf-8") as file:
+                file.writelines(
+                    format_line(config, rows[i // count], i, total, *sample) for i, sample in samples
+                )
+        elif out is None:
+            for _, (text, stats) in samples:
                 print(f"--- {', '.join(f'{name} {value}' for name, value in stats.items())}\n{text}\n")
-        if file:
-            file.flush()
-        bar.update(sum(map(len, parts)) // count)
-    if file:
-        file.close()
+        bar.update(len(samples) // count)
     if out:
         print(f"{total:,} completions in {out}")
 

@@ -34,13 +34,13 @@ def objective(policy: Stats, reference: None) -> dict[str, Tensor]:
     return {"loss": -policy.logp[:, 0]}
 
 
-def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> Sequence:
+def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool) -> Sequence:
     """Token ids (prompt, completion) of a file's rows, each at most max_length tokens together."""
-    prompts, completions = zip(*read_examples(path, config.chat), strict=True)
+    prompts, completions = zip(*read_examples(path, chat), strict=True)
     with error_prefix(path):
         encoded = encode_prompts(prompts, tokenizer), encode_answers(prompts, completions, tokenizer)
         bos = tokenizer.bos_token_id
-        return [truncate(example, bos, config.max_length) for example in zip(*encoded, strict=True)]
+        return [truncate(example, bos, max_length) for example in zip(*encoded, strict=True)]
 
 
 def finetune(config: SFTConfig) -> None:

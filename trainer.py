@@ -148,11 +148,13 @@ class TrainConfig:
         return []
 
 
-def load_pairs(path: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> Sequence:
+def load_pairs(
+    path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool = False
+) -> Sequence:
     """Tokenised preference pairs of a file. Raises InputError naming the file."""
-    rows = read_pairs(path, config.chat)
+    rows = read_pairs(path, chat)
     with error_prefix(path):
-        return tokenize(rows, tokenizer, config.max_length)
+        return tokenize(rows, tokenizer, max_length)
 
 
 def batch_rows(step: int, size: int, count: int, seed: int) -> list[int]:
@@ -225,7 +227,7 @@ def train(
     objective: Objective,
     *,
     reference: bool = True,
-    load: Callable[[str, PreTrainedTokenizerBase, TrainConfig], Sequence] = load_pairs,
+    load: Callable[[str, PreTrainedTokenizerBase, int, bool], Sequence] = load_pairs,
     prepare: Callable[[PreTrainedModel, PreTrainedTokenizerBase, Sequence, Stats], dict[str, Any]]
     | None = None,
 ) -> None:
@@ -251,8 +253,9 @@ def train(
         config.model, "cpu" if fsdp else str(device), dtype
     )  # FSDP moves the shards
     check_packable(model, config.model)
-    examples = load(config.data, tokenizer, config)
-    held_out = load(config.eval_data, tokenizer, config) if config.eval_data else []
+    reading = (tokenizer, config.max_length, config.chat)
+    examples = load(config.data, *reading)
+    held_out = load(config.eval_data, *reading) if config.eval_data else []
     digests = {"model": digest_model(model, mixed), "data": digest_json(examples)}
     check_inputs(config, model, examples, held_out, digests)
     print(f"the first example, as the model sees it:\n{describe(examples[0], tokenizer)}")

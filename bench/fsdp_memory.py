@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from lora import add_lora
-from model import load_model, pair_stats, shard
-from parallel import all_gather, distributed, get_device, get_world_size
+from model import load_model, packed_forward, pair_stats
+from parallel import all_gather, distributed, get_device, get_world_size, shard, to_local
 from preferences import pack
 
 
@@ -22,10 +22,10 @@ def main() -> None:
         model, _ = load_model(ROOT / "data/society/reference")
         if rank:
             add_lora(model, rank, 8.0)
-        shard(model, get_device(), mixed=False)
+        shard(model, get_device(), mixed=False, method=packed_forward)
         pair_stats(model, pack([([5, 6], [7, 8, 9], [7, 9])])).logp.sum().backward()
         weights = list(model.parameters())
-        held = sum(local(weight).untyped_storage().nbytes() for weight in weights)
+        held = sum(to_local(weight).untyped_storage().nbytes() for weight in weights)
         shares = all_gather(held / sum(weight.numel() * weight.element_size() for weight in weights))
         print(f"{name}: {get_world_size()} processes hold " + ", ".join(f"{share:.1%}" for share in shares))
 

@@ -1,9 +1,9 @@
-"""sample.py against transformers' generate: tokens a second and peak memory, beside what the machine allows.
+"""Tokens per second and peak memory of sample.py, transformers' generate, and what the machine allows.
 
-Same model, prompts, samples and lengths. The contenders take turns, each measurement in a process of its own;
-`generate` gets all prompts in one batch of equal lengths, with its dynamic and with its static cache. The
-bounds come from rates measured here: a token costs two operations a weight; a step reads the weights, each
-prompt's keys and values once, and those of the completions so far.
+All get the same model, prompts, number of samples and lengths. Every measurement runs in a process of its own,
+and the contenders take turns. `generate` gets all prompts, of equal length, in one batch, with its dynamic and
+with its static cache. The bounds follow from speeds measured here: a token costs two operations per weight; a
+step reads the weights, each prompt's keys and values once, and the keys and values of all completions so far.
 
     python bench/sample.py --model data/society/reference --num_samples 1 64
 """
@@ -11,10 +11,10 @@ prompt's keys and values once, and those of the completions so far.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -22,9 +22,9 @@ from machine import CUDA, DEVICE, DTYPE, apart, clock, rates
 
 from decode import Batch
 from files import flag, parse, run_command
+from logs import peak_memory
 from model import load_model
-from sample import draw_rows
-from trainer import peak_memory
+from sample import sample_batch
 
 CONTENDERS = ("generate", "static", "sample.py")
 
@@ -35,43 +35,43 @@ class BenchConfig:
 
     model: str = flag("data/society/reference", "Folder or hub name of a model.")
     num_samples: list[int] | None = flag(None, "Completions per prompt (default: 1 16 64 128).")
-    rows: int = flag(128, "Take up to 4 prompts at once, while prompts * samples is within this.")
+    batch_size: int = flag(128, "Completions per batch: as many prompts as fit, at most 4.")
     prompt_tokens: int = flag(200, "Tokens of each prompt.")
     new_tokens: int = flag(64, "Tokens of each completion.")
-    repeats: int = flag(2, "Rounds; the fastest counts.")
+    repeats: int = flag(2, "Measurements of each contender; the best counts.")
 
 
-def load(path: str) -> Any:
-    """The model as sample.py would load it."""
+def load(path: str) -> PreTrainedModel:
+    """The model as sample.py loads it."""
     return load_model(path, str(DEVICE), DTYPE)[0]
 
 
 @torch.no_grad()
-def measure(contender: str, config: BenchConfig, samples: int, prompts: int) -> tuple[float, float]:
-    """(tokens a second, peak memory in GB) of one contender, after a short warm-up."""
+def benchmark(contender: str, config: BenchConfig, num_samples: int, prompts: int) -> tuple[float, float]:
+    """(tokens per second, peak memory in GB) of one contender, after a warm-up."""
     model = load(config.model)
     ids = torch.randint(5, model.config.vocab_size, (prompts, config.prompt_tokens), device=model.device)
 
-    def run(room: int) -> None:
+    def run(new_tokens: int) -> None:
         if contender == "sample.py":
-            owner = [prompt for prompt in range(prompts) for _ in range(samples)]
-            streams = [np.random.default_rng(row) for row in range(len(owner))]
-            draw_rows(Batch(model, ids.tolist(), owner, room, None), streams, {})
+            prompt_index = [prompt for prompt in range(prompts) for _ in range(num_samples)]
+            rngs = [np.random.default_rng(i) for i in range(len(prompt_index))]
+            sample_batch(Batch(model, ids.tolist(), prompt_index, new_tokens, None), rngs)
             return
         flags = {"cache_implementation": "static"} if contender == "static" else {}
-        flags |= {"max_new_tokens": room, "min_new_tokens": room, "num_return_sequences": samples}
-        mask = torch.ones_like(ids)
-        model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, pad_token_id=0, **flags)
+        flags |= {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+        flags |= {"num_return_sequences": num_samples, "do_sample": True, "top_k": 0, "pad_token_id": 0}
+        model.generate(ids, attention_mask=torch.ones_like(ids), **flags)
 
-    run(config.new_tokens if CUDA else 2)  # compiling depends on the length
+    run(config.new_tokens if CUDA else 2)  # on CUDA, compiled code depends on the length
     seconds = clock(lambda: run(config.new_tokens))
-    return prompts * samples * config.new_tokens / seconds, peak_memory(DEVICE)
+    return prompts * num_samples * config.new_tokens / seconds, peak_memory(DEVICE)
 
 
 def bounds(config: BenchConfig, cases: dict[int, int]) -> dict[int, tuple[float, float]]:
-    """(tokens a second by arithmetic, by memory traffic) for each number of samples in {samples: prompts}."""
+    """Upper bounds on tokens per second by (arithmetic, memory traffic), for {samples per prompt: prompts}."""
     model = load(config.model)
-    operations, traffic = rates()
+    flops, bytes_per_second = rates()
     text = model.config.get_text_config()
     weights = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
@@ -80,38 +80,34 @@ def bounds(config: BenchConfig, cases: dict[int, int]) -> dict[int, tuple[float,
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token = 2 * text.num_hidden_layers * heads * size * model.dtype.itemsize  # bytes of keys and values
     print(f"{weights / 1e6:.1f} M weights")
-    found = {}
-    for samples, prompts in cases.items():
-        rows = samples * prompts
-        step = weights * model.dtype.itemsize + token * (
-            prompts * config.prompt_tokens + rows * config.new_tokens / 2
-        )
-        found[samples] = (operations / (2 * weights), rows * traffic / step)
-    return found
+    result = {}
+    for num_samples, prompts in cases.items():
+        batch = num_samples * prompts
+        tokens_read = prompts * config.prompt_tokens + batch * config.new_tokens / 2  # mean over steps
+        step = weights * model.dtype.itemsize + token * tokens_read  # bytes
+        result[num_samples] = (flops / (2 * weights), batch * bytes_per_second / step)
+    return result
 
 
 def main() -> None:
-    """Measure and print a row for each number of samples."""
+    """Measure and print a line for each number of samples."""
     config = parse(BenchConfig, __doc__)
-    cases = {n: max(1, min(4, config.rows // n)) for n in config.num_samples or (1, 16, 64, 128)}
+    cases = {n: max(1, min(4, config.batch_size // n)) for n in config.num_samples or (1, 16, 64, 128)}
     limits = apart(bounds, config, cases)
     print(f"{config.model}: {config.prompt_tokens} prompt tokens, {config.new_tokens} new ones")
-    print(
-        f"{'samples':>7} {'prompts':>7} " + " ".join(f"{c + ' tok/s, GB':>21}" for c in CONTENDERS), end=" "
-    )
-    print(f"{'ratio':>6} {'bounds, tok/s':>15}")
-    for samples, prompts in cases.items():
-        runs: dict[str, list[tuple[float, float]]] = {c: [] for c in CONTENDERS}
+    titles = " ".join(f"{c + ' tok/s, GB':>21}" for c in CONTENDERS)
+    print(f"{'samples':>7} {'prompts':>7} {titles} {'ratio':>6} {'bounds, tok/s':>15}")
+    for num_samples, prompts in cases.items():
+        results: dict[str, list[tuple[float, float]]] = {c: [] for c in CONTENDERS}
         for _ in range(config.repeats):
-            for contender, results in runs.items():
-                results.append(apart(measure, contender, config, samples, prompts))
-        best = {c: (max(r[0] for r in results), min(r[1] for r in results)) for c, results in runs.items()}
-        columns = " ".join(f"{best[c][0]:14,.1f} {best[c][1]:6.2f}" for c in CONTENDERS)
-        ratio = best["sample.py"][0] / max(best["generate"][0], best["static"][0])
-        arithmetic, traffic = limits[samples]
-        print(
-            f"{samples:7} {prompts:7} {columns} {ratio:6.2f} {arithmetic:7,.0f} {traffic:7,.0f}", flush=True
-        )
+            for contender in CONTENDERS:
+                results[contender].append(apart(benchmark, contender, config, num_samples, prompts))
+        speed = {c: max(tokens for tokens, _ in results[c]) for c in CONTENDERS}
+        columns = " ".join(f"{speed[c]:14,.1f} {min(gb for _, gb in results[c]):6.2f}" for c in CONTENDERS)
+        ratio = speed["sample.py"] / max(speed["generate"], speed["static"])
+        arithmetic, traffic = limits[num_samples]
+        bound = f"{arithmetic:7,.0f} {traffic:7,.0f}"
+        print(f"{num_samples:7} {prompts:7} {columns} {ratio:6.2f} {bound}", flush=True)
 
 
 if __name__ == "__main__":

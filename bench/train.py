@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,12 +26,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from machine import CUDA, DEVICE, DTYPE, apart, clock, rates
 
 from files import flag, parse, run_command
+from formats import read_pairs
+from logs import peak_memory
 from lora import add_lora
 from model import Stats, load_model
-from preferences import Pair, read_pairs, tokenize
-from reference import count_tokens, reference_stats
+from preferences import Pair, count_tokens, tokenize
+from reference import reference_stats
 from train_dpl import DPLConfig, objective
-from trainer import measure, peak_memory
+from trainer import forward_backward
 
 
 @dataclass
@@ -60,12 +63,12 @@ def load(
 def ours(config: BenchConfig, cache: Path) -> tuple[float, float, float]:
     """(pairs a second, peak GB, loss) of what trainer.py does in a step before the update."""
     model, _, pairs, reference = load(config, cache)
-    rows, loss = range(len(pairs)), objective(DPLConfig(alpha=0.1, beta=0.1))
+    rows, loss = range(len(pairs)), partial(objective, config=DPLConfig(alpha=0.1, beta=0.1))
     add_lora(model, config.lora_rank, config.lora_rank)
     found = {}
 
     def run(rows: Sequence[int]) -> None:
-        found.update(measure(model, pairs, rows, reference, loss, config.micro_batch_tokens, ""))
+        found.update(forward_backward(model, pairs, rows, reference, loss, config.micro_batch_tokens))
 
     run(rows if CUDA else rows[:2])  # compiling depends on the lengths
     return len(pairs) / clock(lambda: run(rows)), peak_memory(DEVICE), found["loss"]

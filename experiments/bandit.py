@@ -1,22 +1,30 @@
 """Five arms and sixteen pairs: which loss keeps the good arms? MallowsPO's section 5.2, Figures 8a, 8b and 9.
 
-Each arm pays a random reward (Table 4); sixteen draws of two arms say which one paid more (Table 5). There is
-no prompt: the policy is a table, pi = softmax(logits), and the reference is uniform, so it drops out of
-Delta = logit_w - logit_l. A step of gradient descent on the mean loss is then, pair by pair,
+Each arm pays a random reward (Table 4). In sixteen comparisons of two arms, the arm that paid more won
+(Table 5). There is no prompt: the policy is pi = softmax(logits) over the arms, and the reference is uniform,
+so that it cancels in Delta = logit_w - logit_l. A step of gradient descent on the mean loss is
 
-    logits  +=  rate / 16 * beta * slope(beta Delta) * (onehot_w - onehot_l),       slope = -d loss / ds
+    logits  +=  rate / 16 * sum over pairs of beta * slope(beta Delta) * (onehot_w - onehot_l)
 
-    DPO:            loss = -log sigmoid(s)       slope = sigmoid(-s)
-    MallowsPO-phi:  loss = -log g(s)             slope = g'(s) / g(s)
+    DPO:            loss = -log sigmoid(s)       slope = -d loss / ds = sigmoid(-s)
+    MallowsPO-phi:  loss = -log g(s)             slope = -d loss / ds = g'(s) / g(s)
 
 Among the first four arms, arm 1 won three pairs of its four, arms 2 and 3 half of theirs, though they pay
-more. DPO's optimum, exp(r / beta), turns that accident into near certainty at beta = 0.1: reward collapse.
-g jumps at s = 0, and at phi = 0.05 -log g is 2.6 times as steep for a pair in the wrong order: pairs that
-contradict each other hold their arms level until the others pull harder. A logit moves as beta times steps,
-so that beta Delta moves as beta squared: the smallest betas stop long before they come to rest. Arm 5 never
-wins, and on the other four both losses end at softmax(kappa (2, 1, 1, 0)), with another kappa for a beta: ten
-times the steps take MallowsPO-phi too to 72% of arm 1 at beta = 0.02. It is slower to collapse, not immune.
-(That the loss is a mean over pairs and the policy starts uniform are our choices; the paper names neither.)
+more. Arm 5 never won. Where training would converge follows from setting the mean gradient to zero: both
+losses lead to pi = softmax(kappa (2, 1, 1, 0)) on the first four arms and 0 on arm 5, with
+
+    DPO:            kappa = 0.911 / beta         at beta = 0.1: over 99.9% on arm 1, reward 15.50, KL 1.61
+    MallowsPO-phi:  kappa = 0.0680 / beta        at beta = 0.1: 44%, 22%, 22%, 11%,  reward 15.88, KL 0.33
+
+(phi = 0.05; KL to the uniform policy in nats). So at the same beta MallowsPO-phi stays much nearer to the
+reference, where DPO converges with 13.4 times the beta. The reason is the jump of g at s = 0: -log g is 2.6
+times as steep just below 0 as just above. Of two pairs that contradict each other, the one that the policy
+orders wrongly therefore has the larger gradient, and pulls the two arms back together. Over all beta,
+however, both losses converge to the same policies: their frontiers of reward against KL differ only because
+training stops earlier. A step changes a logit in proportion to beta and beta Delta in proportion to beta^2,
+so the smallest betas are the furthest from convergence.
+
+The paper states neither that the loss is a mean over pairs nor that the policy starts uniform.
 
     python experiments/bandit.py        # half a minute; out/bandit/metrics.json, assets/bandit_*.png
 """
@@ -36,21 +44,22 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from files import InputError, atomic_write, flag, parse, run_command, write_json
 
-PAYS = np.array([[20, 11], [30, 3], [18, 15], [15, 10], [1, 4]])  # Table 4: an arm's two rewards ...
-CHANCE = np.array([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.99, 0.01], [0.99, 0.01]])  # ... and how likely
+OUTCOMES = np.array([[20, 11], [30, 3], [18, 15], [15, 10], [1, 4]])  # Table 4: an arm's two rewards ...
+PROBABILITY = np.array([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.99, 0.01], [0.99, 0.01]])  # ... how likely
 WON = np.array([3, 2, 2, 1, 3, 1, 1, 1, 4, 2, 2, 2, 1, 3, 3, 4])  # Table 5, arms counted from 1
 LOST = np.array([5, 5, 5, 2, 5, 5, 4, 5, 5, 4, 1, 5, 3, 5, 4, 2])
-REWARD = (PAYS * CHANCE).sum(1)
-DUEL = np.eye(5)[WON - 1] - np.eye(5)[LOST - 1]  # (16 pairs, 5 arms)
+REWARD = (OUTCOMES * PROBABILITY).sum(1)  # expected, of each arm
+PAIRS = np.eye(5)[WON - 1] - np.eye(5)[LOST - 1]  # (16 pairs, 5 arms): onehot_w - onehot_l
 
 BETAS = [scale * b for scale in (0.01, 0.1, 1) for b in (1, 1.5, 2, 3, 4, 5, 6, 8)]
 BETAS = np.array([0.003, 0.005, 0.007, *BETAS, 10]).round(3)
-ENSEMBLE = [0.05, 0.1, 0.5, 1]  # Figure 8b averages these
-NAMED = {  # Figure 8a names these: beta, and where its label goes, in points
+AVERAGED = [0.05, 0.1, 0.5, 1]  # betas of Figure 8b
+LABELS = {  # betas that Figure 8a labels, and the offset of the label in points
     "DPO": [(0.01, 3, 9), (0.03, 8, 8), (0.1, 0, -10), (0.3, 0, -10), (1, 2, -10), (3, 9, -7)],
     "MallowsPO-φ": [(0.01, -10, 6), (0.03, 13, 0), (0.1, 10, -5), (1, -8, 3)],
 }
-RATE, PHI, RECORD, LAST = 5e-3, 0.05, 100, 30
+RATE, PHI = 5e-3, 0.05
+RECORD_EVERY, LAST = 100, 30  # steps: between recorded policies; averaged at the end
 STYLE = {
     "DPO": {"color": "0.45", "marker": "s", "ms": 4, "ls": "--"},
     "MallowsPO-φ": {"color": "black", "marker": "o", "ms": 4, "ls": "-"},
@@ -59,10 +68,10 @@ ARM_STYLE = [("-", "black"), ("--", "black"), (":", "black"), ("-", "0.6"), ("--
 
 
 class Run(NamedTuple):
-    """What train() saw."""
+    """Policies of K betas during and after training."""
 
-    history: NDArray  # policy before every hundredth step, (records, K, 5)
-    final: NDArray  # mean policy of the last 30 steps, (K, 5)
+    history: NDArray  # before every hundredth step, (records, K, 5)
+    final: NDArray  # mean over the last 30 steps, (K, 5)
 
 
 @dataclass
@@ -70,8 +79,8 @@ class BanditConfig:
     """The experiment's flags."""
 
     steps: int = flag(500_000, "Steps of full-batch gradient descent; the default is the paper's.")
-    out_dir: str = flag("out/bandit", "Where metrics.json goes.")
-    picture_dir: str = flag("assets", "Where bandit_frontier.png and bandit_training.png go.")
+    out_dir: str = flag("out/bandit", "Folder for metrics.json.")
+    picture_dir: str = flag("assets", "Folder for bandit_frontier.png and bandit_training.png.")
 
     def __post_init__(self) -> None:
         if self.steps < 1000:
@@ -79,74 +88,74 @@ class BanditConfig:
 
 
 def dpo_slope(s: NDArray) -> NDArray:
-    """sigmoid(-s): how fast -log sigmoid(s) falls; s = beta Delta of any shape."""
+    """-d loss / ds of loss = -log sigmoid(s), elementwise; s = beta Delta."""
     return 1 / (1 + np.exp(s))
 
 
 def phi_slope(s: NDArray, phi: float = PHI) -> NDArray:
-    """g'(s) / g(s): how fast -log g(s) falls, g of the paper's Corollary 3; s = beta Delta of any shape.
+    """-d loss / ds of loss = -log g(s), elementwise, with g of equation 13; s = beta Delta.
 
     With L = -log phi and b(u) = u / (e^u - 1), g(s) = 1 - miss for s >= 0 and miss for s < 0, where
-    miss = (b(L|s|) - b(L|s| + L)) / L and b' = b (1 - u - b) / u. At s = 0, the slope as s falls to 0.
+    miss = (b(L|s|) - b(L|s| + L)) / L and b' = b (1 - u - b) / u. At s = 0 this is the limit from above.
     """
     scale = -np.log(phi)
-    u = np.maximum(scale * np.abs(s), 1e-8)  # 0 / 0 at 0
+    u = np.maximum(scale * np.abs(s), 1e-8)  # avoids 0 / 0
     v = u + scale
-    near, far = u / np.expm1(u), v / np.expm1(v)
-    miss = (near - far) / scale
-    rise = far * (1 - v - far) / v - near * (1 - u - near) / u
-    return rise / np.where(s >= 0, 1 - miss, miss)
+    b_u, b_v = u / np.expm1(u), v / np.expm1(v)
+    miss = (b_u - b_v) / scale
+    derivative = b_v * (1 - v - b_v) / v - b_u * (1 - u - b_u) / u
+    return derivative / np.where(s >= 0, 1 - miss, miss)
 
 
 def softmax(logits: NDArray) -> NDArray:
-    """Policies (..., arms) of logits (..., arms)."""
-    weight = np.exp(logits - logits.max(-1, keepdims=True))
-    return weight / weight.sum(-1, keepdims=True)
+    """Policies (..., arms) from logits (..., arms)."""
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
 
 
 SLOPES = {"DPO": dpo_slope, "MallowsPO-φ": phi_slope}
 
 
 def train(slope: Callable[[NDArray], NDArray], betas: NDArray, steps: int, name: str | None = None) -> Run:
-    """Gradient descent from the uniform policy, a row for each of betas (K,), with a progress bar `name`.
+    """Gradient descent from the uniform policy for each of `betas`, (K,); `name` shows a progress bar.
 
-    The end is a mean over steps, as in the paper: the policy chatters about the jump of g.
+    The final policy is a mean over the last steps, as in the paper: it oscillates around the jump of g.
     """
     logits = np.zeros((len(betas), 5))
-    beta, pull, duel = betas[:, None], RATE / len(DUEL) * betas[:, None], np.ascontiguousarray(DUEL.T)
+    beta, rate, pairs = betas[:, None], RATE / len(PAIRS) * betas[:, None], np.ascontiguousarray(PAIRS.T)
     history, last = [], []
     for step in trange(steps, desc=name, unit=" steps", unit_scale=True, disable=name is None):
-        if step % RECORD == 0:
+        if step % RECORD_EVERY == 0:
             history.append(softmax(logits))
-        logits += pull * (slope(beta * (logits @ duel)) @ DUEL)
+        logits += rate * (slope(beta * (logits @ pairs)) @ PAIRS)
         if step >= steps - LAST:
             last.append(softmax(logits))
     return Run(np.array(history), np.mean(last, 0))
 
 
 def reward_and_kl(policy: NDArray) -> tuple[NDArray, NDArray]:
-    """Exact expected reward, and exact KL(policy || uniform) in nats; policy (..., 5), both (...)."""
-    log = np.log(policy, out=np.zeros_like(policy), where=policy > 0)
-    return policy @ REWARD, (policy * log).sum(-1) + np.log(policy.shape[-1])
+    """Expected reward, and KL(policy || uniform) in nats, both (...); `policy` is (..., 5)."""
+    logp = np.log(policy, out=np.zeros_like(policy), where=policy > 0)
+    return policy @ REWARD, (policy * logp).sum(-1) + np.log(policy.shape[-1])
 
 
 def best_reward(kl: NDArray, frontier: NDArray) -> NDArray:
-    """The most reward that one method reached at no more than `kl`, linear between its policies.
+    """The highest reward of one method at no more than each `kl`, (M,), interpolated between policies.
 
-    kl (M,) in nats; frontier (K, 5), to which the reference itself is added; returns (M,).
+    `kl` is (M,) in nats; `frontier` is the method's policies, (K, 5), and the reference is added to them.
     """
-    reward, spent = reward_and_kl(np.vstack([np.full(5, 0.2), frontier]))
-    order = np.argsort(spent)
-    return np.interp(kl, spent[order], np.maximum.accumulate(reward[order]))
+    reward, distance = reward_and_kl(np.vstack([np.full(5, 0.2), frontier]))
+    order = np.argsort(distance)
+    return np.interp(kl, distance[order], np.maximum.accumulate(reward[order]))
 
 
 def log_spaced(records: int) -> NDArray:
-    """About 200 of the indices 0 ... records - 1, closer at the start, where more happens."""
+    """About 200 of the indices 0 ... records - 1, spaced evenly on a log scale."""
     return np.unique(np.geomspace(1, records, 200).astype(int)) - 1
 
 
 def summary(runs: dict[str, Run], steps: int) -> dict:
-    """The numbers of Figures 8a and 8b, and by how much MallowsPO-phi's frontier lies above DPO's."""
+    """The numbers of Figures 8a and 8b, and how far MallowsPO-phi's frontier lies above DPO's."""
     result = {"steps": steps, "rate": RATE, "phi": PHI, "frontier": {}, "training": {}}
     for name, run in runs.items():
         rows = zip(BETAS, *reward_and_kl(run.final), run.final.tolist(), strict=True)
@@ -154,8 +163,8 @@ def summary(runs: dict[str, Run], steps: int) -> dict:
             {"beta": beta, "reward": reward, "kl": kl, "policy": policy} for beta, reward, kl, policy in rows
         ]
         at = log_spaced(len(run.history))
-        reward, kl = reward_and_kl(run.history[at][:, np.isin(BETAS, ENSEMBLE)])
-        curve = {"step": RECORD * at, "reward": reward.mean(-1), "kl": kl.mean(-1)}
+        reward, kl = reward_and_kl(run.history[at][:, np.isin(BETAS, AVERAGED)])
+        curve = {"step": RECORD_EVERY * at, "reward": reward.mean(-1), "kl": kl.mean(-1)}
         result["training"][name] = {key: values.tolist() for key, values in curve.items()}
     dpo, phi = (run.final for run in runs.values())
     reward, kl = reward_and_kl(dpo)
@@ -165,18 +174,20 @@ def summary(runs: dict[str, Run], steps: int) -> dict:
 
 
 def draw_frontier(result: dict, path: Path) -> None:
-    """Reward against KL: the last policy of each beta (Figure 8a), and on the way there (Figure 8b)."""
+    """Plot reward against KL: final policies of all betas (Figure 8a), and during training (Figure 8b)."""
     figure = Figure(figsize=(9, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, style in STYLE.items():
         rows, curve = result["frontier"][name], result["training"][name]
         left.plot([row["kl"] for row in rows], [row["reward"] for row in rows], label=name, **style)
         right.plot(curve["kl"], curve["reward"], markevery=10, label=name, **style)
-        for beta, dx, dy in NAMED[name]:
+        for beta, dx, dy in LABELS[name]:
             row = next(row for row in rows if row["beta"] == beta)
             at = {"xytext": (dx, dy), "textcoords": "offset points", "ha": "center", "va": "center"}
             left.annotate(f"{beta:g}", (row["kl"], row["reward"]), fontsize=8, color=style["color"], **at)
-    left.set_title(f"after {result['steps']:,} steps, a point a β (some named)", loc="left", fontsize=10)
+    left.set_title(
+        f"after {result['steps']:,} steps, one point per β (some labelled)", loc="left", fontsize=10
+    )
     right.set_title("during training, mean of β = 0.05, 0.1, 0.5, 1", loc="left", fontsize=10)
     left.set(ylabel="expected reward", ylim=(15.4, 16.2))
     right.set(ylabel="mean expected reward")
@@ -185,27 +196,27 @@ def draw_frontier(result: dict, path: Path) -> None:
 
 
 def draw_training(runs: dict[str, Run], path: Path) -> None:
-    """Each arm's probability against the step, a row a beta and a column a loss (Figure 9)."""
+    """Plot each arm's probability against the step (Figure 9): one row per beta, one column per loss."""
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
     for row, beta in zip(axes, (0.05, 0.1), strict=True):
         row[0].set_ylabel("probability of each arm")
         for axis, (name, run) in zip(row, runs.items(), strict=True):
             at = log_spaced(len(run.history))
-            step = RECORD * at
+            step = RECORD_EVERY * at
             for arm, (ls, color) in enumerate(ARM_STYLE):
                 label = f"arm {arm + 1}, pays {REWARD[arm]:.4g}"
                 policy = run.history[at, BETAS.tolist().index(beta), arm]
                 mark = {"marker": f"${arm + 1}$", "ms": 7, "markevery": (6 * arm, 30)}
                 axis.plot(step, policy, ls=ls, color=color, lw=1.2, label=label, **mark)
             axis.set_title(f"{name}, β = {beta}", loc="left", fontsize=10)
-            axis.set(xscale="log", xlim=(max(step[-1] / 500, RECORD), None), ylim=(-0.03, 1.03))
+            axis.set(xscale="log", xlim=(max(step[-1] / 500, RECORD_EVERY), None), ylim=(-0.03, 1.03))
     axes[0, 0].legend(frameon=False, loc="upper left", fontsize=9)
     save(figure, "steps", path)
 
 
 def save(figure: Figure, xlabel: str, path: Path) -> None:
-    """Label the lowest panels, take the frames' upper and right sides off, and write the picture."""
+    """Label the x axes of the bottom panels, hide the top and right spines, and write the picture."""
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_subplotspec().is_last_row():
@@ -216,7 +227,7 @@ def save(figure: Figure, xlabel: str, path: Path) -> None:
 
 
 def main() -> None:
-    """Train both losses at every beta, print the frontiers, write the numbers and the pictures."""
+    """Train with both losses at every beta; print the frontiers, write metrics.json and the pictures."""
     config = parse(BanditConfig, __doc__)
     runs = {name: train(slope, BETAS, config.steps, name) for name, slope in SLOPES.items()}
     result = summary(runs, config.steps)

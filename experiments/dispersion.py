@@ -1,16 +1,17 @@
-"""Does entropy tell how much people disagree? MallowsPO's section 3.3 and Figure 3, where the truth is known.
+"""Does entropy estimate how much people disagree? MallowsPO's section 3.3 and Figure 3, with known truth.
 
-Rankings of n items are drawn from a Mallows-phi model about a central one; the first of each is its winner,
-the last its loser. With H the entropy of the winners and of the losers over the n items, the paper's
-equation 10 guesses the dispersion that drew them,
+Rankings of n items are drawn from a Mallows-phi model. The first item of each is its winner, the last its
+loser. With H the entropy of the winners and of the losers over the n items, equation 10 estimates
 
-    -log phi  ~  -phi* log( (H(Y_w) + H(Y_l)) / (2 log n) ),
+    -log phi  ~  -phi* log( (H(Y_w) + H(Y_l)) / (2 log n) )
 
-with one phi* for all dispersions, here the one that gives estimate and truth the same mean. Ten items make
-the two nearly proportional; the fewer the items, the more the estimate exaggerates how dispersions differ.
+with one scale phi* for all dispersions. The paper does not say which; here it gives estimate and truth the
+same mean. With ten items estimate and truth are nearly proportional; with fewer items the estimate
+exaggerates the differences between dispersions.
 
-For a language model train_mallows.py takes the reference's mean token entropy over the two completions. The
-society's debates test that: their raters' dispersions are known, and the reference learned from such raters.
+For a language model, train_mallows.py replaces H by the reference's mean token entropy over a completion. The
+society's debates test that: the dispersion of their raters is known. It is a favourable case, because the
+reference was trained on texts of the same raters.
 
     python experiments/dispersion.py        # seconds; writes out/dispersion.json and assets/dispersion.png
 """
@@ -31,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from files import InputError, atomic_write, flag, parse, run_command, write_json
 from model import load_model
-from preferences import read_pairs, tokenize
+from preferences import tokenize
 from reference import reference_stats
 from train_mallows import neg_log_dispersion
 
@@ -41,97 +42,98 @@ STYLE = {5: {"marker": "^", "ls": ":"}, 10: {"marker": "o", "ls": "-"}, 100: {"m
 
 @dataclass
 class DispersionConfig:
-    """The experiment's flags."""
+    """Flags of experiments/dispersion.py."""
 
     rankings: int = flag(10_000, "Rankings drawn from each Mallows model.")
-    out_file: str = flag("out/dispersion.json", "Where the numbers go.")
-    picture: str = flag("assets/dispersion.png", "Where the picture goes.")
+    out_file: str = flag("out/dispersion.json", "File for the numbers.")
+    picture: str = flag("assets/dispersion.png", "File for the picture.")
 
     def __post_init__(self) -> None:
         if self.rankings < 1:
-            raise InputError(f"--rankings {self.rankings}: needs a positive number")
+            raise InputError(f"--rankings {self.rankings}: must be at least 1")
 
 
 def mallows_rankings(phi: float, items: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Rankings with P ~ phi^(inversions), equation 5 with Kendall's tau about 0, 1, ..., items - 1.
+    """Sample rankings, (count, items), best first, with P proportional to phi^(number of inversions).
 
-    Returns (count, items), the best first. Drawn by repeated insertion: each item in turn enters k places
-    above the end of those before it, which costs k inversions, with probability ~ phi^k. Raises ValueError
-    unless 0 < phi <= 1.
+    This is equation 5 with Kendall's tau and the central ranking 0, 1, ..., items - 1, sampled by repeated
+    insertion: each item in turn is inserted k places above the end, which makes k inversions, with
+    probability proportional to phi^k. Raises ValueError unless 0 < phi <= 1.
     """
     if not 0 < phi <= 1:
         raise ValueError(f"phi = {phi} is outside (0, 1]")
     place = np.zeros((count, items), dtype=np.int64)
     for item in range(items):
-        weight = phi ** np.arange(item + 1.0)
-        place[:, item] = item - rng.choice(item + 1, count, p=weight / weight.sum())
+        weights = phi ** np.arange(item + 1.0)
+        place[:, item] = item - rng.choice(item + 1, count, p=weights / weights.sum())
         place[:, :item] += place[:, :item] >= place[:, item, None]
     return place.argsort(1)
 
 
-def entropy(draws: NDArray[np.int64]) -> float:
-    """Entropy in nats of the observed frequencies of draws (count,)."""
-    share = np.bincount(draws) / len(draws)
-    share = share[share > 0]
-    return -(share @ np.log(share))
+def entropy(samples: NDArray[np.int64]) -> float:
+    """Entropy in nats of the frequencies of the values of `samples`, (count,)."""
+    p = np.bincount(samples) / len(samples)
+    p = p[p > 0]
+    return -(p @ np.log(p))
 
 
 def estimate(items: int, rankings: int) -> dict:
-    """The estimate of every TRUTH, its scale phi*, and its correlation with the truth."""
+    """Estimate every value of TRUTH from sampled rankings; also the scale phi*, and the correlation."""
     rng = np.random.default_rng(0)
-    drawn = [mallows_rankings(np.exp(-truth), items, rankings, rng) for truth in TRUTH]
-    entropies = [[entropy(ranking[:, 0]), entropy(ranking[:, -1])] for ranking in drawn]
-    raw = neg_log_dispersion(torch.tensor(entropies), items).numpy()
-    scale = TRUTH.mean() / raw.mean()
-    correlation = np.corrcoef(raw, TRUTH)[0, 1]
+    sampled = [mallows_rankings(np.exp(-truth), items, rankings, rng) for truth in TRUTH]
+    entropies = [[entropy(ranking[:, 0]), entropy(ranking[:, -1])] for ranking in sampled]
+    unscaled = neg_log_dispersion(torch.tensor(entropies), items).numpy()
+    scale = TRUTH.mean() / unscaled.mean()
+    correlation = np.corrcoef(unscaled, TRUTH)[0, 1]
     return {
         "scale": scale,
         "correlation": correlation,
         "truth": TRUTH.tolist(),
-        "estimate": (scale * raw).tolist(),
+        "estimate": (scale * unscaled).tolist(),
     }
 
 
 def ranks(values: NDArray) -> NDArray[np.int64]:
-    """Place of each of distinct values, from 0 for the smallest."""
+    """Rank of each value, 0 for the smallest; the values must be distinct."""
     return np.argsort(np.argsort(values))
 
 
 def estimate_society() -> dict:
-    """-log phi of each of the society's debates: the truth, and the mean estimate over its training pairs."""
+    """Estimate -log phi of the society's debates, each by the mean over its training pairs."""
     folder = ROOT / "data/society"
     debates = json.loads((folder / "world.json").read_text())["debates"]
     model, tokenizer = load_model(folder / "reference")
     rows = read_pairs(folder / "debates.jsonl.gz")
     stats = reference_stats(model, tokenize(rows, tokenizer, 512), ROOT / "out/reference_cache", 4096)
-    raw = neg_log_dispersion(stats.entropy.double(), len(tokenizer)).numpy()
+    unscaled = neg_log_dispersion(stats.entropy.double(), len(tokenizer)).numpy()
     prompts = np.array([row["prompt"] for row in rows])
-    raw_mean = np.array([raw[prompts == prompt].mean() for prompt in debates])
+    unscaled = np.array([unscaled[prompts == prompt].mean() for prompt in debates])
     truth = -np.log([debate["phi"] for debate in debates.values()])
+    scale = truth.mean() / unscaled.mean()
     return {
-        "scale": truth.mean() / raw_mean.mean(),
-        "rank_correlation": np.corrcoef(ranks(raw_mean), ranks(truth))[0, 1],
+        "scale": scale,
+        "rank_correlation": np.corrcoef(ranks(unscaled), ranks(truth))[0, 1],
         "truth": truth.tolist(),
-        "estimate": (raw_mean * truth.mean() / raw_mean.mean()).tolist(),
+        "estimate": (scale * unscaled).tolist(),
     }
 
 
-def draw_society(axis: Axes, found: dict) -> None:
-    """Truth against the language model's estimate, a point a debate."""
+def draw_society(axis: Axes, result: dict) -> None:
+    """Plot truth against the language model's estimate, one point per debate."""
     axis.axline((0, 0), slope=1, color="0.7", lw=6, label="estimate = truth")
-    axis.plot(found["estimate"], found["truth"], "o", color="black", ms=5)
+    axis.plot(result["estimate"], result["truth"], "o", color="black", ms=5)
     axis.set(xlabel="estimate of −log φ, from token entropies", ylabel="−log φ of the debate's raters")
     axis.legend(frameon=False, loc="upper left")
-    axis.set_title(f"the society's debates (rank correlation {found['rank_correlation']:.3f})", fontsize=10)
+    axis.set_title(f"the society's debates (rank correlation {result['rank_correlation']:.3f})", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def draw_mallows(axis: Axes, results: dict[int, dict]) -> None:
-    """Truth against estimate, one line for each number of items (Figure 3)."""
+    """Plot truth against estimate, one line per number of items (Figure 3)."""
     axis.axline((0, 0), slope=1, color="0.7", lw=6, label="estimate = truth")
-    for items, found in results.items():
-        label = f"{items} items, φ* = {found['scale']:.2f}"
-        axis.plot(found["estimate"], found["truth"], color="black", ms=4, lw=1, label=label, **STYLE[items])
+    for items, result in results.items():
+        label = f"{items} items, φ* = {result['scale']:.2f}"
+        axis.plot(result["estimate"], result["truth"], color="black", ms=4, lw=1, label=label, **STYLE[items])
     axis.set(xlabel="estimate of −log φ, from winners and losers", ylabel="−log φ of the Mallows model")
     axis.set(xlim=(0, 5), ylim=(0, 4.2))
     axis.spines[["top", "right"]].set_visible(False)
@@ -139,11 +141,11 @@ def draw_mallows(axis: Axes, results: dict[int, dict]) -> None:
 
 
 def main() -> None:
-    """Estimate, print, write the numbers and draw."""
+    """Estimate both; print and write the numbers, and draw the picture."""
     config = parse(DispersionConfig, __doc__)
     results = {items: estimate(items, config.rankings) for items in STYLE}
-    for items, found in results.items():
-        print(f"{items:3} items: phi* {found['scale']:.3f}, correlation {found['correlation']:.4f}")
+    for items, result in results.items():
+        print(f"{items:3} items: phi* {result['scale']:.3f}, correlation {result['correlation']:.4f}")
     society = estimate_society()
     print(
         f"society's debates: phi* {society['scale']:.3f}, rank correlation {society['rank_correlation']:.4f}"

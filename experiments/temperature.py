@@ -1,15 +1,17 @@
-"""Token temperature against global temperature: the DPL paper's central picture, where everything is known.
+"""Token temperature against global temperature, the central comparison of the DPL paper, where all is known.
 
-Token temperature t tempers each step, global temperature tau whole texts: p(y)^(1/tau) / Z. Three questions:
+Token temperature t divides the logits of every step by t. Global temperature tau acts on whole texts y:
+p(y)^(1/tau) / Z. Three questions:
 
-1. How unlike are the two laws at equal entropy? On the 19,531 texts of a random model of six tokens, and on
-   the society's 1,024 well-formed stories under a DPO policy: total variation, and the share of pairs of
-   texts whose order is reversed. Global temperature reverses none.
-2. What becomes of spelling? Above 1, texts with slips are so many that p^(1/tau) over *all* texts gives them
-   nearly everything, more than token temperature does. Fewer slip through where a cut (min-p) comes first,
-   and fewest where slips lose the comparisons that a policy is trained on (DPL).
-3. Do the routes to a global law agree? Sequential Monte Carlo against the exact law that it samples, that of
-   DPO under the cut; and DPL, trained at alpha / beta = tau, against DPO's without one.
+1. How different are the two distributions at equal entropy? Measured on all 19,531 texts of a random model
+   with six tokens, and on the society's 1,024 well-formed stories under the DPO policy: by total variation,
+   and by the share of pairs of texts whose order is reversed. Global temperature reverses none.
+2. What happens to spelling? Above temperature 1, texts with errors are so many that p^(1/tau) over *all*
+   texts gives them nearly all probability, more than token temperature does. Truncating p first (min-p)
+   keeps some of them out. DPL keeps nearly all out, because texts with errors lose in its training pairs.
+3. Do different routes to a global temperature agree? Sequential Monte Carlo is compared with the exact
+   distribution that it samples, that of the truncated DPO policy. DPL trained at alpha / beta = tau is
+   compared with the exact distribution DPO^(1/tau).
 
     python experiments/doctor.py                # trains the policies
     python experiments/temperature.py           # three minutes; draws assets/temperature.png
@@ -27,48 +29,47 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from decode import Batch
-from evaluate import society
+from data.society.truth import list_stories, read_story
+from decode import Batch, next_token_probs
+from evaluate import WORLD, society
 from experiments.doctor import stack
 from files import InputError, flag, parse, run_command
 from model import load_model
-from preferences import decode_continuation, encode_answers, encode_prompts
-from sample import draw_global, draw_rows, end_tokens, next_token_probs
+from preferences import decode_continuation, encode_answers, encode_prompts, end_tokens
+from sample import sample_batch, sample_global_batch
 
-VOCAB, ROOM, END = 6, 6, 0
-CUT = {"min_p": 0.01}
+VOCAB, LENGTH, END = 6, 6, 0  # of the random model: token ids, most tokens of a text, the end token
+MIN_P = {"min_p": 0.01}
 TEMPERATURES = np.linspace(0.5, 4, 15)
+POLICIES = {"dpo": 1, "dpl2": 2, "dpl4": 4}  # folder: alpha / beta
 
 
 @dataclass
 class TemperatureConfig:
     """Flags of experiments/temperature.py."""
 
-    dpo: str = flag("out/doctor/dpo", "Policy trained with alpha = beta.")
-    dpl2: str = flag("out/doctor/dpl2", "Policy trained with alpha = 2 beta.")
-    dpl4: str = flag("out/doctor/dpl4", "Policy trained with alpha = 4 beta.")
-    world: str = flag("data/society/world.json", "The society's truth.")
-    particles: int = flag(2000, "Texts grown side by side for global temperature.")
+    policies: str = flag("out/doctor", "Folder in which experiments/doctor.py trained dpo, dpl2 and dpl4.")
+    samples: int = flag(2000, "Samples at each temperature; also the number of particles.")
     out_file: str = flag("assets/temperature.png", "The picture.")
 
 
-def entropy(law: Tensor) -> float:
-    """In bits."""
-    return -(law * law.log2()).nansum().item()
+def entropy(p: Tensor) -> float:
+    """Entropy of a distribution in bits."""
+    return -(p * p.log2()).nansum().item()
 
 
 def total_variation(p: Tensor, q: Tensor) -> float:
-    """Half the L1 distance."""
+    """Half the L1 distance of two distributions."""
     return (p - q).abs().sum().item() / 2
 
 
 @torch.no_grad()
-def tabulate() -> list[Tensor]:
-    """Next-token logits of a random model after all texts of 0 .. ROOM - 1 tokens: [(5^n, VOCAB)]."""
+def random_model() -> list[Tensor]:
+    """Next-token logits of a random Llama after every text of n = 0 .. LENGTH - 1 tokens: [(5^n, VOCAB)]."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -79,29 +80,24 @@ def tabulate() -> list[Tensor]:
     )
     model = LlamaForCausalLM(config).eval()
     for weight in model.parameters():
-        weight.mul_(4)  # a fresh model is nearly uniform
+        weight.mul_(4)  # a new model is nearly uniform
     others = [token for token in range(VOCAB) if token != END]
-    return [
-        model(torch.tensor([[END, *text] for text in itertools.product(others, repeat=n)]))
-        .logits[:, -1]
-        .double()
-        for n in range(ROOM)
-    ]
+    texts = [[[END, *text] for text in itertools.product(others, repeat=n)] for n in range(LENGTH)]
+    return [model(torch.tensor(batch)).logits[:, -1].double() for batch in texts]
 
 
-def text_law(tables: list[Tensor], temperature: float) -> Tensor:
-    """Log-probability of every text at a token temperature, (texts,), in an order that never changes."""
-    before, texts = torch.zeros(1, dtype=torch.float64), []
-    for table in tables:
-        logp = before[:, None] + (table / temperature).log_softmax(-1)
-        going = torch.cat([logp[:, :END], logp[:, END + 1 :]], 1).flatten()
+def text_logp(logits: list[Tensor], temperature: float) -> Tensor:
+    """Log-probability of every text at a token temperature, (texts,); `logits` is random_model()'s."""
+    prefix, texts = torch.zeros(1, dtype=torch.float64), []
+    for table in logits:
+        logp = prefix[:, None] + (table / temperature).log_softmax(-1)
         texts.append(logp[:, END])
-        before = going
-    return torch.cat([*texts, before])
+        prefix = torch.cat([logp[:, :END], logp[:, END + 1 :]], 1).flatten()
+    return torch.cat([*texts, prefix])
 
 
-def at_entropy(logp: Tensor, bits: float) -> tuple[float, Tensor]:
-    """The global temperature at which p^(1/tau) / Z has this entropy, by bisection, and that law."""
+def global_temperature(logp: Tensor, bits: float) -> tuple[float, Tensor]:
+    """(tau, p^(1/tau) / Z): the global temperature at which p = exp(logp) has this entropy, by bisection."""
     low, high = 0.01, 100.0
     for _ in range(60):
         tau = math.sqrt(low * high)
@@ -109,150 +105,161 @@ def at_entropy(logp: Tensor, bits: float) -> tuple[float, Tensor]:
     return tau, (logp / tau).softmax(0)
 
 
-def unlike(logp: Tensor, token: Tensor) -> tuple[float, float, float, float]:
-    """(tau, bits, total variation, share of pairs reversed): a token law against the global one, question 1.
+def compare_temperatures(logp: Tensor, token_logp: list[Tensor], title: str) -> np.ndarray:
+    """Compare the distributions at each token temperature with the global one of equal entropy, and print.
 
-    `logp` (texts,) is the model's log-probability of each text, `token` (texts,) that at a token temperature.
+    `logp` (texts,) is at temperature 1, `token_logp` at each of TEMPERATURES. Returns (temperatures, 2), in
+    percent: total variation, and the share of pairs of texts whose order token temperature reverses, which
+    is estimated from a million random pairs.
     """
-    bits = entropy(token.exp())
-    tau, law = at_entropy(logp, bits)
-    a, b = torch.randint(len(logp), (2, 1_000_000), generator=torch.Generator().manual_seed(0))
-    reverses = ((logp[a] - logp[b]) * (token[a] - token[b])) < 0
-    return tau, bits, total_variation(law, token.exp()), reverses.double().mean().item()
+    first, second = torch.randint(len(logp), (2, 1_000_000), generator=torch.Generator().manual_seed(0))
+    print(f"\n{title}, {entropy(logp.exp()):.1f} bits\n  t   tau    bits     TV  pairs reversed")
+    rows = []
+    for t, token in zip(TEMPERATURES, token_logp, strict=True):
+        bits = entropy(token.exp())
+        tau, target = global_temperature(logp, bits)
+        is_reversed = (logp[first] - logp[second]) * (token[first] - token[second]) < 0
+        tv, share = total_variation(target, token.exp()), is_reversed.double().mean().item()
+        print(f"{t:.2f} {tau:5.2f} {bits:7.2f} {tv:6.1%} {share:14.1%}")
+        rows.append([100 * tv, 100 * share])
+    return np.array(rows)
 
 
 @torch.no_grad()
-def story_logits(model: Any, prompt: list[int], answers: list[list[int]]) -> Tensor:
-    """Logits of each token of the stories, (stories, tokens, vocab), padded."""
-    longest = max(map(len, answers))
-    rows = torch.tensor([prompt + a[:-1] + [0] * (longest - len(a)) for a in answers])
-    return torch.cat([model(part).logits[:, len(prompt) - 1 :] for part in rows.split(128)])
+def story_logits(
+    model: PreTrainedModel, prompt: list[int], answers: list[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """Logits that predict each answer's tokens, (answers, tokens, vocab), and the tokens, padded with -1."""
+    targets = torch.full((len(answers), max(map(len, answers))), -1)
+    for row, answer in zip(targets, answers, strict=True):
+        row[: len(answer)] = torch.tensor(answer)
+    ids = torch.cat([torch.tensor([prompt]).expand(len(answers), -1), targets[:, :-1].clamp(min=0)], 1)
+    return torch.cat([model(part).logits[:, len(prompt) - 1 :] for part in ids.split(128)]), targets
 
 
-def story_law(logits: Tensor, answers: list[list[int]], **law: float) -> Tensor:
-    """Log-probability of each story, (stories,), under next_token_probs' temperature and cuts."""
-    logp = torch.stack([next_token_probs(row, **law) for row in logits.double()]).log()
-    return torch.stack([row[range(len(a)), a].sum() for row, a in zip(logp, answers, strict=True)])
+def story_logp(logits: Tensor, targets: Tensor, **sampling_params: float) -> Tensor:
+    """Log-probability of each answer, (answers,), under next_token_probs with `sampling_params`."""
+    parts = []
+    for z, y in zip(logits.split(128), targets.split(128), strict=True):
+        p = next_token_probs(z.flatten(0, 1).double(), **sampling_params).view(*y.shape, -1)
+        logp = p.gather(-1, y.clamp(min=0)[..., None])[..., 0].log()
+        parts.append(logp.masked_fill(y < 0, 0).sum(-1))
+    return torch.cat(parts)
 
 
-def tell_stories(config: TemperatureConfig) -> dict[str, Any]:
-    """What the policies make of the society's stories: what draw() needs for all three questions."""
-    world = json.loads(Path(config.world).read_text())
-    slots, story = world["slots"], world["story_prompt"]
-    values = list(itertools.product(*slots.values()))
-    stories = [world["template"].format(**dict(zip(slots, v, strict=True))) for v in values]
-    names = list(slots["name"])
-    doctor = torch.tensor([names.index(v[list(slots).index("name")]) for v in values])
-    policies = {}
-    for name in ("dpo", "dpl2", "dpl4"):
-        folder = Path(getattr(config, name))
+def story_results(config: TemperatureConfig) -> dict[str, Any]:
+    """Sample and compute everything about the society's stories, and print it; returns what draw() needs.
+
+    The keys: logp (1024,) and token_logp, for compare_temperatures(); errors {label: (temperatures, 2)},
+    percent of names misspelt or missing and of stories malformed; names {label: (8,)}, the probability of
+    each name by each route to temperature 2.
+    """
+    world, models = json.loads(WORLD.read_text()), {}
+    for name in POLICIES:
+        folder = Path(config.policies) / name
         if not folder.is_dir():
-            raise InputError(f"--{name} {folder}: no such folder; experiments/doctor.py trains this policy")
-        policies[name], tokenizer = load_model(folder)
-    [prompt] = encode_prompts([story], tokenizer)
-    answers = encode_answers([story] * len(stories), stories, tokenizer)
-    dpo, dpl2 = (story_logits(policies[name], prompt, answers) for name in ("dpo", "dpl2"))
-    logp, cut = story_law(dpo, answers), story_law(dpo, answers, **CUT)
+            raise InputError(f"--policies: no folder {folder}; experiments/doctor.py trains this policy")
+        models[name], tokenizer = load_model(folder)
+    story_prompt, stories = world["story_prompt"], list_stories(world)
+    [prompt] = encode_prompts([story_prompt], tokenizer)
+    answers = encode_answers([story_prompt] * len(stories), stories, tokenizer)
+    dpo, dpl = (story_logits(models[name], prompt, answers) for name in ("dpo", "dpl2"))
+    logp, min_p_logp = story_logp(*dpo), story_logp(*dpo, **MIN_P)
 
-    def sampled(name: str, tau: float | None, law: dict[str, float]) -> tuple[list[str], float]:
-        """Texts of a policy at a global temperature, or from `law` alone, and their effective number."""
-        ends, room = end_tokens(policies[name], tokenizer, [story]), 48  # tokens, as in doctor.py
-        batch = Batch(policies[name], [prompt], [0] * config.particles, room, ends)
+    def sample(name: str, tau: float | None = None, **params: float) -> tuple[list[str], float]:
+        """Texts of a policy, at a global temperature if tau is given; and the effective sample size."""
+        ends, count = end_tokens(models[name], tokenizer, [story_prompt]), config.samples
+        batch, ess = Batch(models[name], [prompt], [0] * count, 48, ends), float(count)
         if tau is None:
-            streams = [np.random.default_rng([0, row]) for row in range(config.particles)]
-            drawn, size = draw_rows(batch, streams, law), float(config.particles)
+            completions = sample_batch(batch, [np.random.default_rng([0, i]) for i in range(count)], **params)
         else:
-            drawn, size, _ = draw_global(batch, config.particles, tau, np.random.default_rng(0), law)
-        return [
-            decode_continuation(c.tokens[: -1 if c.finish == "eos" else None], tokenizer) for c in drawn
-        ], size
+            rng = np.random.default_rng(0)
+            completions, ess, _ = sample_global_batch(batch, count, tau, rng, **params)
+        tokens = [c.tokens[: -1 if c.finish == "eos" else None] for c in completions]
+        return [decode_continuation(ids, tokenizer) for ids in tokens], ess
 
-    def slips(texts: list[str]) -> tuple[float, float]:
-        """Percent of stories whose name is misspelt or missing, and of malformed ones (evaluate.py)."""
-        rows = [{"prompt": story, "completion": text} for text in texts]
-        found = society(rows, world, 0.1, 0.1)
-        return 100 * found["misspelt"], 100 * found["malformed"]
+    def error_rates(texts: list[str]) -> tuple[float, float]:
+        metrics = society([(story_prompt, text) for text in texts], world, 0.1, 0.1)
+        return 100 * metrics["misspelt"], 100 * metrics["malformed"]
 
-    runs = {
-        "DPO, token temperature": [sampled("dpo", None, {"temperature": t}) for t in TEMPERATURES],
-        "DPO, global temperature, all texts": [sampled("dpo", t, {}) for t in TEMPERATURES],
-        "DPO, global temperature, min-p": [sampled("dpo", t, CUT) for t in TEMPERATURES],
-        "DPL, α/β": [sampled(name, None, {}) for name in policies],
+    samples = {
+        "DPO, token temperature": [sample("dpo", temperature=t) for t in TEMPERATURES],
+        "DPO, global temperature, all texts": [sample("dpo", t) for t in TEMPERATURES],
+        "DPO, global temperature, min-p": [sample("dpo", t, **MIN_P) for t in TEMPERATURES],
+        "DPL, α/β": [sample(name) for name in POLICIES],
     }
-    lines = {name: [slips(texts) for texts, _ in line] for name, line in runs.items()}
-    for what, title in enumerate(("name misspelt or missing, %", "story malformed, %")):
+    errors = {label: np.array([error_rates(t) for t, _ in runs]) for label, runs in samples.items()}
+    for column, title in enumerate(("name misspelt or missing, %", "story malformed, %")):
         print(f"\n{title:26}         at " + " ".join(f"{t:5.2f}" for t in TEMPERATURES))
-        for name, line in lines.items():
-            print(f"{name:34} " + " ".join(f"{percents[what]:5.1f}" for percents in line))
+        for label, percent in errors.items():
+            print(f"{label:34} " + " ".join(f"{x:5.1f}" for x in percent[:, column]))
 
     index = {text: i for i, text in enumerate(stories)}
-    texts, size = runs["DPO, global temperature, min-p"][TEMPERATURES.tolist().index(2.0)]
-    written = torch.tensor([index[text] for text in texts if text in index])
-    routes = {
-        "exact, DPO^(1/2)": (logp / 2).softmax(0),
-        "trained, DPL": story_law(dpl2, answers).exp(),
-        "token temperature": story_law(dpo, answers, temperature=2.0).exp(),
-        "exact, DPO^(1/2)\nafter the cut": (cut / 2).softmax(0),
-        "sampled\nafter the cut": written.bincount(minlength=len(stories)).double() / len(texts),
+    texts, ess = samples["DPO, global temperature, min-p"][TEMPERATURES.tolist().index(2.0)]
+    sampled = torch.tensor([index[text] for text in texts if text in index], dtype=torch.long)
+    exact, exact_min_p = (logp / 2).softmax(0), (min_p_logp / 2).softmax(0)
+    routes = {  # probability of each story
+        "exact, DPO^(1/2)": exact,
+        "trained, DPL": story_logp(*dpl).exp(),
+        "token temperature": story_logp(*dpo, temperature=2.0).exp(),
+        "exact, DPO^(1/2)\nafter min-p": exact_min_p,
+        "sampled\nafter min-p": sampled.bincount(minlength=len(stories)).double() / len(texts),
     }
-    bars = {name: torch.zeros(len(names)).double().index_add(0, doctor, law) for name, law in routes.items()}
-    print(f"\ntemperature 2, {(cut > -math.inf).sum()} of {len(stories):,} stories left by the cut;", end=" ")
-    print(f"effective sample size {size:,.0f} of {config.particles:,}")
-    print("total variation among well-formed texts: to exact over stories, doctors; to exact after the cut")
-    for name, law in routes.items():
-        tv = []
-        for exact in ("exact, DPO^(1/2)", "exact, DPO^(1/2)\nafter the cut"):
-            tv.append(total_variation(law / law.sum(), routes[exact]))
-            tv.append(total_variation(bars[name] / law.sum(), bars[exact]))
-        print(f"{name.replace(chr(10), ' '):32}" + "".join(f"{x:7.3f}" for x in tv))
-    well_formed = [story_law(dpo, answers, temperature=t).log_softmax(0) for t in TEMPERATURES]
-    return {"logp": logp.log_softmax(0), "token": well_formed, "lines": lines, "bars": bars, "names": names}
+    values = list(world["slots"]["name"])
+    doctor = torch.tensor([values.index(read_story(text, world)["name"]) for text in stories])
 
+    def by_name(p: Tensor) -> Tensor:
+        return torch.zeros(len(values), dtype=torch.float64).index_add(0, doctor, p.double())
 
-def compare_laws(logp: Tensor, tokens: list[Tensor], title: str) -> list[tuple[float, ...]]:
-    """unlike() at each of TEMPERATURES, printed."""
-    found = [unlike(logp, token) for token in tokens]
-    print(f"\n{title}, {entropy(logp.exp()):.1f} bits\n  t   tau    bits     TV  pairs reversed")
-    for t, (tau, bits, tv, reverses) in zip(TEMPERATURES, found, strict=True):
-        print(f"{t:.2f} {tau:5.2f} {bits:7.2f} {tv:6.1%} {reverses:14.1%}")
-    return found
-
-
-def draw(laws: dict[str, list[tuple[float, ...]]], stories: dict[str, Any], path: Path) -> None:
-    """The questions' panels, two for the second; readable in grey."""
-    figure, ((laws_axis, *slips_axes), (last, bars_axis)) = plt.subplots(
-        2, 2, figsize=(11, 9), layout="constrained"
+    print(
+        f"\ntemperature 2: min-p keeps {(min_p_logp > -math.inf).sum()} of {len(stories):,} stories;", end=" "
     )
-    slips_axes.append(last)
-    for (name, found), shade in zip(laws.items(), ("black", "0.6"), strict=True):
-        _, _, tv, reverses = (100 * np.array(column) for column in zip(*found, strict=True))
-        laws_axis.plot(TEMPERATURES, tv, "-", color=shade, label=f"{name}: total variation")
-        laws_axis.plot(TEMPERATURES, reverses, "--", color=shade, label=f"{name}: pairs reversed")
-    laws_axis.set(xlabel="token temperature", ylabel="unlike the global law of equal entropy, %")
-    laws_axis.set_title("1. The two laws at equal entropy", loc="left")
-    laws_axis.legend(frameon=False, fontsize=9)
-    styles = ("k-", "k:", "k--", "ko")
-    for what, (axis, title) in enumerate(
-        zip(slips_axes, ("Name misspelt or missing", "Story malformed"), strict=True)
-    ):
-        for (name, line), style in zip(stories["lines"].items(), styles, strict=True):
-            x = TEMPERATURES if len(line) == len(TEMPERATURES) else [1, 2, 4]
-            axis.plot(x, [percents[what] for percents in line], style, label=name)
+    print(f"effective sample size {ess:,.0f} of {config.samples:,}")
+    print(
+        "total variation among well-formed texts, of stories and of names, to exact, and to exact after min-p"
+    )
+    for label, p in routes.items():
+        p = p / p.sum()
+        tvs = [total_variation(f(p), f(q)) for q in (exact, exact_min_p) for f in (lambda x: x, by_name)]
+        print(f"{label.replace(chr(10), ' '):32}" + "".join(f"{tv:7.3f}" for tv in tvs))
+    return {
+        "logp": logp.log_softmax(0),
+        "token_logp": [story_logp(*dpo, temperature=t).log_softmax(0) for t in TEMPERATURES],
+        "errors": errors,
+        "names": {label: dict(zip(values, by_name(p).tolist(), strict=True)) for label, p in routes.items()},
+    }
+
+
+def draw(comparisons: dict[str, np.ndarray], stories: dict[str, Any], path: Path) -> None:
+    """Draw one panel for question 1, two for question 2 and one for question 3; readable in grey."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
+    equal_entropy, misspelt, malformed, names = axes.flat
+    for (label, percent), grey in zip(comparisons.items(), ("black", "0.6"), strict=True):
+        equal_entropy.plot(TEMPERATURES, percent[:, 0], "-", color=grey, label=f"{label}: total variation")
+        equal_entropy.plot(TEMPERATURES, percent[:, 1], "--", color=grey, label=f"{label}: pairs reversed")
+    equal_entropy.set(xlabel="token temperature", ylabel="difference from global temperature, %")
+    equal_entropy.set_title("1. Token against global temperature at equal entropy", loc="left")
+    equal_entropy.legend(frameon=False, fontsize=9)
+    titles = ("2. Name misspelt or missing", "2. Story malformed")
+    for column, (axis, title) in enumerate(zip((misspelt, malformed), titles, strict=True)):
+        for (label, percent), style in zip(stories["errors"].items(), ("k-", "k:", "k--", "ko"), strict=True):
+            x = list(POLICIES.values()) if label.startswith("DPL") else TEMPERATURES
+            axis.plot(x, percent[:, column], style, label=label)
         axis.set(xlabel="temperature (token, global, or α/β)", ylabel="share of stories, %", ylim=(-3, 103))
-        axis.set_title(f"2. {title}", loc="left")
-    slips_axes[1].legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.08))
-    for row, bar in enumerate(stories["bars"].values()):
-        shares = (100 * bar / bar.sum()).tolist()
-        stack(bars_axis, row, 0.6, dict(zip(stories["names"], shares, strict=True)), 14)
-        bars_axis.text(102, row, f"{bar.sum():.1%}", va="center", fontsize=9)
-    bars_axis.set_yticks(range(len(stories["bars"])), list(stories["bars"]))
-    bars_axis.invert_yaxis()
-    bars_axis.text(102, -0.6, "well-formed", fontsize=9)
-    bars_axis.set(xlim=(0, 100), xlabel="well-formed stories by their doctor, %")
-    bars_axis.set_title("3. Routes to temperature 2", loc="left")
+        axis.set_title(title, loc="left")
+    malformed.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.08))
+    for y, shares in enumerate(stories["names"].values()):
+        total = sum(shares.values())
+        stack(names, y, 0.6, {name: 100 * share / total for name, share in shares.items()}, 14)
+        names.text(102, y, f"{total:.1%}", va="center", fontsize=9)
+    names.set_yticks(range(len(stories["names"])), list(stories["names"]))
+    names.invert_yaxis()
+    names.text(102, -0.6, "well-formed", fontsize=9)
+    names.set(xlim=(0, 100), xlabel="share of well-formed stories, % (by the doctor's name)")
+    names.set_title("3. Routes to temperature 2", loc="left")
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")
 
@@ -260,11 +267,13 @@ def draw(laws: dict[str, list[tuple[float, ...]]], stories: dict[str, Any], path
 def main() -> None:
     """Answer the three questions and draw the picture."""
     config = parse(TemperatureConfig, __doc__)
-    stories, tables = tell_stories(config), tabulate()
-    random = text_law(tables, 1.0), [text_law(tables, t) for t in TEMPERATURES]
-    laws = {"random model": compare_laws(*random, f"{len(random[0]):,} texts of a random model")}
-    laws["stories"] = compare_laws(stories["logp"], stories["token"], "DPO's well-formed stories")
-    draw(laws, stories, Path(config.out_file))
+    stories, logits = story_results(config), random_model()
+    random = text_logp(logits, 1.0), [text_logp(logits, t) for t in TEMPERATURES]
+    comparisons = {
+        "random model": compare_temperatures(*random, f"{len(random[0]):,} texts of a random model"),
+        "stories": compare_temperatures(stories["logp"], stories["token_logp"], "DPO's well-formed stories"),
+    }
+    draw(comparisons, stories, Path(config.out_file))
 
 
 if __name__ == "__main__":

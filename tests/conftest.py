@@ -1,6 +1,7 @@
 """Small tokenizers of the kinds in use and a random model, made on the spot: nothing is downloaded."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,12 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+
+# One thread a process, here and in the processes that tests start: pytest -n 2 uses both cores with it, and
+# sums in the same order give the same floats.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -16,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import train_dpl
 from files import run_command
 
+torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
@@ -157,7 +165,7 @@ def finished_run(tiny_model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     (folder / "pairs.jsonl").write_bytes(lines(*PAIRS))
     flags = {"--model": tiny_model_folder, "--data": folder / "pairs.jsonl", "--out_dir": folder / "run"}
-    flags |= {"--lora_rank": 2, "--max_steps": 2, "--alpha": 0.2}
+    flags |= {"--lora_rank": 2, "--max_steps": 2, "--warmup_steps": 1, "--alpha": 0.2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_dpl.py", *(str(word) for flag in flags.items() for word in flag)])
         train_dpl.main()

@@ -26,7 +26,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-FLAGS = "--batch_size 8 --max_steps 40 --lr 1e-3 --save_every 2 --log_every 1 --eval_every 20 --resume"
+FLAGS = "@recipes/society.txt --batch_size 8 --max_steps 40 --lr 1e-3 --save_every 2 --log_every 1 "
+FLAGS += "--eval_every 20 --resume"
 CLOCKS = ("examples_per_second", "tokens_per_second", "peak_memory_gb")
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # name: (Python's arguments before the script, the script's flags)

@@ -104,6 +104,15 @@ def test_sample_from_a_model_that_gives_no_numbers(refused, model, data, tmp_pat
     assert out.read_text() == "old\n" and not list(tmp_path.glob("*flags*"))
 
 
+def test_sample_from_an_unfinished_run(refused, data, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    flags = ["--model", run, "--prompts", data, *SAMPLE]
+    refused(sample, flags, f"--model {run}: the run is unfinished; train with --resume to finish it")
+    assert [path.name for path in run.iterdir()] == ["run.json"]
+
+
 def damage_config(folder):
     truncate(folder / "adapter_config.json")
 

@@ -152,6 +152,8 @@ def test_bad_supervised_rows(train_refused, tmp_path, row, fragment):
         ({"--beta": "nan"}, "--beta nan: must be a positive number"),
         ({"--lr": "abc"}, "argument --lr: invalid float value: 'abc'"),
         ({"--learning_rate": "1"}, "unknown argument --learning_rate"),
+        ({"--aplha": "0.3"}, "unknown argument --aplha; did you mean --alpha?"),
+        ({"--batchsize=8": None}, "unknown argument --batchsize=8; did you mean --batch_size?"),
         ({"--max_length": 3}, "--max_length 3 is too small"),
         ({"--seed": 2**70}, f"--seed {2**70}: must be"),
         ({"--max_length": 0}, "--max_length 0: must be at least 1"),
@@ -298,5 +300,6 @@ def test_resume_after_a_kill_in_the_middle_of_a_metrics_row(finished_run, adapte
 
 def test_loss_that_is_not_finite_stops_the_run(refused, tiny_model_folder, data, tmp_path):
     flags = ["--model", tiny_model_folder, "--data", data, "--out_dir", tmp_path / "run", "--lr", "1e30"]
+    flags += ["--warmup_steps", 0]
     refused(train_dpl, [*flags, "--max_steps", 5], "step 1: the loss is NaN or infinite on pairs [")
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()

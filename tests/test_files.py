@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from files import InputError, flag, parse, read_rows, write_json, write_tensors, write_whole
+from files import InputError, atomic_write, flag, parse, read_rows, write_json, write_tensors
 
 
 @dataclass
@@ -30,10 +30,10 @@ def parse_arguments(monkeypatch, *arguments):
     return parse(Config, "Description.")
 
 
-def test_write_whole_replaces_the_file(tmp_path):
+def test_atomic_write_replaces_the_file(tmp_path):
     path = tmp_path / "new folder" / "file"
     for text in ("old\n", "néw\n"):
-        with write_whole(path) as file:
+        with atomic_write(path) as file:
             file.write(text)
         assert path.read_text(encoding="utf-8") == text
     assert list(path.parent.iterdir()) == [path]
@@ -49,10 +49,10 @@ def test_equal_tensors_and_metadata_are_equal_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_write_whole_keeps_the_old_file_when_interrupted(tmp_path, error):
+def test_atomic_write_keeps_the_old_file_when_interrupted(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(error), write_whole(path) as file:
+    with pytest.raises(error), atomic_write(path) as file:
         file.write("half of the n")
         file.flush()
         raise error

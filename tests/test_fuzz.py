@@ -7,6 +7,7 @@ import gzip
 import json
 import random
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from checkpoint import checkpoints, newest_checkpoint
 from files import parse, run_command
 from model import load_model
+from preferences import tokenize
 from reference import reference_stats
 from train_dpl import DPLConfig, objective
 from trainer import load_pairs, train
@@ -54,7 +56,7 @@ def run(tiny_model_folder, tmp_path_factory):
     (folder / "rows.jsonl").write_bytes(ROWS)
     config = DPLConfig(model=str(tiny_model_folder), data=str(folder / "rows.jsonl"))
     config.out_dir, config.lora_rank, config.max_steps, config.save_every = str(folder / "run"), 2, 4, 2
-    train(config, lambda *_: objective(config))
+    train(config, partial(objective, config=config))
     return folder
 
 
@@ -76,6 +78,15 @@ def outcome(capsys):
     return of
 
 
+def reread(path):
+    """The rows of an undamaged or differently worded file, by other means than the project's."""
+    if path.suffix == ".parquet":
+        return pytest.importorskip("pyarrow.parquet").ParquetFile(path).read().to_pylist()
+    text = path.read_bytes().decode()
+    rows = json.loads(text) if path.suffix == ".json" else map(json.loads, filter(None, text.split("\n")))
+    return [{key: row.get(key) for key in ("prompt", "chosen", "rejected")} for row in rows]
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.parquet"])
 @everywhere
 def test_data(outcome, tiny_model_folder, tmp_path, name, damage, seed):
@@ -89,8 +100,12 @@ def test_data(outcome, tiny_model_folder, tmp_path, name, damage, seed):
     whole = load_pairs(str(path), tokenizer, 64)
     path.write_bytes(damage(path.read_bytes(), random.Random(seed)))
     found = outcome(lambda: load_pairs(str(path), tokenizer, 64))
-    if found and name == "rows.jsonl.gz":  # the one format with a checksum: other text may be as good
+    if found and name == "rows.jsonl.gz":  # the one format with a checksum
         assert found == whole
+    elif found:  # other text may be as good: then it is the text that is there
+        assert found == tokenize(reread(path), tokenizer, 64)
+        if damage is cut:
+            assert name == "rows.jsonl" and found == whole[: len(found)]
 
 
 @pytest.mark.parametrize("name", ["state.json", "state-0-of-1.safetensors"])

@@ -284,7 +284,8 @@ def test_theta_and_ipo_at_c_1_equal_trl(tmp_path, loss_type, beta):
         dispersion="off",
         length_normalize=loss_type == "ipo",
     )
-    torch.testing.assert_close(objective(config, 1.0, 97)(*stats)[0].mean(), expected, atol=1e-5, rtol=1e-5)
+    loss = objective(*stats, config=config, scale=1.0, vocab_size=97)["loss"].mean()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_simpo_at_c_1_equals_trl():

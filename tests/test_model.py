@@ -26,8 +26,9 @@ from transformers import (
 )
 
 import model as model_file
+from checks import check_packable, max_positions
 from files import InputError
-from model import Layout, block_mask, check_packable, dense, flex, max_positions, pair_stats
+from model import RowAttention, block_mask, dense, flex, pair_stats
 from preferences import Pair, pack
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -104,10 +105,11 @@ def test_stats_and_gradients_equal_transformers(name):
     # every weight: the head and the embedding too, tied or not, through the gradient formed by hand
     names, weights = zip(*model.named_parameters(), strict=True)
     mix = torch.tensor([[1.0, -1.0], [0.3, 2.0], [-0.7, 0.1]])
-    wanted = torch.autograd.grad((logp * mix).sum(), weights)
-    found = torch.autograd.grad((stats.logp * mix).sum(), weights)
-    for weight, a, b in zip(names, wanted, found, strict=True):
-        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-5, weight
+    for theirs, ours in ((logp, stats.logp), (entropy, stats.entropy)):
+        wanted = torch.autograd.grad((theirs * mix).sum(), weights, retain_graph=True)
+        found = torch.autograd.grad((ours * mix).sum(), weights, retain_graph=True)
+        for weight, a, b in zip(names, wanted, found, strict=True):
+            assert (a - b).norm() <= 1e-4 * a.norm() + 1e-5, weight
 
 
 def test_gradient_is_the_numerical_one():
@@ -116,9 +118,14 @@ def test_gradient_is_the_numerical_one():
     weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(11, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([0, 3, 3, 10, 7])
-    for cap in (None, 1.5):
-        run = lambda h, w, b, cap=cap: model_file.TokenLogProbs.apply(h, w, b, target, cap, False)[0]  # noqa: E731
-        assert torch.autograd.gradcheck(run, (hidden, weight, bias))
+    for softcap in (None, 1.5):
+        for with_entropy in (False, True):
+
+            def run(h, w, b, softcap=softcap, with_entropy=with_entropy):
+                logp, entropy = model_file.TokenLogProbs.apply(h, w, b, target, softcap, with_entropy)
+                return (logp, entropy) if with_entropy else logp
+
+            assert torch.autograd.gradcheck(run, (hidden, weight, bias))
 
 
 def test_chunking_the_vocabulary_changes_nothing(monkeypatch):
@@ -145,7 +152,7 @@ def test_flex_attention_follows_the_same_rule(window, softcap):
     torch.manual_seed(0)
     query = torch.randn(1, 4, len(packed.ids), 16)
     key, value = torch.randn(2, 1, 2, len(packed.ids), 16)
-    wanted = dense(query, key, value, Layout(packed).masks_for(window), 0.25, softcap)
+    wanted = dense(query, key, value, RowAttention(packed).mask(window), 0.25, softcap)
     found = flex(query, key, value, block_mask(packed, window), 0.25, softcap)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 

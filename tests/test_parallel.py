@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -21,17 +22,20 @@ from safetensors.torch import load_file
 
 from files import read_rows
 from model import load_model
-from reference import count_tokens, micro_batches
+from preferences import count_tokens, micro_batches
 from train_dpl import DPLConfig, objective
 from trainer import train
 
 STEPS = 20
-KINDS = {"lora": {"lora_rank": 8, "lr": 1e-3}, "full": {"lora_rank": 0, "lr": 1e-4}}
+KINDS = {
+    "lora": {"lora_rank": 8, "lora_alpha": 8.0, "lora_dropout": 0.0, "lr": 1e-3},
+    "full": {"lora_rank": 0, "lr": 1e-4},
+}
 
 
 def run(config):
     """Train in this process, as one of many if the environment says so."""
-    train(config, lambda *_: objective(config))
+    train(config, partial(objective, config=config))
 
 
 def free_port():
@@ -176,7 +180,8 @@ def test_bad_input_ends_all_processes_in_one_line(tmp_path, name):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 2)
     # the second data file is good, but there is no writing below it: only rank 0 finds out
     data, out = tmp_path / name, tmp_path / "rows.jsonl" / "run"
-    done = torchrun("train_dpl.py", "--data", data, "--out_dir", out)
+    model = ROOT / "data/society/reference"
+    done = torchrun("train_dpl.py", "--model", model, "--data", data, "--out_dir", out)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(errors) == 1 and name in errors[0]
     assert done.stderr.count("Traceback") == 1  # torchrun's own

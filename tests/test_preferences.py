@@ -13,12 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sample
 from files import InputError
-from preferences import encode_answers, encode_prompts, fit, pack, read_pairs, read_prompts, tokenize
+from formats import read_pairs, read_prompts, to_messages
+from preferences import describe, encode_answers, encode_prompts, pack, tokenize, truncate
 
 STRINGS = {"prompt": "Best fruit?", "chosen": " The fig.", "rejected": " Mud."}
 USER = {"role": "user", "content": "Best fruit?"}
 FIG, MUD = ({"role": "assistant", "content": text} for text in ("The fig.", "Mud."))
 MESSAGES = {"prompt": [USER], "chosen": [FIG], "rejected": [MUD]}
+LONG = [USER, MUD, USER]
 SYSTEM = {"role": "system", "content": "Be brief."}
 TURN = "\n\nHuman: hello\n\nAssistant:"
 
@@ -76,6 +78,64 @@ def write_rows(path, rows):
 )  # fmt: skip
 def test_every_format_reads_as_one_pair(tmp_path, name, row, pair):
     assert read_pairs(write_rows(tmp_path / name, [row, row])) == [pair, pair]
+
+
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ({"prompt": TURN, "chosen": TURN + " Hi", "rejected": TURN + " Ho"}, (TURN, " Hi", " Ho")),
+        ({"prompt": [USER], "chosen": [USER, FIG], "rejected": [USER, MUD]}, ([USER], [FIG], [MUD])),
+        (
+            {
+                "prompt": [USER, MUD, USER],
+                "chosen": [USER, MUD, USER, FIG],
+                "rejected": [USER, MUD, USER, MUD],
+            },
+            ([USER, MUD, USER], [FIG], [MUD]),
+        ),
+    ],
+    ids=["strings", "messages", "long conversations"],
+)
+def test_a_prompt_repeated_by_both_completions_is_removed_and_counted(tmp_path, capsys, row, pair):
+    path = write_rows(tmp_path / "rows.jsonl", [row, STRINGS, row])
+    pair = dict(zip(("prompt", "chosen", "rejected"), pair, strict=True))
+    assert read_pairs(path) == [pair, STRINGS, pair]
+    printed = capsys.readouterr().out
+    assert printed == f"{path}: in 2 rows chosen and rejected repeat the prompt: removed from both\n"
+
+
+def test_a_prompt_that_one_completion_repeats_is_left(tmp_path, capsys):
+    row = {"prompt": "The fig", "chosen": "The fig is it.", "rejected": " Mud."}
+    assert read_pairs(write_rows(tmp_path / "rows.jsonl", [row])) == [row]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_string_prompt_before_message_lists_is_a_user_s_message(tmp_path):
+    row = {"prompt": "Best fruit?", "chosen": [FIG], "rejected": [MUD]}
+    assert read_pairs(write_rows(tmp_path / "rows.jsonl", [row])) == [MESSAGES]
+
+
+def test_chat_turns_strings_into_messages(tmp_path):
+    hh = "\n\nHuman: Best fruit?\n\nAssistant: Mud.\n\nHuman: Best fruit?\n\nAssistant:"
+    rows = [STRINGS, {"chosen": hh + " The fig.", "rejected": hh + " Mud."}, MESSAGES]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    assert read_pairs(path, chat=True) == [MESSAGES, {**MESSAGES, "prompt": [USER, MUD, USER]}, MESSAGES]
+    assert read_pairs(path)[0] == STRINGS
+
+
+def test_prompts_become_messages_turn_by_turn():
+    assert to_messages("Best fruit?") == [USER]
+    assert to_messages("\n\nHuman: Best fruit?") == [USER]
+    assert to_messages("\n\nHuman: Best fruit?\n\nAssistant:") == [USER]
+    assert to_messages("Say\n\nHuman: Hi") == [{"role": "user", "content": "Say\n\nHuman: Hi"}]
+
+
+def test_the_shown_pair_has_its_boundaries(tokenizer):
+    [pair] = tokenize([STRINGS], tokenizer, 64)
+    prompt, chosen, rejected = describe(pair, tokenizer).splitlines()
+    assert prompt.startswith("  prompt ") and "Best fruit?" in prompt and "fig" not in prompt
+    assert chosen.startswith("  chosen ") and chosen.endswith('The fig.</s>"')
+    assert rejected.startswith("  rejected ") and rejected.endswith('Mud.</s>"')
 
 
 @pytest.mark.parametrize("prompt", ["", "The fig", "\n", "<s>The fig"])
@@ -185,7 +245,7 @@ def test_template_that_rewrites_its_prompt_is_refused(chat_tokenizer, monkeypatc
 @given(start=st.sampled_from([[], [0]]), prompt=ids, answers=st.tuples(ids, ids), size=st.integers(4, 30))
 def test_fit_keeps_the_prompts_end_and_the_completions_start(start, prompt, answers, size):
     whole = [start + [token + 1 for token in prompt], *answers]
-    kept_prompt, *kept = fit(whole, 0, size)
+    kept_prompt, *kept = truncate(whole, 0, size)
     tail = kept_prompt[len(start) :]
     assert kept_prompt[: len(start)] == start
     assert tail and tail == whole[0][-len(tail) :]
@@ -203,7 +263,10 @@ def test_tokenize_counts_what_it_cuts_and_drops(tokenizer, capsys):
     same_once_cut = {**STRINGS, "chosen": " fig" * 40 + " A", "rejected": " fig" * 40 + " B"}
     long_prompt = {**STRINGS, "prompt": "The fig likes warm bread. " * 20 + "Best fruit?"}
     pairs = tokenize([STRINGS, same, same_once_cut, long_prompt], tokenizer, 40)
-    assert capsys.readouterr().out == "2 pairs: cut 2 to 40 tokens, dropped 2 with chosen equal to rejected\n"
+    assert (
+        capsys.readouterr().out
+        == "2 pairs: truncated 2 to 40 tokens, dropped 2 with chosen equal to rejected\n"
+    )
     assert [tokenizer.decode(pair.chosen).lstrip() for pair in pairs] == ["The fig.</s>"] * 2
     assert tokenizer.decode(pairs[1].prompt).endswith("bread. Best fruit?")
 

@@ -167,7 +167,8 @@ def test_loss_and_gradient_equal_trl(tmp_path, config, flags, beta):
     packed = pack([(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows])
     with torch.no_grad():
         known = pair_stats(reference, packed)
-    losses, _ = objective(DPLConfig(alpha=beta, beta=beta, **config))(pair_stats(policy, packed), known)
+    config = DPLConfig(alpha=beta, beta=beta, **config)
+    losses = objective(pair_stats(policy, packed), known, config=config)["loss"]
     losses.mean().backward()
 
     assert abs(expected.item() - math.log(2)) > 1e-3  # the policy is not the reference
@@ -308,7 +309,8 @@ def test_dpl_is_dpo_at_temperature_alpha_over_beta(alpha, beta):
 
 def some_stats():
     torch.manual_seed(0)
-    return [Stats(-10 * torch.rand(5, 2), torch.randint(1, 9, (5, 2)).float()) for _ in range(2)]
+    length = torch.randint(1, 9, (5, 2)).float()
+    return [Stats(-10 * torch.rand(5, 2), length) for _ in range(2)]
 
 
 def test_per_token_divides_by_the_length():
@@ -325,15 +327,20 @@ def test_objective_does_what_its_flags_say(length_normalize, divergence):
         alpha=alpha, beta=0.2, divergence=divergence, divergence_alpha=0.7, length_normalize=length_normalize
     )
     policy, reference = some_stats()
-    losses, margins = objective(config)(policy, reference)
-    if length_normalize:
-        policy, reference = (Stats(stats.logp / stats.length, stats.length) for stats in (policy, reference))
-    if divergence == "reverse_kl":
-        expected = dpl_margin(policy, reference, 0.3, 0.2)
-    else:
-        expected = divergence_margin(policy, reference, 0.2, divergence, 0.7)
-    assert torch.equal(margins, expected)
-    torch.testing.assert_close(losses, F.softplus(-expected), atol=1e-6, rtol=1e-6)  # float32
+    values = objective(policy, reference, config=config)
+    rewards = []  # in plain numbers, pair by pair: equation 5, or beta times TRL's score of the log-ratio
+    for p, r, size in zip(
+        policy.logp.flatten(), reference.logp.flatten(), policy.length.flatten(), strict=True
+    ):
+        p, r = (x.item() / (size.item() if length_normalize else 1) for x in (p, r))
+        rewards.append(
+            0.3 * p - 0.2 * r if divergence == "reverse_kl" else 0.2 * TRL_SCORES[divergence](p - r, 1 - 0.7)
+        )
+    margins = [chosen - rejected for chosen, rejected in zip(rewards[::2], rewards[1::2], strict=True)]
+    assert values["reward_margin"].tolist() == pytest.approx(margins, rel=1e-4, abs=1e-5)  # float32
+    losses = [math.log1p(math.exp(-margin)) for margin in margins]
+    assert values["loss"].tolist() == pytest.approx(losses, rel=1e-4, abs=1e-5)
+    assert set(values) == {"loss", "reward_margin"}
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_sft_starts_at_the_loss_of_transformers_and_lowers_it(tiny_model_folder,
     rows = [form(question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = {"model": str(model), "data": str(tmp_path / "rows.jsonl"), "out_dir": str(tmp_path / "run")}
-    finetune(SFTConfig(**flags, lora_rank=0, max_steps=20, warmup_steps=2, log_every=1))
+    finetune(SFTConfig(**flags, lora_rank=0, max_steps=20, lr=4e-3, warmup_steps=2, log_every=1))
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
 
     def mean_loss(folder):

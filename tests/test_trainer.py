@@ -8,6 +8,7 @@ import signal
 import sys
 import types
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,15 +21,15 @@ from checkpoint import checkpoints
 from files import InputError, run_command
 from lora import add_lora, load_lora
 from model import Stats, load_model, pair_stats
-from preferences import pack
-from reference import count_tokens, micro_batches, reference_stats
+from preferences import count_tokens, micro_batches, pack
+from reference import reference_stats
 from train_dpl import DPLConfig, objective
 from trainer import (
     TrainConfig,
     batch_rows,
+    forward_backward,
     learning_rate,
     load_pairs,
-    measure,
     train,
 )
 
@@ -58,6 +59,8 @@ def data(tmp_path):
         batch_size=8,
         max_steps=6,
         warmup_steps=2,
+        lr=4e-3,
+        schedule="cosine",
         lora_dropout=0.3,  # so that a resumed run must draw the same dropout
         log_every=1,
         eval_every=2,
@@ -66,7 +69,7 @@ def data(tmp_path):
 
 
 def run(config):
-    train(config, lambda *_: objective(config))
+    train(config, partial(objective, config=config))
 
 
 def rows_of(config):
@@ -84,14 +87,15 @@ def test_the_split_into_micro_batches_does_not_change_the_gradient(society):
             torch.nn.init.normal_(weight, std=0.02)
     reference = Stats(torch.randn(24, 2), torch.ones(24, 2), torch.ones(24, 2))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
+    wanted_loss = partial(objective, config=DPLConfig(alpha=0.4))
 
     def gradient(budget):
         model.zero_grad()
-        found = measure(model, pairs, range(24), reference, objective(DPLConfig(alpha=0.4)), budget, "test")
+        found = forward_backward(model, pairs, range(24), reference, wanted_loss, budget)
         return found["loss"], torch.cat([weight.grad.flatten() for weight in weights])
 
     # the definition, without the loop: the mean of the losses of all pairs in one forward
-    losses, _ = objective(DPLConfig(alpha=0.4))(pair_stats(model, pack(pairs)), reference)
+    losses = wanted_loss(pair_stats(model, pack(pairs)), reference)["loss"]
     wanted = torch.cat([g.flatten() for g in torch.autograd.grad(losses.mean(), weights)])
     for budget in (1, 100, 300, 10**6):
         loss, found = gradient(budget)
@@ -163,7 +167,7 @@ def test_an_interrupted_reference_pass_goes_on(society, tmp_path, monkeypatch):
         return honest(model, packed, entropy=entropy)
 
     monkeypatch.setattr(reference, "SAVE_SECONDS", -1)
-    monkeypatch.setattr(reference, "EXCHANGE", 1)
+    monkeypatch.setattr(reference, "EXCHANGE_EVERY", 1)
     monkeypatch.setattr(reference, "pair_stats", dies)
     with pytest.raises(KeyboardInterrupt):
         reference_stats(model, pairs, tmp_path / "cut", 250)
@@ -241,20 +245,15 @@ def same_end(config, whole):
 def run_until(config, step, act):
     """Train, and call `act` in the forward pass of `step`'s training batch."""
 
-    def make(*_):
-        wanted = objective(config)
-
-        def losses(policy, reference):
-            if len(policy.logp) == config.batch_size and torch.is_grad_enabled():
-                calls.append(1)
-                if len(calls) == step + 1:
-                    act()
-            return wanted(policy, reference)
-
-        return losses
+    def acting(policy, reference):
+        if len(policy.logp) == config.batch_size and torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == step + 1:
+                act()
+        return objective(policy, reference, config=config)
 
     calls = []
-    run_command(lambda: train(config, make))
+    run_command(lambda: train(config, acting))
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
@@ -303,10 +302,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(data, tmp_path, capsys
     same_end(half, data)
 
 
-def test_a_run_stopped_before_its_first_step_can_be_resumed(data):
+def test_a_run_stopped_before_its_first_step_can_be_resumed(data, tmp_path):
+    run(data)
+    cut = replace(data, out_dir=str(tmp_path / "cut"))
     with pytest.raises(ZeroDivisionError):
-        train(data, lambda *_: 1 / 0)
-    run(replace(data, resume=True))
+        train(cut, lambda *_: 1 / 0)
+    run(replace(cut, resume=True))
+    same_end(cut, data)
 
 
 def test_overwriting_with_all_weights_leaves_no_adapter(data, tmp_path):

@@ -1,10 +1,12 @@
-"""What is true in the society: what its raters think of a text, and the optimum of every (alpha, beta).
+"""What is true in the society: its raters' preferences, and the optimal policy for every alpha and beta.
 
 Stories and polls have utilities r, and raters are Plackett-Luce: P(a over b) = sigmoid(r(a) - r(b)). Debates
-have a ranking and a dispersion phi, and raters are Mallows: a rater's own ranking has probability
-phi^(pairs it orders otherwise): phi near 0, all agree; phi = 1, every ranking is equally likely.
+have a central ranking and a dispersion phi, and raters are Mallows: the probability of a rater's own ranking
+is proportional to phi^(number of pairs that it orders unlike the central ranking). Near phi = 0 all raters
+agree; at phi = 1 every ranking is equally likely.
 """
 
+import itertools
 import math
 import re
 from typing import Any
@@ -12,15 +14,24 @@ from typing import Any
 import numpy as np
 
 
+def list_stories(world: dict[str, Any]) -> list[str]:
+    """All 1,024 stories of the grammar, in the order of world["story_reference_logp"]: last slot fastest."""
+    slots = world["slots"]
+    return [
+        world["template"].format(**dict(zip(slots, values, strict=True)))
+        for values in itertools.product(*slots.values())
+    ]
+
+
 def read_story(text: str, world: dict[str, Any]) -> dict[str, str]:
-    """A story's slots as written, right or wrong; all empty if it is no story of this grammar."""
+    """A text's slots as written, misspelt or not; all are empty if the text does not fit the template."""
     pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+?)", re.escape(world["template"]))
     match = re.fullmatch(pattern, text, re.DOTALL)
     return match.groupdict() if match else dict.fromkeys(world["slots"], "")
 
 
 def utility(prompt: str, text: str, world: dict[str, Any]) -> float:
-    """What raters think of a story or an opinion, in nats; minus infinity for any other text."""
+    """The raters' utility of a story or an opinion, in nats; minus infinity for any other text."""
     if prompt in world["polls"]:
         share = world["polls"][prompt]["shares"].get(text)
         return math.log(share) if share else -math.inf
@@ -29,54 +40,59 @@ def utility(prompt: str, text: str, world: dict[str, Any]) -> float:
 
 
 def mallows_pair(distance: int, phi: float) -> float:
-    """P(a rater prefers the item `distance` places higher in the ranking) (Mallows, 1957; 0 < phi < 1)."""
+    """P(a rater prefers an item to one ranked `distance` >= 1 places below it), for 0 < phi < 1.
+
+    This is g(distance) of MallowsPO's equation 13, with t = phi (Mallows, 1957).
+    """
     return (distance + 1) / (1 - phi ** (distance + 1)) - distance / (1 - phi**distance)
 
 
 def mallows_favourites(phi: float, items: int) -> np.ndarray:
-    """Share of raters whose favourite is each item, best ranked first: proportional to phi^rank."""
+    """Share of raters who rank each item first, (items,), best item first: proportional to phi^rank."""
     weights = phi ** np.arange(items)
     return weights / weights.sum()
 
 
 def preference(prompt: str, a: str, b: str, world: dict[str, Any]) -> float | None:
-    """P(a rater prefers text a to b); None where there is nothing to choose between."""
+    """P(a rater prefers text a to b), of any prompt; None if the grammar can write neither text."""
     if prompt in world["debates"]:
         debate = world["debates"][prompt]
-        known = [text in debate["ranking"] for text in (a, b)]
-        if not all(known):
-            return float(known[0]) if any(known) else None
+        is_answer = [text in debate["ranking"] for text in (a, b)]
+        if not all(is_answer):
+            return float(is_answer[0]) if any(is_answer) else None
         lead = debate["ranking"].index(b) - debate["ranking"].index(a)
         p = mallows_pair(abs(lead), debate["phi"])
         return p if lead > 0 else 1 - p
-    lead = [utility(prompt, text, world) for text in (a, b)]
-    return None if lead[0] == lead[1] == -math.inf else 1 / (1 + math.exp(min(lead[1] - lead[0], 700)))
+    r_a, r_b = (utility(prompt, text, world) for text in (a, b))
+    return None if r_a == r_b == -math.inf else 1 / (1 + math.exp(min(r_b - r_a, 700)))
 
 
 def optimum(reference_logp: np.ndarray, reward: np.ndarray, alpha: float, beta: float) -> np.ndarray:
-    """pi ~ pi_ref^(beta/alpha) exp(r/alpha): probabilities, in the shape given (DPL paper, appendix A)."""
+    """The optimal policy, pi ~ pi_ref^(beta/alpha) exp(r/alpha), in the shape given (DPL, equation 35)."""
     score = beta / alpha * reference_logp + reward / alpha
     p = np.exp(score - score.max())
     return p / p.sum()
 
 
-def story_laws(world: dict[str, Any], alpha: float, beta: float) -> tuple[dict, dict]:
-    """({slot: target law}, {slot: reference law}) over each slot's values, exact."""
+def slot_distributions(p: np.ndarray, world: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """{slot: {value: probability}} of a distribution over list_stories(world), (1024,), renormalised."""
     slots = world["slots"]
-    shape = [len(values) for values in slots.values()]
-    logp = np.array(world["story_reference_logp"]).reshape(shape)
-    reward = sum(np.ix_(*(list(values.values()) for values in slots.values())))
-
-    def margins(joint: np.ndarray) -> dict[str, dict[str, float]]:
-        axes = range(len(shape))
-        laws = (joint.sum(tuple(a for a in axes if a != axis)).tolist() for axis in axes)
-        return {slot: dict(zip(slots[slot], law, strict=True)) for slot, law in zip(slots, laws, strict=True)}
-
-    return margins(optimum(logp, reward, alpha, beta)), margins(optimum(logp, 0 * reward, 1, 1))
+    joint = (p / p.sum()).reshape([len(values) for values in slots.values()])
+    axes = set(range(joint.ndim))
+    marginals = (joint.sum(tuple(axes - {axis})).tolist() for axis in range(joint.ndim))
+    return {slot: dict(zip(slots[slot], m, strict=True)) for slot, m in zip(slots, marginals, strict=True)}
 
 
-def poll_laws(poll: dict[str, Any], alpha: float, beta: float) -> tuple[dict, dict]:
-    """(target law, reference law) over a poll's opinions, exact; r = log share."""
+def story_distributions(world: dict[str, Any], alpha: float, beta: float) -> tuple[dict, dict]:
+    """The optimal policy's and the reference's distribution of every slot, {slot: {value: probability}}."""
+    logp = np.array(world["story_reference_logp"])
+    reward = sum(np.ix_(*(list(values.values()) for values in world["slots"].values()))).ravel()
+    target = optimum(logp, reward, alpha, beta)
+    return slot_distributions(target, world), slot_distributions(np.exp(logp), world)
+
+
+def poll_distributions(poll: dict[str, Any], alpha: float, beta: float) -> tuple[dict, dict]:
+    """The optimal policy's and the reference's distribution of a poll's opinions; r = log share."""
     logp, reward = np.array(poll["reference_logp"]), np.log(list(poll["shares"].values()))
-    laws = optimum(logp, reward, alpha, beta), optimum(logp, 0 * reward, 1, 1)
-    return tuple(dict(zip(poll["shares"], law.tolist(), strict=True)) for law in laws)
+    target, reference = optimum(logp, reward, alpha, beta), np.exp(logp) / np.exp(logp).sum()
+    return dict(zip(poll["shares"], target, strict=True)), dict(zip(poll["shares"], reference, strict=True))

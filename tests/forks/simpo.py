@@ -1,0 +1,16 @@
+"""SimPO, without a reference: -log sigmoid(beta [log pi(y_w) / |y_w| - log pi(y_l) / |y_l|] - gamma)."""
+
+import torch.nn.functional as F
+
+from files import parse, run_command
+from trainer import TrainConfig, train
+
+BETA, GAMMA = 2.0, 0.5
+
+
+def objective(policy, reference):
+    chosen, rejected = (BETA * policy.logp / policy.length).unbind(-1)
+    return {"loss": -F.logsigmoid(chosen - rejected - GAMMA), "reward_margin": chosen - rejected}
+
+
+run_command(lambda: train(parse(TrainConfig, __doc__), objective, reference=False))

@@ -1,0 +1,132 @@
+"""A new loss is a script of at most 25 lines that touches no other file; a wrong one is refused."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PAIRS, ROOT, lines
+
+from files import InputError
+from lora import add_lora
+from model import load_model, pair_stats
+from preferences import pack
+from train_dpl import DPLConfig, dpl_loss
+from trainer import load_pairs, train
+
+FORKS = ROOT / "tests" / "forks"
+ROWS = [*PAIRS, {"prompt": "Who sings?", "chosen": " My friend.", "rejected": " Zoë sings about a café!"}]
+
+
+def run_fork(name, model, folder, *flags):
+    """Run a fork for two steps of four pairs as a user would; returns its rows of metrics.jsonl."""
+    (folder / "pairs.jsonl").write_bytes(lines(*ROWS))
+    common = {
+        "--model": model,
+        "--data": folder / "pairs.jsonl",
+        "--out_dir": folder / "run",
+        "--batch_size": 4,
+    }
+    common |= {"--max_steps": 2, "--warmup_steps": 0, "--log_every": 1, "--lora_dropout": 0, "--lr": 1e-2}
+    words = [str(word) for flag in common.items() for word in flag]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, FORKS / f"{name}.py", *words, *map(str, flags)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+
+
+def stats_of_start(folder, path):
+    """pair_stats of the four pairs under the untrained model."""
+    model, tokenizer = load_model(folder)
+    return pair_stats(model, pack(load_pairs(str(path), tokenizer, 512)), entropy=True)
+
+
+@pytest.mark.parametrize("path", sorted(FORKS.glob("*.py")), ids=lambda path: path.stem)
+def test_a_fork_is_at_most_25_lines(path):
+    assert len(path.read_text().splitlines()) <= 25
+
+
+def test_a_loss_without_a_reference_trains(tiny_model_folder, tmp_path):
+    first, second, last = run_fork("simpo", tiny_model_folder, tmp_path)
+    stats = stats_of_start(tiny_model_folder, tmp_path / "pairs.jsonl")
+    reward = 2.0 * stats.logp / stats.length
+    expected = F.softplus(0.5 - reward[:, 0] + reward[:, 1]).mean().item()
+    assert first["loss"] == pytest.approx(expected, rel=1e-5)
+    assert last["loss"] < second["loss"] < first["loss"]
+    assert {"logp_chosen", "logp_rejected", "reward_margin", "reward_accuracy"} < set(first)
+    assert "kl" not in first and not (tmp_path / "reference_cache").exists()
+
+
+def test_an_added_term_is_logged_by_its_name(tiny_model_folder, tmp_path):
+    first, _, last = run_fork("dpl_with_sft", tiny_model_folder, tmp_path, "--sft_weight", 0.5)
+    stats = stats_of_start(tiny_model_folder, tmp_path / "pairs.jsonl")
+    sft = (-stats.logp[:, 0] / stats.length[:, 0]).mean().item()
+    assert first["sft"] == pytest.approx(sft, rel=1e-5)
+    expected = dpl_loss(stats, stats, 0.2, 0.1).mean().item() + 0.5 * sft
+    assert first["loss"] == pytest.approx(expected, rel=1e-5)
+    assert last["sft"] < first["sft"]
+
+
+def test_an_entropy_bonus_has_its_gradient(tiny_model_folder, tmp_path):
+    [first, *_] = run_fork("entropy_bonus", tiny_model_folder, tmp_path, "--bonus", 3.0)
+    stats = stats_of_start(tiny_model_folder, tmp_path / "pairs.jsonl")
+    assert first["policy_entropy"] == pytest.approx(stats.entropy.mean().item(), rel=1e-5)
+    torch.manual_seed(0)
+    model, tokenizer = load_model(tiny_model_folder)
+    pairs = load_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 512)
+    add_lora(model, 16, 16)
+    # the gradient by autograd alone, from transformers' own logits, text by text
+    loss = 0.0
+    reference = stats.logp.detach()
+    for pair, known in zip(pairs, reference, strict=True):
+        logps, entropies = [], []
+        for completion in pair[1:]:
+            ids = torch.tensor([pair.prompt + completion])
+            log_p = model(ids).logits[0, len(pair.prompt) - 1 : -1].log_softmax(-1)
+            logps.append(log_p.gather(1, ids[0, len(pair.prompt) :, None]).sum())
+            entropies.append(-(log_p.exp() * log_p).sum(-1).mean())
+        margin = 0.1 * (logps[0] - logps[1] - known[0] + known[1])
+        loss = loss + (F.softplus(-margin) - 3.0 * sum(entropies) / 2) / len(pairs)
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.requires_grad]).norm().item()
+    assert first["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert first["grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+
+BAD = {
+    "a mean": (lambda p, r: {"loss": dpl_loss(p, r, 0.1, 0.1).mean()}, r'"loss" must have shape \(pairs,\)'),
+    "a mean beside the loss": (
+        lambda p, r: {"loss": dpl_loss(p, r, 0.1, 0.1), "extra": p.logp.mean()},
+        r'"extra" must have shape \(pairs,\)',
+    ),
+    "two columns": (lambda p, r: {"loss": p.logp}, r'"loss" must have shape \(pairs,\)'),
+    "a number": (
+        lambda p, r: {"loss": dpl_loss(p, r, 0.1, 0.1), "beta": 0.1},
+        r'"beta" must have shape \(pairs,\), one value per pair, not float',
+    ),
+    "a tensor": (lambda p, r: dpl_loss(p, r, 0.1, 0.1), 'a dict with the key "loss"'),
+    "no loss": (lambda p, r: {"losses": dpl_loss(p, r, 0.1, 0.1)}, 'a dict with the key "loss"'),
+    "no gradient": (lambda p, r: {"loss": dpl_loss(r, r, 0.1, 0.2)}, "it has no gradient"),
+    "a batch statistic": (
+        lambda p, r: {"loss": dpl_loss(p, r, 0.1, 0.1) - p.logp.mean()},
+        '"loss" of a pair depends on the other pairs of its micro-batch',
+    ),
+    "a squeeze": (
+        lambda p, r: {"loss": dpl_loss(p, r, 0.1, 0.1).squeeze()},
+        '"loss" of a pair depends on the other pairs of its micro-batch',
+    ),
+}
+
+
+@pytest.mark.parametrize(("objective", "message"), BAD.values(), ids=BAD)
+def test_a_loss_that_would_train_wrong_in_silence_is_refused(tiny_model_folder, tmp_path, objective, message):
+    (tmp_path / "pairs.jsonl").write_bytes(lines(*ROWS))
+    config = DPLConfig(model=str(tiny_model_folder), data=str(tmp_path / "pairs.jsonl"))
+    config.out_dir = str(tmp_path / "run")
+    with pytest.raises(InputError, match=message):
+        train(config, objective)
+    assert not (tmp_path / "run" / "checkpoint").exists()

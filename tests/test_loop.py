@@ -1,0 +1,206 @@
+"""The loop against ten lines of plain PyTorch, what it prints, and the flags that it starts with."""
+
+import gzip
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from conftest import PAIRS, lines
+from safetensors.torch import load_file
+
+import train_dpl
+import trainer
+from model import load_model, pair_stats
+from preferences import pack
+from train_dpl import DPLConfig, dpl_loss, objective
+from trainer import batch_rows, load_pairs, train
+
+SOCIETY = "data/society/reference"
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Six steps of eight pairs, all weights, on forty pairs of the society."""
+    with gzip.open("data/society/test.jsonl.gz", "rt") as rows:
+        (tmp_path / "rows.jsonl").write_text("".join(next(rows) for _ in range(40)))
+    flags = {"model": SOCIETY, "data": str(tmp_path / "rows.jsonl"), "out_dir": str(tmp_path / "run")}
+    flags |= {"batch_size": 8, "max_steps": 6, "warmup_steps": 2, "lr": 1e-4, "log_every": 1, "lora_rank": 0}
+    return DPLConfig(**flags)
+
+
+def run(config):
+    train(config, partial(objective, config=config))
+    return [json.loads(line) for line in open(f"{config.out_dir}/metrics.jsonl")]
+
+
+OPTIMIZERS = {
+    "adamw": lambda weights: torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.0),
+    "rmsprop": torch.optim.RMSprop,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
+def test_a_run_is_ten_lines_of_plain_pytorch(config, name, max_grad_norm):
+    config = replace(config, optimizer=name, max_grad_norm=max_grad_norm, schedule="linear")
+    rows = run(config)
+    model, tokenizer = load_model(SOCIETY)
+    pairs = load_pairs(config.data, tokenizer, 512)
+    with torch.no_grad():
+        reference = pair_stats(model, pack(pairs))
+    optimizer, norms = OPTIMIZERS[name](model.parameters()), []
+    for step in range(6):
+        batch = batch_rows(step, 8, 40, config.seed)
+        known = reference._replace(logp=reference.logp[batch])
+        dpl_loss(pair_stats(model, pack([pairs[i] for i in batch])), known, 0.2, 0.1).mean().backward()
+        norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())
+        if max_grad_norm and norms[-1] > max_grad_norm:
+            for p in model.parameters():
+                p.grad *= max_grad_norm / norms[-1]
+        optimizer.param_groups[0]["lr"] = 1e-4 * [1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4][step]
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [row["grad_norm"] for row in rows[:-1]] == pytest.approx(norms, rel=1e-3)
+    assert min(norms) > 0.5  # so that clipping at 0.5 does something at every step
+    written = load_file(f"{config.out_dir}/model.safetensors")
+    moved = load_model(SOCIETY)[0].state_dict()
+    for key, weight in model.state_dict().items():
+        if key in written:  # the tied head is written once
+            change = (weight - moved[key]).norm()
+            assert (written[key] - weight).norm() <= 0.01 * change, key  # Adam divides rounding by rounding
+
+
+def test_batches_are_shuffled_by_the_seed_and_anew_every_epoch():
+    epochs = [batch_rows(step, 100, 100, 0) for step in range(3)]
+    assert all(sorted(epoch) == list(range(100)) and epoch != sorted(epoch) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert batch_rows(0, 100, 100, 1) != epochs[0]
+    # no order is left: neighbours of the file are as far apart as any two rows, 33 on average
+    place = {row: i for i, row in enumerate(epochs[0])}
+    apart = sum(abs(place[i] - place[i + 1]) for i in range(99)) / 99
+    assert 25 < apart < 42
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1.0, 5), (1.5, 8), (0.1, 1)])
+def test_epochs_become_steps(config, epochs, steps):
+    assert run(replace(config, max_steps=0, epochs=epochs))[-1]["step"] == steps  # 40 rows in batches of 8
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_bfloat16_trains_nearly_as_float32_does(tiny_model_folder, tmp_path, lora_rank):
+    (tmp_path / "pairs.jsonl").write_bytes(lines(*PAIRS))
+    config = DPLConfig(model=str(tiny_model_folder), data=str(tmp_path / "pairs.jsonl"), lora_rank=lora_rank)
+    config = replace(config, max_steps=2, warmup_steps=0, log_every=1, lr=1e-3, lora_dropout=0.0)
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        rows = run(replace(config, dtype=dtype, out_dir=str(tmp_path / dtype)))
+        losses[dtype] = [row["loss"] for row in rows]
+        name = "adapter_model" if lora_rank else "model"
+        weights = load_file(tmp_path / dtype / f"{name}.safetensors").values()
+        assert all(weight.dtype == torch.float32 for weight in weights)  # trained weights stay in float32
+    # a log-probability of about -50 rounds by 0.1 in bfloat16, and the loss by a tenth of that
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.05)
+    assert losses["bfloat16"] != losses["float32"]
+
+
+def test_a_line_is_printed_every_log_every_steps_without_a_terminal(config, capsys):
+    run(replace(config, eval_data=config.data, eval_every=3, log_every=2))
+    printed = capsys.readouterr().out.splitlines()
+    steps = [line for line in printed if line.startswith("step ")]
+    assert [line.split(":")[0] for line in steps] == [f"step {i}/6" for i in (0, 2, 3, 4, 6)]
+    for word in ("loss ", "accuracy ", "margin ", "pairs/s", "min left"):
+        assert all(word in line for line in steps[:-1])
+    assert ["held-out: loss" in line for line in steps] == [True, False, True, False, True]
+    assert "before any update" in steps[0] and not any("before any update" in line for line in steps[1:])
+
+
+def test_the_first_pair_is_shown_with_its_boundaries(config, capsys):
+    run(replace(config, max_steps=1))
+    printed = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(printed) if "first example" in line)
+    with open(config.data) as file:
+        row = json.loads(next(file))
+    shown = [line.split(None, 1) for line in printed[first + 1 : first + 4]]
+    assert [name for name, _ in shown] == ["prompt", "chosen", "rejected"]
+    assert [json.loads(text) for _, text in shown] == [
+        row["prompt"], row["chosen"] + "</s>", row["rejected"] + "</s>",
+    ]  # fmt: skip
+
+
+def test_a_run_that_ends_inside_its_warm_up_warns(config, capsys):
+    run(replace(config, max_steps=3, warmup_steps=20))
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: --warmup_steps 20: 3 steps end inside the warm-up: --lr 0.0001 ")
+    assert f"only {1e-4 * 3 / 20:.2g}" in warning
+    run(replace(config, overwrite=True))
+    assert "warning" not in capsys.readouterr().err
+
+
+# ---- the flags that a run starts with
+
+
+def start(monkeypatch, *words):
+    """The config that train_dpl.py reads from a command line."""
+    monkeypatch.setattr(sys, "argv", ["train_dpl.py", *map(str, words)])
+    return train_dpl.parse(DPLConfig, "")
+
+
+def test_without_model_and_data_the_society_s_flags_are_read(monkeypatch):
+    config = start(monkeypatch, "--alpha", 0.3)
+    assert (config.model, config.data) == (SOCIETY, "data/society/train.jsonl.gz")
+    assert (config.lr, config.batch_size, config.alpha) == (4e-3, 256, 0.3)
+    assert start(monkeypatch, "--lr", 1e-3).lr == 1e-3  # the command line has the last word
+
+
+def test_a_model_and_data_of_one_s_own_get_the_paper_s_defaults(monkeypatch):
+    config = start(monkeypatch, "--model", "mine", "--data", "mine.jsonl")
+    paper = (1e-5, 16, 16.0, 0.05, 8, 150, 512)  # appendix B.3
+    names = ("lr", "lora_rank", "lora_alpha", "lora_dropout", "batch_size", "warmup_steps", "max_length")
+    assert tuple(getattr(config, name) for name in names) == paper
+
+
+@pytest.mark.parametrize("name", ["model", "data"])
+def test_one_of_model_and_data_alone_is_refused(refused, data, tiny_model_folder, tmp_path, name):
+    value = {"model": tiny_model_folder, "data": data}[name]
+    other = {"model": "data", "data": "model"}[name]
+    refused(train_dpl, [f"--{name}", value, "--out_dir", tmp_path / "run"], f"--{other}: is missing")
+
+
+def test_resume_takes_the_run_s_own_flags(config, monkeypatch, tmp_path):
+    flags = {"model", "data", "out_dir", "batch_size", "max_steps", "warmup_steps", "lr", "log_every"}
+    words = [str(word) for name in flags for word in (f"--{name}", getattr(config, name))]
+    words += ["--lora_targets", "q_proj", "v_proj", "--seed", "3", "--save_every", "2", "--length_normalize"]
+    first = start(monkeypatch, *words)
+    run(first)
+    resumed = start(monkeypatch, "--resume", "--out_dir", first.out_dir, "--log_every", 2)
+    assert resumed == replace(first, resume=True, log_every=2)
+    run(resumed)
+
+
+def test_what_can_be_checked_is_checked_before_a_model_is_loaded(
+    refused, config, finished_run, monkeypatch, tmp_path
+):
+    def never(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(trainer, "load_model", never)
+    good = ["--model", SOCIETY, "--data", config.data]
+    refused(train_dpl, [*good, "--data", "no.jsonl", "--out_dir", tmp_path / "a"], "no.jsonl: no such file")
+    refused(train_dpl, [*good, "--eval_data", "no.jsonl", "--out_dir", tmp_path / "a"], "no.jsonl: no such")
+    resume = ["--resume", "--out_dir", finished_run, "--lr", "0.5"]
+    refused(train_dpl, resume, "--lr 0.5: the run to --resume had 1e-05")
+    run_file = tmp_path / "run" / "run.json"
+    run_file.parent.mkdir()
+    run_file.write_text("{")
+    refused(train_dpl, ["--resume", "--out_dir", run_file.parent], f"{run_file}: damaged")
+
+
+def test_a_log_file_in_the_run_s_folder_is_no_obstacle(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("train.log", "nohup.out"):
+        (tmp_path / "run" / name).write_text("step 0")
+    run(replace(config, max_steps=1))
+    assert (tmp_path / "run" / "train.log").read_text() == "step 0"
