@@ -77,7 +77,11 @@ def open_run(config: Any) -> Path:
     if out.is_dir() and any(path.name[0] != "." and path.suffix not in LOGS for path in out.iterdir()):
         if not (out / "run.json").is_file():
             raise InputError(f"--out_dir {out}: holds files that are no run; name another folder")
-        if not (config.overwrite or config.resume):
+        files = [*out.glob("checkpoint/*"), *out.glob("*.safetensors"), out / "metrics.jsonl"]
+        started = any(
+            path.exists() and path.stat().st_size for path in files
+        )  # else there is nothing to lose
+        if started and not (config.overwrite or config.resume):
             raise InputError(f"--out_dir {out}: holds a run; --resume continues it, --overwrite replaces it")
         if config.resume:
             require_same(asdict(config), read_flags(out), MAY_CHANGE)

@@ -2,8 +2,8 @@
 
     y = W x + (alpha / rank) B A x        A (rank, in) random,  B (out, rank) zero
 
-W stays frozen and B starts at zero, so that step 0 is the reference policy exactly; switching the second term
-off gives the reference back at any time, with no second model in memory.
+W is frozen and B starts at zero, so the untrained policy equals the reference policy exactly. Switching the
+second term off gives the reference at any time, without a second model in memory.
 """
 
 import contextlib
@@ -20,22 +20,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import parallel
 from files import InputError, digest_tensors, error_prefix, write_json, write_tensors
+from parallel import full_tensor, get_rank
 
 
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear (or GPT-2's Conv1D, which keeps its weight transposed) with a low-rank term."""
+    """A frozen nn.Linear (or GPT-2's Conv1D, whose weight is transposed) plus a trained low-rank term."""
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float):
         super().__init__()
         self.base, self.scale, self.dropout, self.enabled = base, alpha / rank, dropout, True
         out_size, in_size = base.weight.T.shape if isinstance(base, Conv1D) else base.weight.shape
-        # float32 whatever the base: bf16 loses small updates; drawn on the CPU: the same start on any device
+        # float32 for any base, because bf16 loses small updates; drawn on the CPU: the same on any device
         a = nn.init.kaiming_uniform_(torch.empty(rank, in_size), a=math.sqrt(5))
         self.lora_A = nn.Parameter(a.to(base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(out_size, rank, device=base.weight.device))
-        self.train(base.training)  # a new module starts in training mode, with its dropout on
+        self.train(base.training)  # a new module is in training mode, which would switch dropout on
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -45,7 +45,7 @@ class LoRALinear(nn.Module):
         return y + (x @ self.lora_A.to(x.dtype).T) @ (self.scale * self.lora_B).to(x.dtype).T
 
     def delta(self) -> Tensor:
-        """The low-rank term as one matrix in the base weight's own layout."""
+        """(alpha / rank) B A as one matrix, in the layout of the base's weight."""
         delta = self.scale * (self.lora_B @ self.lora_A)
         return delta.T if isinstance(self.base, Conv1D) else delta
 
@@ -58,9 +58,9 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 def add_lora(
     model: nn.Module, rank: int, alpha: float, dropout: float = 0.0, targets: list[str] | None = None
 ) -> nn.Module:
-    """Freeze `model` and adapt, in place, every linear layer but the head, or those that `targets` name.
+    """Freeze `model` and adapt linear layers, in place: all but the head, or those that `targets` name.
 
-    A target is a module's name or its last part ("q_proj"). Raises InputError for one that is not there.
+    A target is a module's full name or its last part ("q_proj"). Raises InputError if no layer has that name.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     kinds = (nn.Linear, Conv1D)
@@ -83,7 +83,7 @@ def _named(name: str, targets: list[str]) -> bool:
 
 @contextlib.contextmanager
 def lora_disabled(model: nn.Module) -> Iterator[None]:
-    """Switch the adapter off inside the block: the model is then the reference policy."""
+    """Inside the block the adapter is off, so the model is the reference policy."""
     layers = [layer for _, layer in lora_layers(model)]
     before = [layer.enabled for layer in layers]
     try:
@@ -96,7 +96,7 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Add every low-rank term to its weight and put the plain layers back, in place."""
+    """Add every low-rank term to its base weight and put the base layers back, in place."""
     for name, layer in list(lora_layers(model)):
         weight = layer.base.weight
         weight.data = (weight.data.float() + layer.delta().float()).to(weight.dtype)
@@ -106,15 +106,15 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 
 def save_lora(model: nn.Module, folder: str | Path, base_model: str) -> None:
-    """Write adapter_model.safetensors and adapter_config.json as PEFT, TRL and vLLM read them.
+    """Write adapter_model.safetensors and adapter_config.json, which PEFT, TRL and vLLM read.
 
-    All processes must call it; rank 0 writes. The weights' metadata holds a checksum that load_lora compares.
+    All processes must call it; rank 0 writes. The weights' metadata holds a checksum that load_lora verifies.
     """
     folder, layers = Path(folder), dict(lora_layers(model))
     if not layers:
         raise ValueError("the model has no LoRA layers to save")
     tensors = {
-        f"base_model.model.{name}.{part}.weight": parallel.full_tensor(getattr(layer, part).detach()).cpu()
+        f"base_model.model.{name}.{part}.weight": full_tensor(getattr(layer, part).detach()).cpu()
         for name, layer in layers.items()
         for part in ("lora_A", "lora_B")
     }
@@ -132,22 +132,22 @@ def save_lora(model: nn.Module, folder: str | Path, base_model: str) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    if parallel.get_rank() == 0:
+    if get_rank() == 0:
         write_tensors(folder / "adapter_model.safetensors", tensors, {"sha256": checksum(tensors, config)})
         write_json(folder / "adapter_config.json", config)
 
 
 def checksum(tensors: dict[str, Tensor], config: dict[str, Any]) -> str:
-    """SHA-256 of an adapter's weights and of the scale that it is applied with."""
+    """SHA-256 of an adapter's weights and its scale, lora_alpha / r."""
     return digest_tensors(tensors | {"scale": torch.tensor(config["lora_alpha"] / config["r"])})
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
-    """A LoRA adapter's adapter_config.json. Raises InputError if it is damaged or not plain LoRA."""
+    """The adapter_config.json of a LoRA adapter. Raises InputError if it is damaged or not plain LoRA."""
     path = Path(folder) / "adapter_config.json"
     other = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layer_replication")
     other += ("alora_invocation_tokens",)
-    plain = (None, True, False, "gaussian", "orthogonal")  # what leaves the base's weights as they are
+    plain = (None, True, False, "gaussian", "orthogonal")  # initializations that do not change the base
     try:
         config = json.loads(path.read_bytes())
         changed = any(config.get(key) for key in other) or config.get("init_lora_weights") not in plain
@@ -163,7 +163,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
 
 
 def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Adapt `model` in place with an adapter written by save_lora or by PEFT.
+    """Add an adapter that save_lora or PEFT wrote to `model`, in place.
 
     Raises InputError if the file is damaged or does not fit the model.
     """
@@ -174,22 +174,24 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
             expected = (file.metadata() or {}).get("sha256")  # PEFT writes none
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    found: dict[str, dict[str, Tensor]] = {}
+    by_layer: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", key)
         if not match:
             raise InputError(f"{path}: unexpected tensor {key}; only lora_A and lora_B weights are read")
-        found.setdefault(match[1], {})[match[2]] = tensor
+        by_layer.setdefault(match[1], {})[match[2]] = tensor
     with error_prefix(path):
-        add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0, sorted(found))
+        add_lora(
+            model, config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0, sorted(by_layer)
+        )
     for name, layer in lora_layers(model):
         for part in ("lora_A", "lora_B"):
-            tensor, weight = found.get(name, {}).get(part), getattr(layer, part)
+            tensor, weight = by_layer.get(name, {}).get(part), getattr(layer, part)
             if tensor is None or tensor.shape != weight.shape:
                 shape = None if tensor is None else tuple(tensor.shape)
                 raise InputError(f"{path}: {name}.{part} is {shape}, this model needs {tuple(weight.shape)}")
             weight.data.copy_(tensor)
-    if not found:
+    if not by_layer:
         raise InputError(f"{path}: holds no lora_A or lora_B weights")
     if expected not in (None, checksum(tensors, config)):
         raise InputError(f"{path}: damaged, or not the weights of its adapter_config.json")

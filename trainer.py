@@ -64,6 +64,8 @@ from reference import digest_model, reference_stats
 # loss of a pair may not depend on the other pairs (no batch statistics). "reward_margin", (pairs,), also
 # gives reward_accuracy, the share of pairs where it is positive.
 Objective = Callable[[Stats, Stats | None], dict[str, Tensor]]
+Load = Callable[[str, PreTrainedTokenizerBase, int, bool], Sequence]
+Prepare = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Sequence, Stats], dict[str, Any]]
 SEED_STRIDE = 1000003  # between the seeds of one step or epoch and the next
 CHOICES = {
     "schedule": ("constant", "linear", "cosine"),
@@ -227,31 +229,30 @@ def train(
     objective: Objective,
     *,
     reference: bool = True,
-    load: Callable[[str, PreTrainedTokenizerBase, int, bool], Sequence] = load_pairs,
-    prepare: Callable[[PreTrainedModel, PreTrainedTokenizerBase, Sequence, Stats], dict[str, Any]]
-    | None = None,
+    load: Load = load_pairs,
+    prepare: Prepare | None = None,
 ) -> None:
     """Train by `config` on the loss `objective`, and write the run's folder.
 
-    reference=False skips the reference pass: the objective's second argument is then None. `load` reads and
-    tokenises a file into (prompt, *completions) examples. `prepare(model, tokenizer, examples, reference)`
-    runs once before the first step and returns keyword arguments for every call of the objective: what must
-    be known of the whole data set, such as MallowsPO's phi*. Under torchrun every process calls train().
-    SIGTERM and SIGINT save a checkpoint and exit with code 128 + the signal's number.
+    reference=False skips the reference pass; the objective's second argument is then None.
+    load(path, tokenizer, max_length, chat) reads a file into token ids, a (prompt, *completions) per example.
+    prepare(model, tokenizer, examples, reference) runs once before the first step, for what an objective must
+    know of the whole data set (MallowsPO's phi*); it returns keyword arguments for the objective.
+    Under torchrun every process calls train(). SIGTERM and SIGINT save a checkpoint and exit with code 128 +
+    the signal's number.
     """
     # ---- open the run: checks flags and paths, writes nothing
     out, device = open_run(config), get_device()
     fsdp, max_tokens = config.parallel == "fsdp", config.micro_batch_tokens
     bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    # LoRA: a bfloat16 base with a float32 adapter. All weights: float32 weights with autocast to bfloat16
+    # LoRA: a bfloat16 base and a float32 adapter. All weights: float32 weights, autocast to bfloat16
     dtype = torch.bfloat16 if bfloat16 and config.lora_rank else torch.float32
     mixed = bfloat16 and not config.lora_rank
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed)
 
     # ---- model and data
-    model, tokenizer = load_model(
-        config.model, "cpu" if fsdp else str(device), dtype
-    )  # FSDP moves the shards
+    place = "cpu" if fsdp else str(device)  # FSDP moves the shards
+    model, tokenizer = load_model(config.model, place, dtype)
     check_packable(model, config.model)
     reading = (tokenizer, config.max_length, config.chat)
     examples = load(config.data, *reading)

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from files import InputError, atomic_write, flag, parse, run_command, write_json
+from formats import read_pairs
 from model import load_model
 from preferences import tokenize
 from reference import reference_stats

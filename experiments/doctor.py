@@ -43,7 +43,7 @@ ROWS = {  # label: (name of its files, folder of the policy, alpha of the target
 
 def run(script: str, *flags: object) -> None:
     """Run one of the project's scripts and print the command."""
-    print("$ python", script, *flags, flush=True)
+    print("$ python", script, *(str(flag).removeprefix(f"{ROOT}/") for flag in flags), flush=True)
     subprocess.run([sys.executable, script, *map(str, flags)], cwd=ROOT, check=True)
 
 

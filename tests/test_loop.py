@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import train_dpl
 import trainer
+from files import InputError
 from model import load_model, pair_stats
 from preferences import pack
 from train_dpl import DPLConfig, dpl_loss, objective
@@ -204,3 +205,12 @@ def test_a_log_file_in_the_run_s_folder_is_no_obstacle(config, tmp_path):
         (tmp_path / "run" / name).write_text("step 0")
     run(replace(config, max_steps=1))
     assert (tmp_path / "run" / "train.log").read_text() == "step 0"
+
+
+def test_a_run_that_failed_before_its_first_row_may_be_started_again(config, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        train(config, lambda *_: 1 / 0)
+    assert (tmp_path / "run" / "run.json").exists()
+    run(replace(config, max_steps=1))
+    with pytest.raises(InputError, match="holds a run"):
+        run(config)

@@ -1,4 +1,4 @@
-"""The embedded world: its truth is exact, its files are whole, and evaluate.py measures against it."""
+"""The embedded world: its truth is exact, its files agree with it, and evaluate.py compares samples with it."""
 
 import functools
 import itertools
@@ -12,10 +12,19 @@ import pytest
 import torch
 
 import evaluate
-from data.society.truth import mallows_favourites, optimum, poll_laws, read_story, story_laws
+import sample
+from data.society.make_world import exact_logp
+from data.society.truth import (
+    list_stories,
+    mallows_favourites,
+    optimum,
+    poll_distributions,
+    read_story,
+    story_distributions,
+)
 from evaluate import OTHER, entropy_bits, frequencies, society, total_variation
-from model import load_model, pair_stats
-from preferences import encode_answers, encode_prompts, pack, read_pairs
+from formats import read_pairs
+from model import load_model
 
 FOLDER = Path("data/society")
 
@@ -25,44 +34,38 @@ def world():
     return json.loads((FOLDER / "world.json").read_text())
 
 
-def stories_of(world):
-    values = list(itertools.product(*world["slots"].values()))
-    return values, [world["template"].format(**dict(zip(world["slots"], v, strict=True))) for v in values]
-
-
 def test_shipped_log_probabilities_are_the_shipped_reference_s(world):
     model, tokenizer = load_model(FOLDER / "reference")
-    _, stories = stories_of(world)
-    some = range(0, len(stories), 41)
-    [prompt] = encode_prompts([world["story_prompt"]], tokenizer)
-    answers = encode_answers([world["story_prompt"]] * len(some), [stories[i] for i in some], tokenizer)
-    with torch.no_grad():
-        found = pair_stats(model, pack([(prompt, answer) for answer in answers])).logp[:, 0]
-    assert found.tolist() == pytest.approx([world["story_reference_logp"][i] for i in some], abs=1e-3)
-    assert sum(map(math.exp, world["story_reference_logp"])) < 1
+    some = slice(None, None, 41)
+    expected = world["story_reference_logp"]
+    logp = exact_logp(model, tokenizer, world["story_prompt"], list_stories(world)[some])
+    assert logp == pytest.approx(expected[some], abs=1e-3)
+    assert sum(map(math.exp, expected)) < 1
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.1, 0.1), (0.2, 0.1), (0.4, 0.1), (1.0, 0.3)])
-def test_story_laws_equal_brute_force(world, alpha, beta):
-    values, stories = stories_of(world)
-    weights = {}
-    for chosen, text, logp in zip(values, stories, world["story_reference_logp"], strict=True):
-        reward = sum(world["slots"][slot][value] for slot, value in zip(world["slots"], chosen, strict=True))
-        weights[text] = math.exp(logp) ** (beta / alpha) * math.exp(reward / alpha)
-    total = sum(weights.values())
-    target, reference = story_laws(world, alpha, beta)
-    for slot, law in target.items():
-        for value, share in law.items():
-            wanted = sum(w for text, w in weights.items() if read_story(text, world)[slot] == value) / total
-            assert share == pytest.approx(wanted, rel=1e-9)
-    assert all(sum(law.values()) == pytest.approx(1) for law in (*target.values(), *reference.values()))
+def test_story_distributions_equal_brute_force(world, alpha, beta):
+    weights, reference_weights = {}, {}
+    combinations = itertools.product(*world["slots"].values())
+    for values, logp in zip(combinations, world["story_reference_logp"], strict=True):
+        reward = sum(world["slots"][slot][value] for slot, value in zip(world["slots"], values, strict=True))
+        weights[values] = math.exp(logp) ** (beta / alpha) * math.exp(reward / alpha)
+        reference_weights[values] = math.exp(logp)
+    target, reference = story_distributions(world, alpha, beta)
+    for distribution, weight in ((target, weights), (reference, reference_weights)):
+        total = sum(weight.values())
+        for axis, slot in enumerate(world["slots"]):
+            for value in world["slots"][slot]:
+                expected = sum(w for values, w in weight.items() if values[axis] == value) / total
+                assert distribution[slot][value] == pytest.approx(expected, rel=1e-9)
 
 
 def test_polls_are_represented_in_proportion_at_alpha_1(world):
     poll = next(iter(world["polls"].values()))
     flat = poll | {"reference_logp": [-1.0] * 4}
-    target, _ = poll_laws(flat, alpha=1.0, beta=0.1)
+    target, reference = poll_distributions(flat, alpha=1.0, beta=0.1)
     assert target == pytest.approx(poll["shares"])
+    assert list(reference.values()) == pytest.approx([0.25] * 4)
 
 
 def test_global_temperature_flattens_the_dpo_optimum(world):
@@ -72,47 +75,80 @@ def test_global_temperature_flattens_the_dpo_optimum(world):
 
 
 def test_stories_are_read_back_and_misspelling_is_seen(world):
-    values, stories = stories_of(world)
-    for chosen, text in list(zip(values, stories, strict=True))[::97]:
-        assert tuple(read_story(text, world).values()) == chosen
+    stories = list_stories(world)
+    for values, text in list(zip(itertools.product(*world["slots"].values()), stories, strict=True))[::97]:
+        assert tuple(read_story(text, world).values()) == values
     wrong = stories[0].replace("Marchetti", "Marvist")
     assert read_story(wrong, world)["name"] == "Marvist"
     assert not any(read_story(stories[0][:-9], world).values())
 
 
 def test_society_counts_what_it_is_given(world):
-    _, stories = stories_of(world)
+    first, last = list_stories(world)[0], list_stories(world)[-1]
     prompt, poll = world["story_prompt"], next(iter(world["polls"]))
-    texts = [stories[0]] * 2 + [stories[0].replace("Marchetti", "Marvist"), "no story"]
+    texts = [first, last, first.replace("Marchetti", "Marvist"), "no story"]
     options = list(world["polls"][poll]["shares"])
-    rows = [{"prompt": prompt, "completion": text} for text in texts]
-    rows += [{"prompt": poll, "completion": options[0]}] * 3
-    result = society(rows, world, 0.2, 0.1)
+    result = society([(prompt, text) for text in texts] + [(poll, options[0])] * 3, world, 0.2, 0.1)
     assert result["misspelt"] == 0.5 and result["malformed"] == 0.5
-    assert result["stories"]["name"]["sampled"]["Marchetti"] == 0.5
+    name = result["stories"]["name"]
+    assert (name["sampled"]["Marchetti"], name["sampled"]["Whitlock"], name["sampled"][OTHER]) == (
+        0.25,
+        0.25,
+        0.5,
+    )
+    assert name["entropy_bits"] == pytest.approx(1)  # of the two names alone: a misspelling is no third one
     assert result["stories"]["gender"]["sampled"][OTHER] == 0.25
     assert result["polls"][poll.strip()]["tv_shares"] == pytest.approx(0.45)
 
 
-def test_evaluate_prints_and_writes_what_it_found(world, tmp_path, monkeypatch, capsys):
-    rows = [{"prompt": world["story_prompt"], "completion": text} for text in stories_of(world)[1]]
-    rows[0]["completion"] = rows[0]["completion"].replace("Marchetti", "Marvist")
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--samples", tmp_path / "samples.jsonl", "--alpha", 0.4, "--out_file", tmp_path / "found.json"]
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "society", *map(str, flags)])
+def test_evaluate_prints_and_writes_its_result(world, tmp_path, monkeypatch, capsys):
+    """By default, it reads what sample.py writes by default, and takes the alpha of train_dpl.py's."""
+    texts = list_stories(world)
+    texts[0] = texts[0].replace("Marchetti", "Marvist")
+    rows = [{"prompt": world["story_prompt"], "completion": text} for text in texts]
+    (tmp_path / "out/dpl").mkdir(parents=True)
+    (tmp_path / "out/dpl/samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "society", "--out_file", "metrics.json"])
     evaluate.main()
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found == society(rows, world, 0.4, 0.1)
+    result = json.loads(Path("metrics.json").read_text())
+    assert result == society([(world["story_prompt"], text) for text in texts], world, 0.2, 0.1)
     printed = capsys.readouterr().out
-    name = found["stories"]["name"]
+    name = result["stories"]["name"]
     assert re.search(rf"^name +{name['tv_target']:.3f} +{name['tv_reference']:.3f} ", printed, re.MULTILINE)
     assert f"name misspelt or missing {1 / len(rows):.1%}, malformed {1 / len(rows):.1%}" in printed
 
 
-def test_laws_and_distances():
+@pytest.mark.parametrize("as_messages", [False, True])
+@pytest.mark.parametrize("format", sample.FORMATS)
+def test_evaluate_reads_every_format_of_sample_py(world, tmp_path, monkeypatch, format, as_messages):
+    prompt, texts = world["story_prompt"], list_stories(world)[::100]
+    config, stats = sample.SampleConfig(format=format), {"tokens": 20, "logp": -5.0}
+    row = {"prompt": [{"role": "user", "content": prompt}] if as_messages else prompt}
+    path = tmp_path / ("samples.json" if format == "alpaca_eval" else "samples.jsonl")
+    lines = [sample.format_line(config, row, i, len(texts), text, stats) for i, text in enumerate(texts)]
+    path.write_text("".join(lines))
+    flags = ["--samples", path, "--out_file", tmp_path / "metrics.json"]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "society", *map(str, flags)])
+    evaluate.main()
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result == society([(prompt, text) for text in texts], world, 0.2, 0.1)
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": []}, {"messages": "ab"}, {"instruction": "a"}, {"prompt": [], "completion": "a"}]
+)
+def test_a_row_that_is_no_sample_is_named(row):
+    with pytest.raises(evaluate.InputError, match="x:7: needs"):
+        evaluate.read_sample(row, "x:7")
+
+
+def test_frequencies_and_distances():
     assert frequencies("aab?", "abc") == {"a": 0.5, "b": 0.25, "c": 0.0, OTHER: 0.25}
     assert total_variation({"a": 0.5, "b": 0.5}, {"a": 1.0, OTHER: 0.0}) == 0.5
     assert entropy_bits({"a": 0.5, "b": 0.25, "c": 0.25, "d": 0.0}) == 1.5
+    assert entropy_bits({"a": 0.25, "b": 0.125, "c": 0.125, OTHER: 0.5}) == 1.5
+    assert entropy_bits({"a": 0.0, OTHER: 1.0}) == 0
 
 
 def raters_prefer(world, prompt, a, b):
@@ -152,7 +188,7 @@ def test_raters_choose_as_the_world_says(world, name):
     assert abs(surplus) < 4 * math.sqrt(variance)
 
 
-def test_a_debate_s_favourites_are_held_by_the_mallows_law_s_raters(world):
+def test_a_debate_s_favourites_are_those_of_mallows_raters(world):
     for debate in world["debates"].values():
         rankings = list(itertools.permutations(range(5)))
         weights = [debate["phi"] ** sum(x > y for x, y in itertools.combinations(r, 2)) for r in rankings]

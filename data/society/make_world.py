@@ -219,6 +219,8 @@ def train_reference(work: Path) -> None:
         batch_size=64,
         epochs=3,
         lr=2e-3,
+        warmup_steps=20,
+        schedule="cosine",
     )
     finetune(config)
     model, tokenizer = load_model(work / "reference")
