@@ -89,14 +89,21 @@ def message(role: str, content: str) -> list[dict[str, str]]:
 
 
 def to_messages(prompt: str) -> list[dict[str, str]]:
-    """A string prompt as a message list: one user message, or the turns of an HH-RLHF transcript."""
-    before, *turns = re.split(r"\n\n(Human|Assistant):", prompt)
+    """A string prompt as a message list: one user message, or the turns of an HH-RLHF transcript.
+
+    Neighbouring turns of one speaker, which HH-RLHF has, become one message.
+    """
+    before, *turns = re.split(r"\n\n(Human|Assistant):", prompt.removesuffix(ASSISTANT))
     if before or not turns:
         return message("user", prompt)
-    messages = []
+    messages: list[dict[str, str]] = []
     for speaker, text in zip(turns[::2], turns[1::2], strict=True):
-        messages += message("user" if speaker == "Human" else "assistant", text.strip())
-    return messages if messages[-1]["content"] else messages[:-1]  # "\n\nAssistant:" opens the answer
+        role, text = "user" if speaker == "Human" else "assistant", text.strip()
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f"\n\n{text}"
+        else:
+            messages += message(role, text)
+    return messages
 
 
 def check_messages(messages: list[Any], where: str) -> None:

@@ -1,9 +1,10 @@
 """Tokens per second and peak memory of sample.py, transformers' generate, and what the machine allows.
 
-All get the same model, prompts, number of samples and lengths. Every measurement runs in a process of its own,
-and the contenders take turns. `generate` gets all prompts, of equal length, in one batch, with its dynamic and
-with its static cache. The bounds follow from speeds measured here: a token costs two operations per weight; a
-step reads the weights, each prompt's keys and values once, and the keys and values of all completions so far.
+All get the same model, prompts, number of samples and lengths. Every measurement runs in a process of its
+own, and the contenders take turns. `generate` gets all prompts, of equal length, in one batch, once with its
+dynamic and once with its static cache. The bounds follow from speeds measured here: a token costs two
+operations per weight; a step reads the weights, the keys and values of each prompt once, and those of all
+completions so far.
 
     python bench/sample.py --model data/society/reference --num_samples 1 64
 """
@@ -69,7 +70,7 @@ def benchmark(contender: str, config: BenchConfig, num_samples: int, prompts: in
 
 
 def bounds(config: BenchConfig, cases: dict[int, int]) -> dict[int, tuple[float, float]]:
-    """Upper bounds on tokens per second by (arithmetic, memory traffic), for {samples per prompt: prompts}."""
+    """Bounds on tokens per second by (arithmetic, memory traffic), for {samples per prompt: prompts}."""
     model = load(config.model)
     flops, bytes_per_second = rates()
     text = model.config.get_text_config()

@@ -3,8 +3,8 @@
 The society's debates have five answers each, a central ranking, and raters drawn from a Mallows model with
 dispersion phi between 0.05 (nearly all agree) and 0.95. DPO, the phi link and DPL train on the same pairs
 with the same settings, each with and without the weight. DPO also trains at larger beta, because any loss
-that keeps the policy nearer the reference improves KL and distance below. Each policy is evaluated exactly, as
-a distribution over six outcomes: the five answers, and any other text, which loses to them all.
+that keeps the policy nearer the reference improves KL and distance below. Each policy is evaluated exactly,
+as a distribution over six outcomes: the five answers, and any other text, which loses to them all.
 
     utility     P(a rater prefers the policy's text to the reference's), a tie counting half
     KL          KL(policy || reference) of the six outcomes, in nats. It is a lower bound of the KL of texts:

@@ -127,6 +127,7 @@ def test_prompts_become_messages_turn_by_turn():
     assert to_messages("Best fruit?") == [USER]
     assert to_messages("\n\nHuman: Best fruit?") == [USER]
     assert to_messages("\n\nHuman: Best fruit?\n\nAssistant:") == [USER]
+    assert to_messages("\n\nHuman: Best\n\nHuman: fruit?")[0]["content"] == "Best\n\nfruit?"
     assert to_messages("Say\n\nHuman: Hi") == [{"role": "user", "content": "Say\n\nHuman: Hi"}]
 
 

@@ -1,4 +1,4 @@
-"""The embedded world: its truth is exact, its files agree with it, and evaluate.py compares samples with it."""
+"""The embedded world: its truth is exact, its files agree with it, and evaluate.py compares samples to it."""
 
 import functools
 import itertools
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import evaluate
 import sample
