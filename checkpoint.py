@@ -96,13 +96,20 @@ def read_flags(out: Path) -> dict[str, Any]:
         raise InputError(f"{out / 'run.json'}: damaged; --overwrite starts the run anew") from None
 
 
+def saved_args(out: Path) -> list[str]:
+    """The flags of the run in a folder, as a command line would give them."""
+    flags = read_flags(out) | {"out_dir": str(out), "overwrite": False}
+    values = {name: v if isinstance(v, list) else [v] for name, v in flags.items() if v is not None}
+    return [word for name, value in values.items() for word in (f"--{name}", *map(str, value))]
+
+
 def start_run(config: Any, out: Path, start: int) -> None:
     """Write run.json; keep the rows of metrics.jsonl before step `start`; remove a run to be overwritten."""
     write_json(out / "run.json", asdict(config))  # first: a folder that has it can be resumed
     if config.overwrite:
         for folder in ("checkpoint", "tensorboard"):
             shutil.rmtree(out / folder, ignore_errors=True)
-        old = ("adapter_*", "*.safetensors*", "*config.json", "*.jinja")
+        old = ("adapter_*", "*.safetensors*", "*config.json", "*.jinja", "samples.jsonl*")
         for path in {path for pattern in old for path in out.glob(pattern)}:
             path.unlink()
     path = out / "metrics.jsonl"

@@ -9,7 +9,8 @@ starts at (alpha - beta) times the reference's log-ratio.
 import json
 import resource
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from parallel import get_world_size
+from parallel import get_rank, get_world_size
 
 # dense bfloat16 FLOP/s, by a word in the GPU's name
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -47,16 +48,31 @@ def open_loggers(config: Any, out: Path) -> list[Callable[[dict[str, float]], No
     return loggers
 
 
-def print_row(row: dict[str, float], steps: int, minutes_left: float) -> None:
-    """Print a row in short, above the progress bar if there is one."""
+def print_start(
+    parameters: Sequence[nn.Parameter], examples: int, steps: int, size: int, config: Any
+) -> None:
+    """Print how much is trained, and warn of a run that ends before its learning rate is reached."""
+    trained, processes = sum(p.numel() for p in parameters), get_world_size()
+    line = f"{trained:,} trained parameters, {examples:,} examples, {steps:,} steps of {size}"
+    print(line + f" on {processes} processes ({config.parallel})" if processes > 1 else line)
+    if steps < config.warmup_steps and get_rank() == 0:
+        reached = f"{config.lr * steps / config.warmup_steps:.2g}"
+        reason = f"{steps} steps end inside the warm-up: --lr {config.lr:g} is not reached, only {reached}"
+        print(f"warning: --warmup_steps {config.warmup_steps}: {reason}", file=sys.stderr)
+
+
+def print_row(row: dict[str, float], steps: int, start: int, began: float) -> None:
+    """Print a row in short, above the progress bar. Step `start` began at time.monotonic() == `began`."""
     line = f"step {row['step']}/{steps}:"
     for prefix, title in (("", ""), ("eval_", " | held-out:")):
         values = [f"{PRINTED[name]} {row[prefix + name]:.4g}" for name in PRINTED if prefix + name in row]
         line += f"{title} {', '.join(values)}" if values else ""
     if "examples_per_second" in row:
+        done = row["step"] + 1 - start
+        minutes_left = (time.monotonic() - began) / 60 / done * (steps - start - done)
         line += f" | {row['examples_per_second']:.3g} pairs/s, {minutes_left:.1f} min left"
     if row["step"] == 0 and abs(row.get("reward_margin", 0)) > 1e-3:
-        line += "  <- before any update: this margin is the loss's own start (DPL with alpha != beta)"
+        line += "  <- before any update: this margin is where the loss starts (DPL with alpha != beta)"
     tqdm.write(line)
     sys.stdout.flush()  # a run in the background writes to a file, which Python buffers
 
@@ -77,8 +93,13 @@ def flops_per_token(model: nn.Module) -> float:
     return 4 * multiplied + 2 * trained
 
 
-def flop_utilisation(flops: float, device: torch.device) -> dict[str, float]:
-    """FLOP/s as a share of these GPUs' peak; empty on a CPU and on a GPU that PEAK_FLOPS does not list."""
+def speed(seconds: float, pairs: int, tokens: int, flops: float, device: torch.device) -> dict[str, float]:
+    """Pairs and tokens per second of a step, and on a GPU of PEAK_FLOPS its FLOP/s as a share of the peak.
+
+    `flops` is per token.
+    """
+    values = {"examples_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peaks = [peak for gpu, peak in PEAK_FLOPS.items() if gpu in name]
-    return {"flop_utilisation": flops / (peaks[0] * get_world_size())} if peaks else {}
+    for peak in (peak for gpu, peak in PEAK_FLOPS.items() if gpu in name):
+        values["flop_utilisation"] = flops * tokens / seconds / (peak * get_world_size())
+    return values

@@ -1,4 +1,4 @@
-"""The model: load a causal LM, and compute log-probability, length and entropy of every completion.
+"""The model: log-probability, length and entropy of every completion of a micro-batch; loading a causal LM.
 
 One forward pass over one row `[prompt | chosen | rejected | prompt | ...]` serves a whole micro-batch. The
 prompt is computed once for both completions, and nothing is padded. One rule says which keys a query may
@@ -11,12 +11,13 @@ It compares *positions in the text*, not indices in the row, so that sliding win
 rule becomes a FlexAttention BlockMask; on the CPU each example gets a dense boolean mask.
 
 Logits are computed for a chunk of tokens at a time (`TokenLogProbs`), so the logits of a whole batch never
-exist. With hidden state h, logits z = W h and p = softmax(z), a token y's log-probability and the entropy H
-have the gradients
+exist. With hidden state h, logits z = W h and p = softmax(z), the log-probability of a token y and the
+next-token entropy H have the gradients
 
     d log p_y / dh  =  W_y - sum_v p_v W_v            d H / dh  =  - sum_v p_v (log p_v + H) W_v
 
-Neither depends on the loss, so both are computed in the forward pass, while p is at hand.
+Neither depends on the loss, so both are computed in the forward pass, while p is at hand. The backward pass
+multiplies them by one number per token.
 """
 
 import contextlib
@@ -48,57 +49,63 @@ from lora import load_lora, merge_lora, read_adapter_config
 from preferences import Packed
 
 transformers_logging.disable_progress_bar()  # a small model loads faster than its bar draws
-CHUNK = 2**24  # logits held at once: 64 MiB in float32
+CHUNK = 2**24  # logits computed at once: 64 MiB in float32
 
 
 class Stats(NamedTuple):
-    """What a loss sees; each tensor is (pairs, 2), column 0 chosen and column 1 rejected."""
+    """What a loss sees of a micro-batch of pairs: (pairs, 2) each, column 0 chosen and column 1 rejected.
+
+    For examples with a single completion, (examples, 1).
+    """
 
     logp: Tensor  # sum of the completion's token log-probabilities, end token included, in nats
     length: Tensor  # number of tokens of the completion, end token included
     entropy: Tensor | None = None  # mean over those tokens of the next-token entropy, in nats per token
 
 
-# ---- loading
+# ---- the packed forward pass
 
 
-def load_model(
-    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer from a folder or the hub. An adapter's folder gives its base, merged.
+def pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) -> Stats:
+    """Log-probability, length and, if asked for, mean token entropy of every completion of a packed row.
 
-    Only safetensors weights are read. Raises InputError if model or tokenizer cannot be loaded completely.
+    Gradients flow through logp and entropy. `model` is any causal LM of transformers that checks.py accepts.
     """
-    path, folder = str(path), Path(path)
-    is_adapter = (folder / "adapter_config.json").is_file()
-    if (folder / "run.json").is_file() and not (is_adapter or (folder / "config.json").is_file()):
-        raise InputError(f"--model {path}: the run is unfinished; train with --resume to finish it")
-    with _loading(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if is_adapter:
-        base = read_adapter_config(path).get("base_model_name_or_path")
-        if not isinstance(base, str) or Path(base).resolve() == folder.resolve():
-            raise InputError(f"--model {path}: adapter_config.json names no other base_model_name_or_path")
-        model, _ = load_model(base, "cpu", dtype)  # merge on the CPU: the same weights on any device
-        return merge_lora(load_lora(model, path)).to(device), tokenizer
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise InputError(f"--model {path}: no *.safetensors weights there (other formats are not read)")
-    options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
-    with _loading(path):
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
-    broken = sorted(info["missing_keys"]) + [str(name) for name in info["mismatched_keys"]]
-    if broken:  # transformers would go on with random numbers
-        raise InputError(f"--model {path}: {len(broken)} weights are missing or misshapen, first {broken[0]}")
-    return model.to(device).eval(), tokenizer
+    # parallel.shard() makes packed_forward a method of a sharded model: FSDP gathers the weights around it
+    forward = getattr(model, "packed_forward", partial(packed_forward, model))
+    return forward(packed, entropy)
 
 
-@contextlib.contextmanager
-def _loading(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"--model {path}: cannot be loaded: {reason}") from error
+def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Stats:
+    """What pair_stats runs."""
+    if model.config._attn_implementation != "packed":
+        model.set_attn_implementation("packed")
+    device = model.get_input_embeddings().weight.device
+    packed = Packed(*(x.to(device) if isinstance(x, Tensor) else x for x in packed))
+    attend = RowAttention(packed)
+    hidden = model.base_model(
+        input_ids=packed.ids[None],
+        position_ids=packed.position[None],
+        attention_mask=torch.empty(1, 1, 1, 1, device=device),  # 4-D counts as ready-made: none is built
+        use_cache=False,
+        attend=attend,  # transformers hands it on to packed_attention in every layer
+    ).last_hidden_state[0]
+    if attend.calls < model.config.get_text_config().num_hidden_layers:
+        raise ValueError("some of its layers are no attention")
+    head = model.get_output_embeddings()
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    hidden = hidden.index_select(0, packed.source)
+    logp, token_entropy = TokenLogProbs.apply(hidden, head.weight, head.bias, packed.target, softcap, entropy)
+    cells = len(packed.lengths) * packed.completions
+
+    def sum_by_completion(values: Tensor) -> Tensor:
+        sums = values.new_zeros(cells).index_add(0, packed.cell, values)
+        return sums.view(-1, packed.completions).clone()  # FSDP's hooks on outputs warn of views
+
+    length = sum_by_completion(torch.ones_like(logp))
+    return Stats(
+        sum_by_completion(logp), length, sum_by_completion(token_entropy) / length if entropy else None
+    )
 
 
 # ---- attention within a packed row
@@ -174,7 +181,7 @@ class RowAttention:
         self.calls = 0
 
     def __call__(
-        self, layer: nn.Module, *qkv: Tensor, scale: float, window: int | None, softcap: float | None
+        self, _layer: nn.Module, *qkv: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         self.calls += 1
         return self.attention(*qkv, self.mask(window), scale, softcap)
@@ -190,18 +197,20 @@ def packed_attention(
     attend: Callable[..., Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers' layers call: `attend`, or their own eager one without it.
+    """The attention function that every layer of a transformers model calls; `attend` does the work.
 
     Raises ValueError if a layer needs more than attention by position.
     """
-    if attend is None:
+    if (
+        attend is None
+    ):  # the model was called in the ordinary way, as generate() does: its own eager attention
         eager = sys.modules[type(module).__module__].eager_attention_forward
         return eager(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if any(kwargs.get(name) is not None for name in ("s_aux", "position_bias")):
+    if any(kwargs.get(name) is not None for name in ("s_aux", "position_bias")):  # GPT-OSS, T5
         raise ValueError("its attention has sinks or a bias of its own")
-    if getattr(module.config, "attention_chunk_size", None):
+    if getattr(module.config, "attention_chunk_size", None):  # Llama 4
         raise ValueError("it attends in chunks by index")
-    if "sliding_window" not in kwargs and getattr(module.config, "sliding_window", None):
+    if "sliding_window" not in kwargs and getattr(module.config, "sliding_window", None):  # PhiMoE
         raise ValueError("its sliding window is in its mask alone")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     limits = {"window": kwargs.get("sliding_window"), "softcap": kwargs.get("softcap")}
@@ -219,8 +228,9 @@ AttentionMaskInterface.register("packed", eager_mask)
 class TokenLogProbs(torch.autograd.Function):
     """(logp, entropy), each (M,), of M target tokens, from hidden states (M, D) and the head's weight (V, D).
 
-    Computed in float32 at least. `softcap` bounds logits, softcap * tanh(z / softcap), as in Gemma 2. Without
-    `with_entropy`, entropy is zeros. Both are differentiable with respect to hidden, weight and bias.
+    The softmax is computed in float32, the products with the weight in its own dtype. `softcap` bounds the
+    logits, softcap * tanh(z / softcap), as in Gemma 2. Without `with_entropy`, entropy is zeros. Both outputs
+    are differentiable with respect to hidden, weight and bias.
     """
 
     @staticmethod
@@ -228,51 +238,47 @@ class TokenLogProbs(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logp = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         entropy = torch.zeros_like(logp)
-        logp_slope = torch.empty_like(hidden) if hidden.requires_grad else None  # d logp / d hidden
-        entropy_slope = torch.empty_like(hidden) if hidden.requires_grad and with_entropy else None
-        for rows in _chunks(len(hidden), len(weight)):
-            y = target[rows, None]
-            z = _logits(hidden[rows], weight, bias, softcap)
+        dlogp_dh = torch.empty_like(hidden) if hidden.requires_grad else None
+        dentropy_dh = torch.empty_like(hidden) if hidden.requires_grad and with_entropy else None
+        for chunk in _chunks(len(hidden), len(weight)):
+            y = target[chunk, None]
+            z = _logits(hidden[chunk], weight, bias, softcap)
             log_z = z.logsumexp(-1, keepdim=True)
-            logp[rows] = (z.gather(1, y) - log_z).squeeze(1)
-            if logp_slope is None and not with_entropy:
+            logp[chunk] = (z.gather(1, y) - log_z).squeeze(1)
+            if dlogp_dh is None and not with_entropy:
                 continue
             p = (z - log_z).exp_()
             if with_entropy:
-                entropy[rows] = log_z.squeeze(1) - torch.linalg.vecdot(p, z)
-            if entropy_slope is not None:
-                entropy_slope[rows] = _entropy_slope(p, z, softcap).to(weight.dtype) @ weight
-            if logp_slope is not None:
-                logp_slope[rows] = _logp_slope(p, z, y, softcap).to(weight.dtype) @ weight
-        ctx.save_for_backward(logp_slope, entropy_slope, hidden, weight, bias, target)
-        ctx.softcap = softcap
+                entropy[chunk] = log_z.squeeze(1) - torch.linalg.vecdot(p, z)
+            if dentropy_dh is not None:
+                dentropy_dh[chunk] = _dentropy_dz(p, z, softcap).to(weight.dtype) @ weight
+            if dlogp_dh is not None:
+                dlogp_dh[chunk] = _dlogp_dz(p, z, y, softcap).to(weight.dtype) @ weight  # overwrites p
+        ctx.save_for_backward(dlogp_dh, dentropy_dh, hidden, weight, bias, target)
+        ctx.softcap, ctx.with_entropy = softcap, with_entropy
         if not with_entropy:
             ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy):
-        logp_slope, entropy_slope, hidden, weight, bias, target = ctx.saved_tensors
+        dlogp_dh, dentropy_dh, hidden, weight, bias, target = ctx.saved_tensors
         grad_hidden = grad_weight = grad_bias = None
-        if logp_slope is not None:
-            grad_hidden = logp_slope * grad_logp[:, None].to(logp_slope.dtype)
-        if entropy_slope is not None:
-            grad_hidden += entropy_slope * grad_entropy[:, None].to(logp_slope.dtype)
-        if ctx.needs_input_grad[
-            1
-        ]:  # a sum over tokens weighted by the incoming gradient: p is computed again
+        if dlogp_dh is not None:
+            grad_hidden = dlogp_dh * grad_logp[:, None].to(dlogp_dh.dtype)
+        if dentropy_dh is not None:
+            grad_hidden += dentropy_dh * grad_entropy[:, None].to(dentropy_dh.dtype)
+        weight_needs_grad = ctx.needs_input_grad[1]
+        if weight_needs_grad:  # a sum over tokens, weighted by the incoming gradients: p is computed again
             grad_weight = torch.zeros_like(weight)
             grad_bias = None if bias is None else torch.zeros_like(bias)
-            for rows in _chunks(len(hidden), len(weight)):
-                z = _logits(hidden[rows], weight, bias, ctx.softcap)
-                p = z.softmax(-1)
-                grad_z = (
-                    0
-                    if entropy_slope is None
-                    else _entropy_slope(p, z, ctx.softcap) * grad_entropy[rows, None]
-                )
-                grad_z = grad_z + _logp_slope(p, z, target[rows, None], ctx.softcap) * grad_logp[rows, None]
-                grad_weight += grad_z.to(hidden.dtype).T @ hidden[rows]
+            for chunk in _chunks(len(hidden), len(weight)):
+                z = _logits(hidden[chunk], weight, bias, ctx.softcap)
+                p, grad_z = z.softmax(-1), 0.0
+                if ctx.with_entropy:
+                    grad_z = _dentropy_dz(p, z, ctx.softcap) * grad_entropy[chunk, None]
+                grad_z = grad_z + _dlogp_dz(p, z, target[chunk, None], ctx.softcap) * grad_logp[chunk, None]
+                grad_weight += grad_z.to(hidden.dtype).T @ hidden[chunk]
                 if bias is not None:
                     grad_bias += grad_z.sum(0)
         return grad_hidden, grad_weight, grad_bias, None, None, None
@@ -289,53 +295,55 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def _logp_slope(p: Tensor, z: Tensor, y: Tensor, softcap: float | None) -> Tensor:
-    """d log p_y / d(logits before the cap) = onehot(y) - p, times the cap's own slope. Overwrites p."""
-    slope = p.neg_().scatter_add_(1, y, torch.ones_like(y, dtype=p.dtype))
-    return slope if softcap is None else slope * (1 - (z / softcap) ** 2)
+def _dlogp_dz(p: Tensor, z: Tensor, y: Tensor, softcap: float | None) -> Tensor:
+    """d log p_y / d(logits before the cap) = onehot(y) - p, times the cap's own derivative. Overwrites p."""
+    gradient = p.neg_().scatter_add_(1, y, torch.ones_like(y, dtype=p.dtype))
+    return gradient if softcap is None else gradient * (1 - (z / softcap) ** 2)
 
 
-def _entropy_slope(p: Tensor, z: Tensor, softcap: float | None) -> Tensor:
-    """d H / d(logits before the cap) = -p (log p + H) = -p (z - sum_v p_v z_v), times the cap's own slope."""
-    slope = p * (torch.linalg.vecdot(p, z)[:, None] - z)
-    return slope if softcap is None else slope * (1 - (z / softcap) ** 2)
+def _dentropy_dz(p: Tensor, z: Tensor, softcap: float | None) -> Tensor:
+    """dH / d(logits before the cap) = -p (log p + H) = p (sum_v p_v z_v - z), times the cap's derivative."""
+    gradient = p * (torch.linalg.vecdot(p, z)[:, None] - z)
+    return gradient if softcap is None else gradient * (1 - (z / softcap) ** 2)
 
 
-def pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) -> Stats:
-    """Log-probability, length and, if asked for, mean token entropy of each completion: all (pairs, 2).
+# ---- loading
 
-    For examples with one completion, (examples, 1). Gradients flow through logp and entropy. `model` is any
-    causal LM of transformers that check_packable accepts.
+
+def load_model(
+    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM and its tokenizer from a folder or the hub. An adapter's folder gives its base, merged.
+
+    Only safetensors weights are read. Raises InputError if model or tokenizer cannot be loaded completely.
     """
-    run = getattr(model, "packed_forward", partial(packed_forward, model))  # shard() adds it as a method
-    return run(packed, entropy)
+    path, folder = str(path), Path(path)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if (folder / "run.json").is_file() and not (is_adapter or (folder / "config.json").is_file()):
+        raise InputError(f"--model {path}: the run is unfinished; train with --resume to finish it")
+    with _loading(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if is_adapter:
+        base = read_adapter_config(path).get("base_model_name_or_path")
+        if not isinstance(base, str) or Path(base).resolve() == folder.resolve():
+            raise InputError(f"--model {path}: adapter_config.json names no other base_model_name_or_path")
+        model, _ = load_model(base, "cpu", dtype)  # merge on the CPU: the same weights on any device
+        return merge_lora(load_lora(model, path)).to(device), tokenizer
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise InputError(f"--model {path}: no *.safetensors weights there (other formats are not read)")
+    options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
+    with _loading(path):
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+    broken = sorted(info["missing_keys"]) + [str(name) for name in info["mismatched_keys"]]
+    if broken:  # transformers would go on with random numbers
+        raise InputError(f"--model {path}: {len(broken)} weights are missing or misshapen, first {broken[0]}")
+    return model.to(device).eval(), tokenizer
 
 
-def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Stats:
-    """pair_stats itself. FSDP gathers a sharded model's weights around this function (see parallel.shard)."""
-    if model.config._attn_implementation != "packed":
-        model.set_attn_implementation("packed")
-    device = model.get_input_embeddings().weight.device
-    packed = Packed(*(x.to(device) if isinstance(x, Tensor) else x for x in packed))
-    attend = RowAttention(packed)
-    hidden = model.base_model(
-        input_ids=packed.ids[None],
-        position_ids=packed.position[None],
-        attention_mask=torch.empty(1, 1, 1, 1, device=device),  # 4-D means "ready": transformers makes none
-        use_cache=False,
-        attend=attend,
-    ).last_hidden_state[0]
-    if attend.calls < model.config.get_text_config().num_hidden_layers:
-        raise ValueError("some of its layers are no attention")
-    head = model.get_output_embeddings()
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    hidden = hidden.index_select(0, packed.source)
-    logp, h = TokenLogProbs.apply(hidden, head.weight, head.bias, packed.target, softcap, entropy)
-    size = len(packed.lengths) * packed.completions
-
-    def sum_by_completion(values: Tensor) -> Tensor:
-        sums = values.new_zeros(size).index_add(0, packed.column, values)
-        return sums.view(-1, packed.completions).clone()  # FSDP's hooks on outputs warn of views
-
-    length = sum_by_completion(torch.ones_like(logp))
-    return Stats(sum_by_completion(logp), length, sum_by_completion(h) / length if entropy else None)
+@contextlib.contextmanager
+def _loading(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"--model {path}: cannot be loaded: {reason}") from error

@@ -1,15 +1,19 @@
-"""Preference pairs: tokenise them, pack them into rows without padding, split a batch into micro-batches.
+"""Preference pairs: tokenise them, pack them into a row without padding, split a batch into micro-batches.
 
-A completion includes its end token, because a policy's probability of a text includes the decision to stop.
-Prompt and completion are tokenised apart: the prompt's ids are those that sample.py feeds the model, and the
-ids of both, one after the other, decode to the whole text. A micro-batch is one row of token ids:
+A completion includes its end token (unless it was truncated), because a policy's probability of a text
+includes the decision to stop. Prompt and completion are tokenised apart: the prompt's ids are those that
+sample.py feeds the model, and the ids of both, one after the other, decode to the whole text.
 
-    [prompt 0 | chosen 0 | rejected 0 | prompt 1 | chosen 1 | rejected 1 | ...]
+A micro-batch is one row. Prompt A B, chosen C D, rejected E F G become
+
+    index      0  1  2  3  4      A completion's last token (D, G) is predicted but not fed.
+    ids        A  B  C  E  F      The hidden states at source predict the targets:
+    position   0  1  2  2  3      source  1  2  1  3  4
+    branch     0  0  1  2  2      target  C  D  E  F  G
+    example    0  0  0  0  0      cell    0  0  1  1  1      (chosen's log-probability is in cell 0)
 """
 
-import functools
 import json
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,10 +35,9 @@ class Pair(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Examples laid end to end as `[prompt | chosen | rejected]`, each prompt once, with no padding.
+    """Examples end to end in one row, `[prompt | chosen | rejected | prompt | ...]`, each prompt once.
 
-    T tokens are fed to the model and M are predicted. A completion's last token is predicted but not fed,
-    since nothing follows it.
+    T tokens are fed to the model and M are predicted.
     """
 
     ids: Tensor  # (T,) token ids
@@ -43,124 +46,76 @@ class Packed(NamedTuple):
     branch: Tensor  # (T,) 0 prompt, 1 first completion (chosen), 2 second completion (rejected)
     source: Tensor  # (M,) index into the row: the hidden state at source[m] predicts ...
     target: Tensor  # (M,) ... the token id target[m]
-    column: Tensor  # (M,) example * completions + completion: where its log-probability is added
+    cell: Tensor  # (M,) example * completions + completion: whose log-probability it adds to
     lengths: list[int]  # tokens fed, per example
     completions: int  # per example: 2 for pairs, 1 for supervised examples, 0 for prompts alone
 
 
-# ---- tokenising
+# ---- packing and micro-batches
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+def pack(examples: Sequence[Sequence[list[int]]]) -> Packed:
+    """Lay examples (prompt, *completions), all with the same number of completions, end to end in one row."""
+    ids, position, example, branch, source, target, cell, lengths = ([] for _ in range(8))
+    for index, (prompt, *completions) in enumerate(examples):
+        start = len(ids)
+        ids += prompt
+        position += range(len(prompt))
+        branch += [0] * len(prompt)
+        for number, completion in enumerate(completions):
+            # the prompt's last token predicts each completion's first; every fed token predicts the next one
+            source += [start + len(prompt) - 1, *range(len(ids), len(ids) + len(completion) - 1)]
+            target += completion
+            cell += [index * len(completions) + number] * len(completion)
+            ids += completion[:-1]
+            position += range(len(prompt), len(prompt) + len(completion) - 1)
+            branch += [number + 1] * (len(completion) - 1)
+        lengths.append(len(ids) - start)
+        example += [index] * lengths[-1]
+    tensors = (torch.tensor(values) for values in (ids, position, example, branch, source, target, cell))
+    return Packed(*tensors, lengths=lengths, completions=len(examples[0]) - 1)
 
 
-def _apply_template(messages: list[dict], tokenizer: PreTrainedTokenizerBase, generate: bool) -> str:
-    if not tokenizer.chat_template:
-        raise InputError("message lists need a chat template, and the tokenizer has no chat template")
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-    except (TemplateError, TypeError) as error:
-        raise InputError(f"the chat template refuses the messages: {error}") from None
+def count_tokens(example: Sequence[list[int]]) -> int:
+    """Tokens that pack() feeds for (prompt, *completions): all but each completion's last."""
+    return sum(map(len, example)) - len(example) + 1
 
 
-def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of prompts, starting with one BOS if the tokenizer or its chat template writes one.
-
-    A message list goes through the chat template, up to where the assistant's answer starts.
-    Raises InputError for messages without a chat template, and for a prompt with no token at all.
-    """
-    texts = []
-    for number, prompt in enumerate(prompts, 1):
-        with error_prefix(f"row {number}"):
-            is_text = isinstance(prompt, str)
-            texts.append(prompt if is_text else _apply_template(prompt, tokenizer, generate=True))
-    bos = tokenizer.bos_token_id
-    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
-    encoded = _encode(texts, tokenizer)
-    for number, (prompt, text, ids) in enumerate(zip(prompts, texts, encoded, strict=True), 1):
-        if isinstance(prompt, str) and ids[:1] != [bos] and (adds_bos or (not ids and bos is not None)):
-            ids.insert(0, bos)
-        if not ids:
-            raise InputError(f"row {number}: the prompt {text!r} has no tokens, and the tokenizer no BOS")
-    return encoded
-
-
-def encode_continuations(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of texts that follow other text.
-
-    SentencePiece tokenizers (Llama 2, Mistral) put a space before every text that they encode, which is wrong
-    for a continuation. For them, encode `anchor + text` and drop the anchor's ids. Raises InputError if the
-    text merges with every anchor.
-    """
-    a, b = _encode(["a", "b"], tokenizer)
-    if tokenizer.decode(a + b) == "ab":
-        return _encode(texts, tokenizer)
-    anchors = ["\n", "a", "0", "."]
-    starts = _encode(anchors, tokenizer)
-
-    def after_anchor(text: str) -> list[int]:
-        for anchor, start in zip(anchors, starts, strict=True):
-            ids = _encode([anchor + text], tokenizer)[0]
-            if ids[: len(start)] == start:
-                return ids[len(start) :]
-        raise InputError(f"the tokenizer merges every anchor with the completion {text[:40]!r}")
-
-    return [after_anchor(text) for text in texts]
-
-
-def decode_continuation(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text of token ids that follow other text. (SentencePiece decoders drop the first space of a text.)"""
-    anchor, length = _anchor(tokenizer)
-    return tokenizer.decode(anchor + ids)[length:]
-
-
-@functools.cache
-def _anchor(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    [anchor] = _encode(["a"], tokenizer)
-    return anchor, len(tokenizer.decode(anchor))
-
-
-def encode_answers(
-    prompts: Sequence[Text], answers: Sequence[Text], tokenizer: PreTrainedTokenizerBase
+def micro_batches(
+    indices: Sequence[int], examples: Sequence, max_tokens: int, rank: int = 0, world_size: int = 1
 ) -> list[list[int]]:
-    """Token ids of each answer to its prompt, end token included: what the model itself would have to write.
+    """Split a global batch, `indices` into `examples`; returns the micro-batches of process `rank`.
 
-    With a chat template the end token is the special token that closes the assistant's turn, else EOS.
+    A micro-batch holds examples of similar length, at most `max_tokens` tokens together, or one longer
+    example. Processes get nearly equal numbers of tokens and the same number of micro-batches, because under
+    FSDP they must run every forward pass together; to make the numbers equal, two examples may share a
+    micro-batch beyond `max_tokens`. Needs at least `world_size` indices.
     """
-    special = tuple({*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())})
-    texts, ended = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        text, has_end = answer, False
-        if not isinstance(answer, str):
-            opened = _apply_template(prompt, tokenizer, generate=True)
-            conversation = _apply_template([*prompt, *answer], tokenizer, generate=False)
-            if not conversation.startswith(opened):
-                raise InputError("the chat template does not extend its own prompt; use rows of strings")
-            text, content = conversation[len(opened) :], answer[-1]["content"]
-            has_end = text.partition(content.strip() or content)[2].rstrip().endswith(special)
-            if has_end:  # the model never writes the template's newline after <|im_end|>
-                text = text.rstrip()
-        texts.append(text)
-        ended.append(has_end)
-    if not all(ended) and tokenizer.eos_token_id is None:
-        raise InputError("the model's tokenizer has no end-of-sequence token, so completions could never end")
-    encoded = encode_continuations(texts, tokenizer)
-    return [ids if end else ids + [tokenizer.eos_token_id] for ids, end in zip(encoded, ended, strict=True)]
+    tokens = {index: count_tokens(examples[index]) for index in indices}
+    by_length = sorted(indices, key=tokens.__getitem__)
+
+    def split(share: Sequence[int]) -> list[list[int]]:
+        batches, size = [], 0
+        for index in share:
+            if not batches or size + tokens[index] > max_tokens:
+                batches.append([])
+                size = 0
+            batches[-1].append(index)
+            size += tokens[index]
+        return batches
+
+    shares = [split(by_length[start::world_size]) for start in range(world_size)]
+    count, mine = min(max(map(len, shares)), len(indices) // world_size), shares[rank]
+    if len(mine) > count:  # by one at most, because shares differ by one example
+        mine[:2] = [mine[0] + mine[1]]
+    while len(mine) < count:
+        largest = max(mine, key=len)
+        mine.remove(largest)
+        mine += [largest[::2], largest[1::2]]
+    return mine
 
 
-def end_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]
-) -> list[int]:
-    """Every token id that ends a completion: the tokenizer's EOS, those in the model's generation config, and
-    if any prompt is a message list, the token that closes a turn in the chat template.
-    """
-    ids = model.generation_config.eos_token_id
-    ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
-    if messages := next((prompt for prompt in prompts if not isinstance(prompt, str)), None):
-        [answer] = encode_answers([messages], [message("assistant", "a")], tokenizer)
-        ids.add(answer[-1])
-    return sorted(ids)
+# ---- tokenising
 
 
 def tokenize(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Pair]:
@@ -198,72 +153,111 @@ def truncate(example: Sequence[list[int]], bos: int | None, max_length: int) -> 
     return [prompt, *(completion[: max_length - len(prompt)] for completion in completions)]
 
 
-# ---- packing and micro-batches
-
-
-def pack(examples: Sequence[Sequence[list[int]]]) -> Packed:
-    """Lay examples (prompt, *completions), all with the same number of completions, end to end in one row."""
-    ids, position, example, branch, source, target, column, lengths = ([] for _ in range(8))
-    for index, (prompt, *completions) in enumerate(examples):
-        start = len(ids)
-        ids += prompt
-        position += range(len(prompt))
-        branch += [0] * len(prompt)
-        for number, completion in enumerate(completions):
-            # the prompt's last token predicts each completion's first; every fed token predicts the next one
-            source += [start + len(prompt) - 1, *range(len(ids), len(ids) + len(completion) - 1)]
-            target += completion
-            column += [index * len(completions) + number] * len(completion)
-            ids += completion[:-1]
-            position += range(len(prompt), len(prompt) + len(completion) - 1)
-            branch += [number + 1] * (len(completion) - 1)
-        lengths.append(len(ids) - start)
-        example += [index] * lengths[-1]
-    rows = (torch.tensor(row) for row in (ids, position, example, branch, source, target, column))
-    return Packed(*rows, lengths=lengths, completions=len(examples[0]) - 1)
-
-
-def count_tokens(example: Sequence[list[int]]) -> int:
-    """Tokens that pack() feeds for (prompt, *completions): all but each completion's last."""
-    return sum(map(len, example)) - len(example) + 1
-
-
-def micro_batches(
-    rows: Sequence[int], examples: Sequence, max_tokens: int, rank: int = 0, world_size: int = 1
-) -> list[list[int]]:
-    """The micro-batches of process `rank`: rows of similar length, at most `max_tokens` tokens together.
-
-    A longer row is a micro-batch of its own. Processes get nearly equal numbers of tokens and the same number
-    of micro-batches, because under FSDP all processes must run every forward pass together; to make the
-    numbers equal, two rows may share a micro-batch beyond `max_tokens`. Needs at least `world_size` rows.
-    """
-    tokens = {row: count_tokens(examples[row]) for row in rows}
-    by_length = sorted(rows, key=tokens.__getitem__)
-
-    def split(share: Sequence[int]) -> list[list[int]]:
-        batches, size = [], math.inf
-        for row in share:
-            if size + tokens[row] > max_tokens:
-                batches.append([])
-                size = 0
-            batches[-1].append(row)
-            size += tokens[row]
-        return batches
-
-    shares = [split(by_length[start::world_size]) for start in range(world_size)]
-    count, mine = min(max(map(len, shares)), len(rows) // world_size), shares[rank]
-    if len(mine) > count:  # by one at most, because shares differ by one row
-        mine[:2] = [mine[0] + mine[1]]
-    while len(mine) < count:
-        largest = max(mine, key=len)
-        mine.remove(largest)
-        mine += [largest[::2], largest[1::2]]
-    return mine
-
-
 def describe(example: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, width: int = 300) -> str:
     """The parts of an example, decoded, a line each: what the model reads and what it is trained to write."""
     names = Pair._fields if len(example) == 3 else ("prompt", "completion")
     texts = [json.dumps(tokenizer.decode(ids), ensure_ascii=False) for ids in example]
     texts = [t if len(t) <= width else f"{t[: width // 2]} ... {t[-width // 2 :]}" for t in texts]
     return "\n".join(f"  {name:10} {text}" for name, text in zip(names, texts, strict=True))
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+
+
+def _apply_template(messages: list[dict], tokenizer: PreTrainedTokenizerBase, generate: bool) -> str:
+    if not tokenizer.chat_template:
+        raise InputError("message lists need a chat template, and the tokenizer has no chat template")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+    except (TemplateError, TypeError) as error:
+        raise InputError(f"the chat template refuses the messages: {error}") from None
+
+
+def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of prompts, starting with one BOS if the tokenizer or its chat template writes one.
+
+    A message list goes through the chat template, up to where the assistant's answer starts.
+    Raises InputError for messages without a chat template, and for a prompt with no token at all.
+    """
+    texts = []
+    for number, prompt in enumerate(prompts, 1):
+        with error_prefix(f"row {number}"):
+            is_text = isinstance(prompt, str)
+            texts.append(prompt if is_text else _apply_template(prompt, tokenizer, generate=True))
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
+    encoded = _encode(texts, tokenizer)
+    for number, (prompt, text, ids) in enumerate(zip(prompts, texts, encoded, strict=True), 1):
+        needs_bos = adds_bos or (bos is not None and not ids)  # an empty prompt needs a token to start from
+        if isinstance(prompt, str) and needs_bos and ids[:1] != [bos]:
+            ids.insert(0, bos)
+        if not ids:
+            raise InputError(f"row {number}: the prompt {text!r} has no tokens, and the tokenizer no BOS")
+    return encoded
+
+
+def encode_continuations(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of texts that follow other text.
+
+    SentencePiece tokenizers (Llama 2, Mistral) put a space before every text that they encode, which is wrong
+    for a continuation. For them, encode `anchor + text` and drop the anchor's ids. Raises InputError if the
+    text merges with every anchor.
+    """
+    a, b = _encode(["a", "b"], tokenizer)
+    if tokenizer.decode(a + b) == "ab":
+        return _encode(texts, tokenizer)
+    anchors = ["\n", "a", "0", "."]
+    starts = _encode(anchors, tokenizer)
+
+    def after_anchor(text: str) -> list[int]:
+        for anchor, start in zip(anchors, starts, strict=True):
+            ids = _encode([anchor + text], tokenizer)[0]
+            if ids[: len(start)] == start:
+                return ids[len(start) :]
+        raise InputError(f"the tokenizer merges every anchor with the completion {text[:40]!r}")
+
+    return [after_anchor(text) for text in texts]
+
+
+def encode_answers(
+    prompts: Sequence[Text], answers: Sequence[Text], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """Token ids of each answer to its prompt, end token included: what the model itself would have to write.
+
+    With a chat template the end token is the special token that closes the assistant's turn, else EOS.
+    """
+    special = tuple({*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())})
+    texts, ended = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text, has_end = answer, False
+        if not isinstance(answer, str):
+            opened = _apply_template(prompt, tokenizer, generate=True)
+            conversation = _apply_template([*prompt, *answer], tokenizer, generate=False)
+            if not conversation.startswith(opened):
+                raise InputError("the chat template does not extend its own prompt; use rows of strings")
+            text, content = conversation[len(opened) :], answer[-1]["content"]
+            after_content = text.partition(content.strip() or content)[2].rstrip()
+            has_end = after_content.endswith(special)  # the template closes the turn with a special token
+            if has_end:  # the model never writes the template's newline after <|im_end|>
+                text = text.rstrip()
+        texts.append(text)
+        ended.append(has_end)
+    if not all(ended) and tokenizer.eos_token_id is None:
+        raise InputError("the model's tokenizer has no end-of-sequence token, so completions could never end")
+    encoded = encode_continuations(texts, tokenizer)
+    return [ids if end else ids + [tokenizer.eos_token_id] for ids, end in zip(encoded, ended, strict=True)]
+
+
+def end_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]
+) -> list[int]:
+    """Every token id that ends a completion: the tokenizer's EOS, those in the model's generation config, and
+    if any prompt is a message list, the token that closes a turn in the chat template.
+    """
+    ids = model.generation_config.eos_token_id
+    ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+    if messages := next((prompt for prompt in prompts if not isinstance(prompt, str)), None):
+        [answer] = encode_answers([messages], [message("assistant", "a")], tokenizer)
+        ids.add(answer[-1])
+    return sorted(ids)

@@ -19,7 +19,7 @@ the number of processes. (At a global temperature: on seed, n and the numbers of
 torchrun, each process samples a share of the prompts.
 
     python sample.py --model out/dpl --prompts data/society/prompts.jsonl --num_samples 16
-    python sample.py --model out/dpl --prompt "Which meal?" --global_temperature 2 --min_p 0.01
+    python sample.py --prompt "Which meal is the best of the day?" --global_temperature 2 --min_p 0.01
 """
 
 import itertools
@@ -38,7 +38,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from checks import max_positions
-from decode import Batch, Completion, gumbel_max, next_token_probs
+from decode import Batch, Completion, decode_continuation, gumbel_max, next_token_probs
 from files import (
     InputError,
     atomic_write,
@@ -54,7 +54,7 @@ from files import (
 from formats import read_prompts, to_messages
 from model import load_model
 from parallel import all_gather, distributed, get_device, get_rank, get_world_size
-from preferences import decode_continuation, encode_prompts, end_tokens
+from preferences import encode_prompts, end_tokens
 
 FORMATS = ("jsonl", "messages", "alpaca_eval", "arena_hard")
 MAY_CHANGE = {"out_file", "overwrite", "resume"}  # flags that may change when a run is resumed
@@ -107,8 +107,9 @@ def sample_global_batch(
     log_z = log_weights.logsumexp(0).item() - math.log(particles)
     if ess < particles / 10:
         advice = "more --particles, or a --global_temperature nearer 1"
-        if tau > 1 and sampling_params.get("min_p", 0) < 0.01:
-            advice = "--min_p 0.01"
+        if tau > 1:
+            has_min_p = sampling_params.get("min_p", 0) >= 0.01
+            advice = f"a larger --min_p, {advice}" if has_min_p else "--min_p 0.01"
         print(f"warning: effective sample size {ess:.1f} of {particles}: give {advice}", file=sys.stderr)
     chosen = batch.completions(rng.permutation(systematic_resampling(weights, num_samples, rng)).tolist())
     return [c._replace(sampled_logp=c.sampled_logp / tau - log_z) for c in chosen], ess, log_z

@@ -1,14 +1,18 @@
 """DPL, Diverse Preference Learning: DPO with its KL penalty split into an entropy and a cross-entropy.
 
-    max_pi  E_pi[r]  +  alpha H(pi)  -  beta H(pi, pi_ref)                                        (equation 4)
+(Paper: Diverse Preference Learning for Capabilities and Alignment. Numbers of equations and sections in the
+code are the papers'.) The objective over policies pi, for a reward r,
 
-H(pi) is the entropy of the policy, H(pi, pi_ref) = -E_pi[log pi_ref] its cross-entropy to the reference.
-Alpha rewards spreading out, beta charges for leaving the reference. The optimum is
+    max_pi  E_pi[r]  +  alpha H(pi)  -  beta H(pi, pi_ref),                                       (equation 4)
 
-    pi  ~  pi_ref^(beta/alpha) exp(r/alpha),         so that        pi_DPL  ~  pi_DPO^(beta/alpha):
+rewards entropy, H(pi) = -E_pi[log pi], and charges for the cross-entropy H(pi, pi_ref) = -E_pi[log pi_ref].
+Its optimum is pi proportional to pi_ref^(beta/alpha) exp(r/alpha). DPO is alpha = beta, so
 
-alpha / beta is a temperature on whole sequences. alpha = beta is DPO. As in DPO, the reward cancels out of
-the preference model, and a logistic loss on pairs remains (dpl_loss).
+    pi_DPL  is proportional to  pi_DPO^(beta/alpha):         alpha / beta is a temperature on whole sequences.
+
+As in DPO, solve the optimum for the reward: r = alpha log pi - beta log pi_ref + alpha log Z(prompt). Z is
+the same for both completions and cancels from r(chosen) - r(rejected). What is left is a logistic loss on
+log-probabilities (dpl_loss). No entropy is computed: alpha scales log pi, beta shifts each pair's margin.
 
     python train_dpl.py --alpha 0.2              # the embedded society, a minute on a laptop; then sample.py
     python train_dpl.py @recipes/hh_dpl.txt --data FILE --alpha 0.2          # the paper's run on HH-RLHF
@@ -34,9 +38,7 @@ class DPLConfig(TrainConfig):
     alpha: float = flag(0.2, "Weight of the entropy bonus: alpha / beta is the global temperature.")
     beta: float = flag(0.1, "Weight of the cross-entropy to the reference; alpha = beta is DPO.")
     length_normalize: bool = flag(False, "Average log-probabilities over tokens instead of summing them.")
-    divergence: str = flag(
-        "reverse_kl", "For DPO also forward_kl, js_divergence, alpha_divergence."
-    )
+    divergence: str = flag("reverse_kl", "If alpha = beta also forward_kl, js_divergence, alpha_divergence.")
     divergence_alpha: float = flag(0.5, "For alpha_divergence, in (0, 1): towards 0 it is the reverse KL.")
 
     def __post_init__(self) -> None:
@@ -45,15 +47,16 @@ class DPLConfig(TrainConfig):
             require(self, name, 0 < getattr(self, name) < math.inf, "a positive number")
         require(self, "divergence", self.divergence in DIVERGENCES, f"one of {', '.join(DIVERGENCES)}")
         require(self, "divergence_alpha", 0 < self.divergence_alpha < 1, "between 0 and 1")
-        plain = self.divergence == "reverse_kl" or self.alpha == self.beta
-        require(self, "divergence", plain, "reverse_kl unless alpha equals beta")
+        allowed = self.divergence == "reverse_kl" or self.alpha == self.beta
+        require(self, "divergence", allowed, "reverse_kl unless alpha equals beta")
 
 
 def dpl_margin(policy: Stats, reference: Stats, alpha: float, beta: float) -> Tensor:
-    """Implicit reward of chosen minus rejected, with r = alpha log pi - beta log pi_ref; (pairs,) in nats.
+    """Implicit reward of chosen minus rejected, with r = alpha log pi - beta log pi_ref; (pairs,).
 
-    Before training, pi = pi_ref and the margin is (alpha - beta) times the reference's log-ratio; only for
-    alpha = beta is it 0. Long completions have large log-ratios, so they move first.
+    Before training it is (alpha - beta) [log pi_ref(y_w) - log pi_ref(y_l)], 0 only for alpha = beta.
+    A pair's gradient is weighted by sigmoid(-margin). So for alpha > beta the pairs that move first are those
+    whose chosen text the reference finds much less likely than the rejected one, often because it is longer.
     """
     chosen, rejected = (alpha * policy.logp - beta * reference.logp).unbind(-1)
     return chosen - rejected
@@ -71,8 +74,9 @@ def _bounded_expm1(x: Tensor) -> Tensor:
     return x.clamp(max=80).expm1()  # exp(89) overflows float32
 
 
-# f'(u) at u = pi / pi_ref = exp(x), up to a constant: the reward is beta f'(u) (Wang et al., 2023, table 1).
-# The bound gives forward_kl no gradient below x = -80, and alpha_divergence none below x = -80 / a.
+# A baseline of the paper: DPO with the penalty beta E_ref[f(pi / pi_ref)] for the KL. Its implicit reward
+# is beta f'(pi / pi_ref) (Wang et al., 2023, table 1). Here f' as a function of x = log(pi / pi_ref), without
+# constants, which cancel. The bound on expm1 leaves no gradient below x = -80 (alpha_divergence: -80 / a).
 DIVERGENCES = {
     "reverse_kl": lambda x, a: x,
     "forward_kl": lambda x, a: -_bounded_expm1(-x),
@@ -82,7 +86,7 @@ DIVERGENCES = {
 
 
 def divergence_margin(policy: Stats, reference: Stats, beta: float, name: str, a: float) -> Tensor:
-    """DPO's implicit reward of chosen minus rejected under another f-divergence, (pairs,): a baseline."""
+    """DPO's implicit reward of chosen minus rejected under an f-divergence of DIVERGENCES, (pairs,)."""
     chosen, rejected = (beta * DIVERGENCES[name](policy.logp - reference.logp, a)).unbind(-1)
     return chosen - rejected
 
@@ -97,9 +101,9 @@ def objective(policy: Stats, reference: Stats, *, config: DPLConfig) -> dict[str
     if config.length_normalize:
         policy, reference = per_token(policy), per_token(reference)
     if config.divergence == "reverse_kl":
-        margin = dpl_margin(policy, reference, config.alpha, config.beta)
-    else:
-        margin = divergence_margin(policy, reference, config.beta, config.divergence, config.divergence_alpha)
+        loss = dpl_loss(policy, reference, config.alpha, config.beta)
+        return {"loss": loss, "reward_margin": dpl_margin(policy, reference, config.alpha, config.beta)}
+    margin = divergence_margin(policy, reference, config.beta, config.divergence, config.divergence_alpha)
     return {"loss": -F.logsigmoid(margin), "reward_margin": margin}
 
 

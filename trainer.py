@@ -3,15 +3,16 @@
     global batch of pairs -> this process's share -> micro-batches -> gradient of the mean loss -> all_reduce
     -> optimizer step
 
-The gradient is that of the mean loss over the global batch, for any number of processes and any split into
-micro-batches. A step depends on (seed, step) alone: the batch is a slice of an endless stream of shuffled
-epochs, and dropout is seeded anew at every step. So a resumed run equals one that was never interrupted.
+The loss is the mean over the pairs of the global batch. Without dropout, the gradient is the same for any
+number of processes and any split into micro-batches. The batch of a step is a slice of an endless stream of
+shuffled epochs, and the seed of dropout is set anew for every step, so a resumed run equals one that was
+never interrupted.
 
-A loss is a function objective(policy, reference) (see `Objective`); train_dpl.py shows a complete script.
+A loss is a function (see `Objective` below); train_dpl.py is a complete script.
 
     python train_dpl.py                                         # one process
-    torchrun --nproc_per_node 8 train_dpl.py                    # DDP
-    torchrun --nproc_per_node 8 train_dpl.py --parallel fsdp    # FSDP2
+    torchrun --nproc_per_node 8 train_dpl.py                    # eight, each with the whole model ("ddp")
+    torchrun --nproc_per_node 8 train_dpl.py --parallel fsdp    # eight, each with a shard of it (FSDP2)
 """
 
 import argparse
@@ -34,39 +35,30 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoint import export, open_run, read_flags, resume_run, save_checkpoint, start_run
+import parallel
+from checkpoint import export, open_run, resume_run, save_checkpoint, saved_args, start_run
 from checks import check_inputs, check_objective, check_packable
 from files import InputError, digest_json, error_prefix, flag, require
 from formats import read_pairs
-from logs import flop_utilisation, flops_per_token, open_loggers, peak_memory, print_row
+from logs import flops_per_token, open_loggers, peak_memory, print_row, print_start, speed
 from lora import add_lora, lora_disabled, lora_layers
 from model import Stats, load_model, packed_forward, pair_stats
-from parallel import (
-    all_gather,
-    all_reduce_gradients,
-    barrier,
-    checkpoint_activations,
-    distributed,
-    full_tensor,
-    get_device,
-    get_rank,
-    get_world_size,
-    record_signals,
-    shard,
-)
 from preferences import count_tokens, describe, micro_batches, pack, tokenize
 from reference import digest_model, reference_stats
 
-# objective(policy, reference) -> {"loss": (pairs,), and anything else (pairs,) to average and log}
+# objective(policy, reference) -> {"loss": (pairs,), and any other (pairs,) tensors: averaged and logged}
 #
-# `policy` and `reference` are Stats of one micro-batch, (pairs, 2) each; without a reference it is None.
-# policy.logp and policy.entropy carry gradients. An objective sees one micro-batch, not the global batch: the
-# loss of a pair may not depend on the other pairs (no batch statistics). "reward_margin", (pairs,), also
-# gives reward_accuracy, the share of pairs where it is positive.
+# `policy` and `reference` are Stats of one micro-batch, (pairs, 2) each. policy.logp carries gradients.
+# policy.entropy is computed, with its gradient, only if the objective uses it. `reference` is None in a run
+# without a reference. The loss of a pair may not depend on other pairs (batch statistics), because the other
+# pairs of the global batch are in other micro-batches. Of "reward_margin" the share of positive ones is
+# logged too, as "reward_accuracy"; "kl", "logp_chosen" and "logp_rejected" are logged for every objective.
 Objective = Callable[[Stats, Stats | None], dict[str, Tensor]]
 Load = Callable[[str, PreTrainedTokenizerBase, int, bool], Sequence]
 Prepare = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Sequence, Stats], dict[str, Any]]
-SEED_STRIDE = 1000003  # between the seeds of one step or epoch and the next
+SEED_STRIDE = (
+    1000003  # step s sets the seed to seed + SEED_STRIDE * (s + 1), epoch e to seed + SEED_STRIDE * e
+)
 CHOICES = {
     "schedule": ("constant", "linear", "cosine"),
     "optimizer": ("adamw", "rmsprop"),
@@ -88,7 +80,7 @@ class TrainConfig:
     # the run's folder
     out_dir: str = flag("out/run", "Folder for the adapter, metrics.jsonl and checkpoint/.")
     overwrite: bool = flag(False, "Replace the run in --out_dir.")
-    resume: bool = flag(False, "Continue the run in --out_dir with its own flags, or start it.")
+    resume: bool = flag(False, "Continue the run in --out_dir with the flags saved there, or start it.")
     # LoRA
     lora_rank: int = flag(16, "Rank of the adapter; 0 trains all weights.")
     lora_alpha: float = flag(16.0, "LoRA's scale: the adapter's output is multiplied by alpha / rank.")
@@ -117,7 +109,7 @@ class TrainConfig:
     parallel: str = flag("ddp", "With torchrun: ddp (each process holds the whole model) or fsdp (a shard).")
     dtype: str = flag("auto", "float32, bfloat16 or auto: bfloat16 on CUDA, else float32.")
 
-    society = "recipes/society.txt"  # the embedded world's flags, read if neither --model nor --data is given
+    society = "recipes/society.txt"  # flags for the built-in world, if neither --model nor --data is given
 
     def __post_init__(self) -> None:
         positive = ("batch_size", "micro_batch_tokens", "max_length", "log_every", "eval_every", "save_every")
@@ -139,12 +131,9 @@ class TrainConfig:
 
     @classmethod
     def default_args(cls, args: argparse.Namespace) -> list[str]:
-        """Arguments that parse() reads before the command line's: the resumed run's own, or the society's."""
-        saved = Path(args.out_dir, "run.json")
-        if args.resume and saved.is_file():
-            flags = read_flags(saved.parent) | {"out_dir": args.out_dir, "overwrite": False}
-            values = {name: v if isinstance(v, list) else [v] for name, v in flags.items() if v is not None}
-            return [word for name, value in values.items() for word in (f"--{name}", *map(str, value))]
+        """Arguments that the command line's override: the saved run's to resume, or the society's."""
+        if args.resume and Path(args.out_dir, "run.json").is_file():
+            return saved_args(Path(args.out_dir))
         if args.model is None and args.data is None and cls.society:
             return [f"@{Path(__file__).parent / cls.society}"]
         return []
@@ -159,8 +148,8 @@ def load_pairs(
         return tokenize(rows, tokenizer, max_length)
 
 
-def batch_rows(step: int, size: int, count: int, seed: int) -> list[int]:
-    """Rows of the global batch of a step: a slice of an endless stream of shuffles of range(count)."""
+def batch_indices(step: int, size: int, count: int, seed: int) -> list[int]:
+    """The global batch of a step, as indices: a slice of an endless stream of shuffles of range(count)."""
     first, last = step * size, (step + 1) * size
     stream: list[int] = []
     for epoch in range(first // count, (last - 1) // count + 1):
@@ -173,44 +162,50 @@ def batch_rows(step: int, size: int, count: int, seed: int) -> list[int]:
 def forward_backward(
     model: PreTrainedModel,
     examples: Sequence,
-    rows: Sequence[int],
+    indices: Sequence[int],
     reference: Stats | None,
     objective: Objective,
     max_tokens: int,
     entropy: bool = False,
 ) -> dict[str, float]:
-    """Forward over `rows` of `examples`, and backward if gradients are enabled; returns means over the rows.
+    """Forward over examples[indices], and backward if gradients are enabled; returns means over the indices.
 
-    The gradient is that of the mean loss over `rows`. Each process computes its share of the rows, in
-    micro-batches of at most `max_tokens` tokens; the means are over all processes. Returned are the values
-    of the objective, reward_accuracy, the policy's log-probabilities, and kl: the mean of log pi_ref - log pi
-    over completions, in nats. (If the reference wrote the completions, kl estimates KL(pi_ref || pi).)
-    Raises InputError if a loss is NaN or infinite.
+    `reference` holds the reference's Stats of all `examples`. The gradient is that of the mean loss. Each
+    process computes its share of the indices, in micro-batches of at most `max_tokens` tokens; the means are
+    over all processes. Besides the objective's values they hold reward_accuracy, the policy's
+    log-probabilities, and kl, the mean of log pi_ref - log pi over the completions. kl estimates
+    KL(pi_ref || pi) if the reference wrote the completions; otherwise it says how far the policy moved from
+    them, and may be negative. Raises InputError if a loss is NaN or infinite.
     """
     sums: defaultdict[str, Tensor | float] = defaultdict(float)
-    batches = micro_batches(rows, examples, max_tokens, get_rank(), get_world_size())
+    batches = micro_batches(indices, examples, max_tokens, parallel.get_rank(), parallel.get_world_size())
     for batch in batches:
-        if isinstance(model, FSDPModule):  # FSDP sums gradients over processes in the backward pass
+        if isinstance(
+            model, FSDPModule
+        ):  # FSDP adds gradients over processes in the backward: once is enough
             model.set_requires_gradient_sync(batch is batches[-1])
-        policy = pair_stats(model, pack([examples[row] for row in batch]), entropy)
-        ref = reference and Stats(*(x[batch].to(policy.logp.device) for x in reference))
+        policy = pair_stats(model, pack([examples[index] for index in batch]), entropy)
+        ref = None
+        if reference is not None:
+            ref = Stats(*(x[batch].to(policy.logp.device) for x in reference))
         values = objective(policy, ref)
         loss = values["loss"]
         if not loss.isfinite().all():
-            bad = [row for row, finite in zip(batch, loss.isfinite().tolist(), strict=True) if not finite]
+            bad = [index for index, ok in zip(batch, loss.isfinite().tolist(), strict=True) if not ok]
             raise InputError(f"the loss is NaN or infinite on pairs {bad} (counted from 0); stopped")
         if loss.requires_grad:
-            (loss.sum() / len(rows)).backward()
+            (loss.sum() / len(indices)).backward()  # the global batch: processes' gradients are added
         if "reward_margin" in values:
             values["reward_accuracy"] = (values["reward_margin"] > 0).float()
         names = ("logp_chosen", "logp_rejected") if policy.logp.shape[1] == 2 else ("logp",)
         values |= dict(zip(names, policy.logp.unbind(1), strict=True))
-        if ref:
+        if ref is not None:
             values["kl"] = (ref.logp - policy.logp).mean(1)
-        for name, value in values.items():  # kept on the device: reading a number off would wait for the GPU
-            sums[name] += value.detach().sum().double() / len(rows)
-    by_process = all_gather(torch.stack(list(sums.values())).tolist())
-    return dict(zip(sums, map(sum, zip(*by_process, strict=True)), strict=True))
+        for name, value in values.items():
+            sums[name] += value.detach().sum().double() / len(indices)
+    by_process = parallel.all_gather(torch.stack(list(sums.values())).tolist())
+    totals = [sum(parts) for parts in zip(*by_process, strict=True)]
+    return dict(zip(sums, totals, strict=True))
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -223,7 +218,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     return config.lr * (left if config.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
-@distributed()
+@parallel.distributed()
 def train(
     config: TrainConfig,
     objective: Objective,
@@ -237,12 +232,12 @@ def train(
     reference=False skips the reference pass; the objective's second argument is then None.
     load(path, tokenizer, max_length, chat) reads a file into token ids, a (prompt, *completions) per example.
     prepare(model, tokenizer, examples, reference) runs once before the first step, for what an objective must
-    know of the whole data set (MallowsPO's phi*); it returns keyword arguments for the objective.
-    Under torchrun every process calls train(). SIGTERM and SIGINT save a checkpoint and exit with code 128 +
-    the signal's number.
+    know of the whole data set; it returns keyword arguments for the objective (see train_mallows.py).
+    Under torchrun every process calls train(), and only rank 0 prints. SIGTERM and SIGINT save a checkpoint
+    and exit with code 128 + the signal's number.
     """
-    # ---- open the run: checks flags and paths, writes nothing
-    out, device = open_run(config), get_device()
+    # ---- open the run: check flags and paths; nothing is written yet
+    out, device = open_run(config), parallel.get_device()
     fsdp, max_tokens = config.parallel == "fsdp", config.micro_batch_tokens
     bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     # LoRA: a bfloat16 base and a float32 adapter. All weights: float32 weights, autocast to bfloat16
@@ -254,9 +249,10 @@ def train(
     place = "cpu" if fsdp else str(device)  # FSDP moves the shards
     model, tokenizer = load_model(config.model, place, dtype)
     check_packable(model, config.model)
-    reading = (tokenizer, config.max_length, config.chat)
-    examples = load(config.data, *reading)
-    held_out = load(config.eval_data, *reading) if config.eval_data else []
+    examples, held_out = (
+        load(path, tokenizer, config.max_length, config.chat) if path else []
+        for path in (config.data, config.eval_data)
+    )
     digests = {"model": digest_model(model, mixed), "data": digest_json(examples)}
     check_inputs(config, model, examples, held_out, digests)
     print(f"the first example, as the model sees it:\n{describe(examples[0], tokenizer)}")
@@ -266,17 +262,19 @@ def train(
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
     if config.checkpoint_activations:
-        checkpoint_activations(model)
+        parallel.checkpoint_activations(model)
     if fsdp:
-        shard(model, device, mixed, packed_forward)
+        parallel.shard(model, device, mixed, packed_forward)
 
-    # ---- the reference pass: the same model with the adapter off, or before its weights are trained
+    # ---- the reference pass: with the adapter off, or before training, the model is the reference
     ref = eval_ref = None
     if reference:
-        cache = (out.parent / "reference_cache", max_tokens, digests["model"])
+        cache = out.parent / "reference_cache"  # shared by the runs of a sweep
         with autocast, lora_disabled(model):
-            ref = reference_stats(model, examples, *cache)
-            eval_ref = reference_stats(model, held_out, *cache) if held_out else None
+            ref, eval_ref = (
+                reference_stats(model, some, cache, max_tokens, digests["model"]) if some else None
+                for some in (examples, held_out)
+            )
 
     # ---- optimizer, resume
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -289,83 +287,78 @@ def train(
     start = resume_run(config, digests, model, optimizer) if config.resume else 0
     if start > steps:
         raise InputError(f"--max_steps, --epochs: {steps:,} steps, but the run to --resume is at {start:,}")
-    if get_rank() == 0:
+    if parallel.get_rank() == 0:
         start_run(config, out, start)
-    barrier()  # no process writes into the folder before it holds run.json
+    parallel.barrier()  # no process writes into the folder before it holds run.json
     if prepare:
         objective = partial(objective, **prepare(model, tokenizer, examples, ref))
+    # calls the objective on random Stats, and finds out whether it uses policy.entropy
     entropy = check_objective(objective, len(examples[0]) - 1, reference, device)
-    trained, processes = sum(p.numel() for p in parameters), get_world_size()
-    print(f"{trained:,} trained parameters, {len(examples):,} examples, {steps:,} steps of {size}", end="")
-    print(f" on {processes} processes ({config.parallel})" if processes > 1 else "")
-    if steps < config.warmup_steps and get_rank() == 0:
-        peak = learning_rate(config, steps - 1, steps)
-        warning = f"{steps} steps end inside the warm-up: --lr {config.lr:g} is not reached, only {peak:.2g}"
-        print(f"warning: --warmup_steps {config.warmup_steps}: {warning}", file=sys.stderr)
 
     # ---- the loop
-    loggers = open_loggers(config, out) if get_rank() == 0 else []
-    flops, received, began = flops_per_token(model), record_signals(), time.monotonic()
+    loggers = open_loggers(config, out) if parallel.get_rank() == 0 else []
+    print_start(parameters, len(examples), steps, size, config)
+    flops, signals, began = flops_per_token(model), parallel.record_signals(), time.monotonic()
 
     def evaluate() -> dict[str, float]:
         with autocast, torch.no_grad(), error_prefix(f"--eval_data {config.eval_data}"):
-            rows = range(len(held_out))
-            values = forward_backward(model, held_out, rows, eval_ref, objective, max_tokens, entropy)
-        return {f"eval_{name}": value for name, value in values.items()}
+            every = range(len(held_out))
+            means = forward_backward(model, held_out, every, eval_ref, objective, max_tokens, entropy)
+        return {f"eval_{name}": value for name, value in means.items()}
 
     def log(row: dict[str, float]) -> None:
-        row["peak_memory_gb"] = max(all_gather(peak_memory(device)))
+        row["peak_memory_gb"] = max(parallel.all_gather(peak_memory(device)))
         for logger in loggers:
             logger(row)
-        done = row["step"] + 1 - start
-        print_row(row, steps, (time.monotonic() - began) / 60 / done * (steps - start - done))
+        print_row(row, steps, start, began)
 
-    quiet = get_rank() > 0 or None  # None: tqdm shows its bar on a terminal only
-    bar = tqdm(range(start, steps), out.name, steps, initial=start, unit="step", disable=quiet)
+    hide = True if parallel.get_rank() > 0 else None  # None: tqdm shows its bar on a terminal only
+    bar = tqdm(range(start, steps), out.name, steps, initial=start, unit="step", disable=hide)
     for step in bar:
-        row = {"step": step}
+        row = {"step": step}  # a row of metrics.jsonl: the policy after `step` updates
         evaluates = bool(held_out) and step % config.eval_every == 0
         if evaluates:
             row |= evaluate()
 
-        step_began, rows = time.monotonic(), batch_rows(step, size, len(examples), config.seed)
-        torch.manual_seed(config.seed + SEED_STRIDE * (step + 1) + get_rank())  # of dropout
-        for _, layer in lora_layers(model):  # dropout in the adapter alone: the base stays the reference
+        step_began = time.monotonic()
+        batch = batch_indices(step, size, len(examples), config.seed)
+        torch.manual_seed(config.seed + SEED_STRIDE * (step + 1) + parallel.get_rank())  # dropout's
+        for _, layer in lora_layers(model):  # no dropout in the base: it must compute what the reference did
             layer.train()
         with autocast, error_prefix(f"step {step}"):
-            row |= forward_backward(model, examples, rows, ref, objective, max_tokens, entropy)
+            row |= forward_backward(model, examples, batch, ref, objective, max_tokens, entropy)
         model.eval()
         if not fsdp:
-            all_reduce_gradients(parameters)
-        norm = full_tensor(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)).item()
+            parallel.all_reduce_gradients(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+        norm = parallel.full_tensor(norm).item()
         if not math.isfinite(norm):
-            raise InputError(f"step {step}: the gradient is NaN or infinite on pairs {sorted(rows)}; stopped")
+            raise InputError(f"step {step}: NaN or infinite gradient on pairs {sorted(batch)}; stopped")
         for group in optimizer.param_groups:
             group["lr"] = row["lr"] = learning_rate(config, step, steps)
         optimizer.step()
         optimizer.zero_grad()
 
         seconds = time.monotonic() - step_began
-        row |= {"grad_norm": norm, "examples_per_second": size / seconds}
-        row["tokens_per_second"] = sum(count_tokens(examples[index]) for index in rows) / seconds
-        row |= flop_utilisation(flops * row["tokens_per_second"], device)
+        tokens = sum(count_tokens(examples[index]) for index in batch)
+        row |= {"grad_norm": norm, **speed(seconds, size, tokens, flops, device)}
         if step % config.log_every == 0 or evaluates:
             log(row)
-        stop = max(all_gather(max(received, default=0)))
+        stop = max(parallel.all_gather(max(signals, default=0)))  # all processes stop at the same step
         if stop or step + 1 == steps or (step + 1) % config.save_every == 0:
             save_checkpoint(out / "checkpoint", step + 1, digests, model, optimizer, config.keep)
         if stop:
             bar.close()
-            if get_rank() == 0:
+            if parallel.get_rank() == 0:
                 name = signal.Signals(stop).name
                 print(f"stopped by {name} at step {step + 1} of {steps}; --resume goes on", file=sys.stderr)
             sys.exit(128 + stop)
 
-    # ---- the end: the final policy, on the held-out pairs and on the batch that would come next
+    # ---- the end: the final policy, without dropout, on the next batch and the held-out pairs
     row = {"step": steps}
     with autocast, torch.no_grad():
-        rows = batch_rows(steps, size, len(examples), config.seed)
-        row |= forward_backward(model, examples, rows, ref, objective, max_tokens, entropy)
+        batch = batch_indices(steps, size, len(examples), config.seed)
+        row |= forward_backward(model, examples, batch, ref, objective, max_tokens, entropy)
     if held_out:
         row |= evaluate()
     log(row)

@@ -30,8 +30,10 @@ from model import load_model
 
 OUT, PICTURE, REFERENCE = ROOT / "out/doctor", ROOT / "assets/doctor.png", ROOT / "data/society/reference"
 SAMPLES = 2000
-# all weights: a model this small chooses its words in the head, which LoRA does not train
-TRAIN = ["@recipes/society.txt", "--lora_rank", 0, "--lr", 1e-3, "--eval_data", "data/society/test.jsonl.gz"]
+TRAIN = [  # all weights: a model this small chooses its words in the head, which LoRA does not train
+    *("@recipes/society.txt", "--eval_data", "data/society/test.jsonl.gz"),
+    *("--lora_rank", 0, "--lr", 3e-4, "--batch_size", 32),
+]
 ROWS = {  # label: (name of its files, folder of the policy, alpha of the target or None, token temperature)
     "reference": ("reference", None, None, 1.0),
     "DPO  α/β = 1": ("dpo", "dpo", 0.1, 1.0),

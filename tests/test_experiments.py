@@ -1,15 +1,22 @@
-"""The papers' small experiments: the sampler against enumeration, gradients against autograd, whole runs."""
+"""The experiments: each part against an independent calculation, and a short run of each script."""
 
+import gzip
+import importlib
 import itertools
 import json
 import math
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 
-from experiments import bandit, dispersion
+from data.society.truth import list_stories, story_distributions
+from evaluate import WORLD, entropy_bits
+from experiments import bandit, dispersion, doctor, temperature, weighting
 from model import Stats
 from train_dpl import dpl_loss
 from train_mallows import mallows_phi_link, mallows_phi_loss
@@ -24,11 +31,11 @@ def inversions(ranking):
 @pytest.mark.parametrize("phi", [1e-300, 0.05, 0.5, 0.9, 1.0])
 def test_rankings_of_four_items_follow_equation_5(phi):
     every = list(itertools.permutations(range(4)))
-    law = np.array([phi ** inversions(ranking) for ranking in every])
-    drawn = dispersion.mallows_rankings(phi, 4, 20_000, np.random.default_rng(0))
+    weights = np.array([phi ** inversions(ranking) for ranking in every])
+    sampled = dispersion.mallows_rankings(phi, 4, 20_000, np.random.default_rng(0))
     index = {ranking: i for i, ranking in enumerate(every)}
-    counts = np.bincount([index[tuple(ranking)] for ranking in drawn.tolist()], minlength=24)
-    expected = law / law.sum() * len(drawn)
+    counts = np.bincount([index[tuple(ranking)] for ranking in sampled.tolist()], minlength=24)
+    expected = weights / weights.sum() * len(sampled)
     rare = expected < 5  # chi-square wants cells of at least five
     assert counts[rare].sum() <= 5 * expected[rare].sum() + 5
     if (~rare).sum() > 1:
@@ -38,8 +45,8 @@ def test_rankings_of_four_items_follow_equation_5(phi):
 
 @pytest.mark.parametrize("phi", [0.05, 0.5, 0.9, 1.0])
 def test_item_i_is_ranked_before_item_j_with_the_probability_of_the_link(phi):
-    drawn = dispersion.mallows_rankings(phi, 7, 50_000, np.random.default_rng(1))
-    place = drawn.argsort(1)
+    sampled = dispersion.mallows_rankings(phi, 7, 50_000, np.random.default_rng(1))
+    place = sampled.argsort(1)
     for i, j in itertools.combinations(range(7), 2):
         share = (place[:, i] < place[:, j]).mean()
         expected = mallows_phi_link(torch.tensor(j - i, dtype=torch.float64), phi).item()
@@ -49,9 +56,9 @@ def test_item_i_is_ranked_before_item_j_with_the_probability_of_the_link(phi):
 
 @pytest.mark.parametrize("items", [1, 2, 9])
 def test_every_ranking_is_a_permutation(items):
-    drawn = dispersion.mallows_rankings(0.7, items, 50, np.random.default_rng(2))
-    assert drawn.shape == (50, items) and drawn.dtype == np.int64
-    assert (np.sort(drawn, 1) == np.arange(items)).all()
+    sampled = dispersion.mallows_rankings(0.7, items, 50, np.random.default_rng(2))
+    assert sampled.shape == (50, items) and sampled.dtype == np.int64
+    assert (np.sort(sampled, 1) == np.arange(items)).all()
 
 
 @pytest.mark.parametrize("phi", [0, -0.5, 1.0001, math.nan])
@@ -133,6 +140,24 @@ def test_best_reward_is_a_running_maximum_from_the_reference():
     np.testing.assert_allclose(best, [12.896, (12.896 + 16.5) / 2, 16.5, 16.5, 16.5])
 
 
+@pytest.mark.parametrize(("name", "kappa"), [("DPO", 0.910508), ("MallowsPO-φ", 0.0679683)])
+def test_both_losses_rest_where_the_docstring_says(name, kappa):
+    """There the mean gradient is zero, and a larger or smaller kappa is driven back."""
+    along = np.array([2.0, 1, 1, 0, -2e3])
+    for scale, sign in ((0.9, 1), (1, 0), (1.1, -1)):
+        step = bandit.SLOPES[name](scale * kappa * along @ bandit.PAIRS.T) @ bandit.PAIRS
+        assert step[1:3] == pytest.approx(0, abs=1e-9)
+        assert step[0] == pytest.approx(-step[3], abs=1e-9)
+        assert step[0] * sign > 1e-3 if sign else step[0] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_docstring_s_numbers_at_beta_0_1():
+    policies = bandit.softmax(np.outer([9.10508, 0.679683], [2.0, 1, 1, 0, -1e4]))
+    reward, kl = bandit.reward_and_kl(policies)
+    assert policies[0, 0] > 0.999 and policies[1].round(2).tolist() == [0.44, 0.22, 0.22, 0.11, 0]
+    assert reward.round(2).tolist() == [15.5, 15.88] and kl.round(2).tolist() == [1.61, 0.33]
+
+
 def test_mallows_phi_earns_more_at_half_of_dpo_s_kl():
     (reward, kl), (dpo_reward, dpo_kl) = (
         bandit.reward_and_kl(bandit.train(slope, np.array([0.1]), 60_000).final[0])
@@ -157,3 +182,120 @@ def test_bandit_refuses_too_few_steps(monkeypatch):
     monkeypatch.setattr("sys.argv", ["bandit.py", "--steps", "10"])
     with pytest.raises(bandit.InputError, match="--steps 10"):
         bandit.main()
+
+
+# ---- the society: short runs of the scripts, in this process
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """A stand-in for experiments.doctor.run that starts no new process."""
+
+    def run(script, *flags):
+        monkeypatch.setattr("sys.argv", [script, *map(str, flags)])
+        importlib.import_module(script.removesuffix(".py")).main()
+
+    return run
+
+
+def first_pairs(name, count, path):
+    """Write the first pairs of one of the society's files to `path`."""
+    rows = gzip.decompress(Path(f"data/society/{name}.jsonl.gz").read_bytes()).splitlines(keepends=True)
+    path.write_bytes(b"".join(rows[:count]))
+    return path
+
+
+def test_doctor_runs(tmp_path, monkeypatch, capsys, in_process):
+    data = first_pairs("train", 32, tmp_path / "pairs.jsonl")
+    short = ["--data", data, "--eval_data", data, "--batch_size", 16, "--max_steps", 1]
+    monkeypatch.setattr(doctor, "run", in_process)
+    monkeypatch.setattr(doctor, "OUT", tmp_path / "doctor")
+    monkeypatch.setattr(doctor, "PICTURE", tmp_path / "doctor.png")
+    monkeypatch.setattr(doctor, "SAMPLES", 20)
+    monkeypatch.setattr(doctor, "TRAIN", [*doctor.TRAIN, *short])
+    monkeypatch.setattr("sys.argv", ["doctor.py"])
+    doctor.main()
+    table = capsys.readouterr().out.split("malformed\n")[-1].splitlines()
+    assert [line.split()[0] for line in table[:5]] == ["reference", "DPO", "DPL", "DPL", "DPO"]
+    assert (tmp_path / "doctor.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_reference_s_exact_names_are_the_shipped_ones():
+    world = json.loads(WORLD.read_text())
+    _, reference = story_distributions(world, 1, 1)
+    assert doctor.exact_names(doctor.REFERENCE) == pytest.approx(reference["name"], abs=1e-3)
+
+
+def test_dpl_is_more_diverse_than_dpo(tmp_path, in_process):
+    """After 40 steps of 64 pairs. The optima are 2.4 bits apart; over seeds 0 to 2 these were 0.9 to 1.6."""
+    data = first_pairs("train", 2560, tmp_path / "pairs.jsonl")
+    flags = ["@recipes/society.txt", "--data", data, "--lora_rank", 0, "--lr", 1e-3, "--batch_size", 64]
+    bits = {}
+    for alpha in (0.1, 0.4):
+        out = tmp_path / f"alpha_{alpha}"
+        in_process("train_dpl.py", *flags, "--warmup_steps", 5, "--alpha", alpha, "--out_dir", out)
+        bits[alpha] = entropy_bits(doctor.exact_names(out))
+    assert bits[0.4] > bits[0.1] + 0.5
+
+
+def test_temperature_runs(tmp_path, monkeypatch, capsys):
+    for name in temperature.POLICIES:
+        shutil.copytree(doctor.REFERENCE, tmp_path / name)
+    monkeypatch.setattr(temperature, "TEMPERATURES", np.array([1.0, 2.0]))
+    flags = ["--policies", tmp_path, "--samples", 30, "--out_file", tmp_path / "temperature.png"]
+    monkeypatch.setattr("sys.argv", ["temperature.py", *map(str, flags)])
+    temperature.main()
+    printed = capsys.readouterr().out
+    # token temperature 1 is global temperature 1, and the trained policy's DPL is here the reference itself
+    assert len(re.findall(r"^1\.00  1\.00 .* 0\.0% +0\.0%$", printed, re.MULTILINE)) == 2
+    assert re.search(r"^exact, DPO\^\(1/2\) +0\.000  0\.000", printed, re.MULTILINE)
+    assert (tmp_path / "temperature.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_story_logp_is_pair_stats():
+    world = json.loads(WORLD.read_text())
+    model, tokenizer = temperature.load_model(doctor.REFERENCE)
+    stories = list_stories(world)[::200]
+    [prompt] = temperature.encode_prompts([world["story_prompt"]], tokenizer)
+    answers = temperature.encode_answers([world["story_prompt"]] * len(stories), stories, tokenizer)
+    logp = temperature.story_logp(*temperature.story_logits(model, prompt, answers))
+    assert logp.tolist() == pytest.approx(world["story_reference_logp"][::200], abs=1e-3)
+
+
+def test_temperature_names_the_policy_it_lacks(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["temperature.py", "--policies", str(tmp_path)])
+    with pytest.raises(temperature.InputError, match=r"--policies: no folder .*dpo; experiments/doctor.py"):
+        temperature.main()
+
+
+def test_weighting_runs(tmp_path, monkeypatch, capsys, in_process):
+    data = first_pairs("debates", 32, tmp_path / "pairs.jsonl")
+    short = ["--data", data, "--batch_size", 16, "--max_steps", 1]
+    monkeypatch.setattr(weighting, "run", in_process)
+    monkeypatch.setattr(weighting, "OUT", tmp_path / "weighting")
+    monkeypatch.setattr(weighting, "PICTURE", tmp_path / "weighting.png")
+    monkeypatch.setattr(weighting, "SEEDS", (0, 1))
+    monkeypatch.setattr(weighting, "TRAIN", [*weighting.TRAIN, *short])
+    methods = {label: weighting.METHODS[label] for label in ("DPO", "MallowsPO-θ")}
+    monkeypatch.setattr(weighting, "METHODS", methods)
+    monkeypatch.setattr(weighting, "BASELINES", {"MallowsPO-θ": "DPO"})
+    monkeypatch.setattr("sys.argv", ["weighting.py"])
+    weighting.main()
+    results = json.loads((tmp_path / "weighting/weighting.json").read_text())
+    assert {len(values) for values in results["DPO"].values()} == {2}
+    assert "\nMallowsPO-θ - DPO " in capsys.readouterr().out
+    assert (tmp_path / "weighting.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_reference_is_no_distance_from_itself():
+    debates = json.loads(WORLD.read_text())["debates"]
+    result = weighting.evaluate_policy(weighting.answer_logp(weighting.REFERENCE, debates), debates)
+    assert result["utility"] == pytest.approx(0.5, abs=1e-4) and result["kl"] == pytest.approx(0, abs=1e-4)
+    # of the answers alone, the reference's distance to the raters' favourites, written down again
+    gaps = []
+    for debate in debates.values():
+        p = np.exp(debate["reference_logp"])
+        favourites = debate["phi"] ** np.arange(5) / (debate["phi"] ** np.arange(5)).sum()
+        gaps.append(abs(p - favourites).sum() / 2 + (1 - p.sum()) / 2)
+    assert result["distance"] == pytest.approx(np.mean(gaps), abs=1e-4)
+    assert result["dispersed"] == pytest.approx(np.mean(gaps[10:]), abs=1e-4)

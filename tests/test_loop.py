@@ -17,7 +17,7 @@ from files import InputError
 from model import load_model, pair_stats
 from preferences import pack
 from train_dpl import DPLConfig, dpl_loss, objective
-from trainer import batch_rows, load_pairs, train
+from trainer import batch_indices, load_pairs, train
 
 SOCIETY = "data/society/reference"
 
@@ -54,7 +54,7 @@ def test_a_run_is_ten_lines_of_plain_pytorch(config, name, max_grad_norm):
         reference = pair_stats(model, pack(pairs))
     optimizer, norms = OPTIMIZERS[name](model.parameters()), []
     for step in range(6):
-        batch = batch_rows(step, 8, 40, config.seed)
+        batch = batch_indices(step, 8, 40, config.seed)
         known = reference._replace(logp=reference.logp[batch])
         dpl_loss(pair_stats(model, pack([pairs[i] for i in batch])), known, 0.2, 0.1).mean().backward()
         norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())
@@ -75,10 +75,10 @@ def test_a_run_is_ten_lines_of_plain_pytorch(config, name, max_grad_norm):
 
 
 def test_batches_are_shuffled_by_the_seed_and_anew_every_epoch():
-    epochs = [batch_rows(step, 100, 100, 0) for step in range(3)]
+    epochs = [batch_indices(step, 100, 100, 0) for step in range(3)]
     assert all(sorted(epoch) == list(range(100)) and epoch != sorted(epoch) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert batch_rows(0, 100, 100, 1) != epochs[0]
+    assert batch_indices(0, 100, 100, 1) != epochs[0]
     # no order is left: neighbours of the file are as far apart as any two rows, 33 on average
     place = {row: i for i, row in enumerate(epochs[0])}
     apart = sum(abs(place[i] - place[i + 1]) for i in range(99)) / 99

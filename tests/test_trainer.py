@@ -26,7 +26,7 @@ from reference import reference_stats
 from train_dpl import DPLConfig, objective
 from trainer import (
     TrainConfig,
-    batch_rows,
+    batch_indices,
     forward_backward,
     learning_rate,
     load_pairs,
@@ -116,7 +116,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(lengths, budget):
 def test_batches_are_slices_of_shuffled_epochs(count, size, seed):
     size = min(size, count)
     steps = 3 * count
-    stream = [row for step in range(steps) for row in batch_rows(step, size, count, seed)]
+    stream = [row for step in range(steps) for row in batch_indices(step, size, count, seed)]
     assert len(stream) == steps * size
     for start in range(0, len(stream) - count + 1, count):
         assert sorted(stream[start : start + count]) == list(range(count))
