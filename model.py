@@ -17,7 +17,7 @@ next-token entropy H have the gradients
     d log p_y / dh  =  W_y - sum_v p_v W_v            d H / dh  =  - sum_v p_v (log p_v + H) W_v
 
 Neither depends on the loss, so both are computed in the forward pass, while p is at hand. The backward pass
-multiplies them by one number per token.
+multiplies them by one number per token. (Only the gradient of a trained head needs p again there.)
 """
 
 import contextlib
@@ -93,7 +93,7 @@ def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Sta
     if attend.calls < model.config.get_text_config().num_hidden_layers:
         raise ValueError("some of its layers are no attention")
     head = model.get_output_embeddings()
-    softcap = getattr(model.config, "final_logit_softcapping", None)
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     hidden = hidden.index_select(0, packed.source)
     logp, token_entropy = TokenLogProbs.apply(hidden, head.weight, head.bias, packed.target, softcap, entropy)
     cells = len(packed.lengths) * packed.completions
@@ -228,7 +228,7 @@ AttentionMaskInterface.register("packed", eager_mask)
 class TokenLogProbs(torch.autograd.Function):
     """(logp, entropy), each (M,), of M target tokens, from hidden states (M, D) and the head's weight (V, D).
 
-    The softmax is computed in float32, the products with the weight in its own dtype. `softcap` bounds the
+    The softmax is in float32, the products with the weight in its dtype or autocast's. `softcap` bounds the
     logits, softcap * tanh(z / softcap), as in Gemma 2. Without `with_entropy`, entropy is zeros. Both outputs
     are differentiable with respect to hidden, weight and bias.
     """

@@ -237,7 +237,7 @@ def encode_answers(
             if not conversation.startswith(opened):
                 raise InputError("the chat template does not extend its own prompt; use rows of strings")
             text, content = conversation[len(opened) :], answer[-1]["content"]
-            after_content = text.partition(content.strip() or content)[2].rstrip()
+            after_content = text.partition(content.strip() or content)[2].rstrip()  # formats.py: never empty
             has_end = after_content.endswith(special)  # the template closes the turn with a special token
             if has_end:  # the model never writes the template's newline after <|im_end|>
                 text = text.rstrip()

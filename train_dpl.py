@@ -37,7 +37,9 @@ class DPLConfig(TrainConfig):
     out_dir: str = flag("out/dpl", "Folder for the adapter, metrics.jsonl and checkpoint/.")
     alpha: float = flag(0.2, "Weight of the entropy bonus: alpha / beta is the global temperature.")
     beta: float = flag(0.1, "Weight of the cross-entropy to the reference; alpha = beta is DPO.")
-    length_normalize: bool = flag(False, "Average log-probabilities over tokens instead of summing them.")
+    length_normalize: bool = flag(
+        False, "Average log-probabilities over tokens; alpha / beta is then no temperature."
+    )
     divergence: str = flag("reverse_kl", "If alpha = beta also forward_kl, js_divergence, alpha_divergence.")
     divergence_alpha: float = flag(0.5, "For alpha_divergence, in (0, 1): towards 0 it is the reverse KL.")
 
@@ -54,9 +56,9 @@ class DPLConfig(TrainConfig):
 def dpl_margin(policy: Stats, reference: Stats, alpha: float, beta: float) -> Tensor:
     """Implicit reward of chosen minus rejected, with r = alpha log pi - beta log pi_ref; (pairs,).
 
-    Before training it is (alpha - beta) [log pi_ref(y_w) - log pi_ref(y_l)], 0 only for alpha = beta.
-    A pair's gradient is weighted by sigmoid(-margin). So for alpha > beta the pairs that move first are those
-    whose chosen text the reference finds much less likely than the rejected one, often because it is longer.
+    Before training it is (alpha - beta) [log pi_ref(y_w) - log pi_ref(y_l)], 0 only for alpha = beta. The
+    gradient of a pair has the factor alpha sigmoid(-margin). So for alpha > beta the pairs that move first
+    are those whose chosen text the reference finds much less likely, often because it is longer.
     """
     chosen, rejected = (alpha * policy.logp - beta * reference.logp).unbind(-1)
     return chosen - rejected

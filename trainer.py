@@ -52,13 +52,12 @@ from reference import digest_model, reference_stats
 # policy.entropy is computed, with its gradient, only if the objective uses it. `reference` is None in a run
 # without a reference. The loss of a pair may not depend on other pairs (batch statistics), because the other
 # pairs of the global batch are in other micro-batches. Of "reward_margin" the share of positive ones is
-# logged too, as "reward_accuracy"; "kl", "logp_chosen" and "logp_rejected" are logged for every objective.
+# logged too, as "reward_accuracy". Of pairs, "logp_chosen", "logp_rejected" and (with a reference) "kl" are
+# always logged.
 Objective = Callable[[Stats, Stats | None], dict[str, Tensor]]
 Load = Callable[[str, PreTrainedTokenizerBase, int, bool], Sequence]
 Prepare = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Sequence, Stats], dict[str, Any]]
-SEED_STRIDE = (
-    1000003  # step s sets the seed to seed + SEED_STRIDE * (s + 1), epoch e to seed + SEED_STRIDE * e
-)
+SEED_STRIDE = 1000003  # between the seeds of epochs (their order) and of steps (their dropout)
 CHOICES = {
     "schedule": ("constant", "linear", "cosine"),
     "optimizer": ("adamw", "rmsprop"),
@@ -171,11 +170,11 @@ def forward_backward(
     """Forward over examples[indices], and backward if gradients are enabled; returns means over the indices.
 
     `reference` holds the reference's Stats of all `examples`. The gradient is that of the mean loss. Each
-    process computes its share of the indices, in micro-batches of at most `max_tokens` tokens; the means are
+    process computes its share of the indices, in micro-batches of about `max_tokens` tokens; the means are
     over all processes. Besides the objective's values they hold reward_accuracy, the policy's
-    log-probabilities, and kl, the mean of log pi_ref - log pi over the completions. kl estimates
-    KL(pi_ref || pi) if the reference wrote the completions; otherwise it says how far the policy moved from
-    them, and may be negative. Raises InputError if a loss is NaN or infinite.
+    log-probabilities, and kl, the mean of log pi_ref - log pi over the completions, in nats: an estimate of
+    KL(pi_ref || pi) if the reference wrote them, and otherwise how much less likely they have become. (The
+    loss's own KL is the other one, KL(pi || pi_ref).) Raises InputError if a loss is NaN or infinite.
     """
     sums: defaultdict[str, Tensor | float] = defaultdict(float)
     batches = micro_batches(indices, examples, max_tokens, parallel.get_rank(), parallel.get_world_size())

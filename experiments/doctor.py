@@ -32,7 +32,7 @@ OUT, PICTURE, REFERENCE = ROOT / "out/doctor", ROOT / "assets/doctor.png", ROOT 
 SAMPLES = 2000
 TRAIN = [  # all weights: a model this small chooses its words in the head, which LoRA does not train
     *("@recipes/society.txt", "--eval_data", "data/society/test.jsonl.gz"),
-    *("--lora_rank", 0, "--lr", 3e-4, "--batch_size", 32),
+    *("--lora_rank", 0, "--lr", 1e-3, "--batch_size", 128),
 ]
 ROWS = {  # label: (name of its files, folder of the policy, alpha of the target or None, token temperature)
     "reference": ("reference", None, None, 1.0),
