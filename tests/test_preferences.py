@@ -282,9 +282,7 @@ def test_packed_row_holds_every_example(examples):
     row = pack(examples)
     assert sum(row.lengths) == len(row.ids) == len(row.position) == len(row.example) == len(row.branch)
     assert row.completions == len(examples[0]) - 1
-    assert (
-        len(row.cell) == len(row.source) == len(row.target) == sum(len(c) for e in examples for c in e[1:])
-    )
+    assert len(row.cell) == len(row.source) == len(row.target) == sum(len(c) for e in examples for c in e[1:])
     for index, (prompt, *completions) in enumerate(examples):
         inside = row.example == index
         assert inside.sum() == row.lengths[index]
