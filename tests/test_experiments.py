@@ -77,10 +77,10 @@ def test_dispersion_runs_and_its_estimate_follows_the_truth(tmp_path, monkeypatc
     flags = ["--rankings", "2000", "--out_file", str(out), "--picture", str(picture)]
     monkeypatch.setattr("sys.argv", ["dispersion.py", *flags])
     dispersion.main()
-    found = json.loads(out.read_text())["mallows"]
-    assert set(found) == {"5", "10", "100"}
-    assert all(result["correlation"] > 0.98 for result in found.values())
-    assert np.mean(found["10"]["estimate"]) == pytest.approx(np.mean(found["10"]["truth"]))
+    results = json.loads(out.read_text())["mallows"]
+    assert set(results) == {"5", "10", "100"}
+    assert all(result["correlation"] > 0.98 for result in results.values())
+    assert np.mean(results["10"]["estimate"]) == pytest.approx(np.mean(results["10"]["truth"]))
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
