@@ -14,7 +14,7 @@ As in DPO, solve the optimum for the reward: r = alpha log pi - beta log pi_ref 
 the same for both completions and cancels from r(chosen) - r(rejected). What is left is a logistic loss on
 log-probabilities (dpl_loss). No entropy is computed: alpha scales log pi, beta shifts each pair's margin.
 
-    python train_dpl.py --alpha 0.2              # the embedded society, a minute on a laptop; then sample.py
+    python train_dpl.py --alpha 0.2              # the embedded society, two minutes on two cores
     python train_dpl.py @recipes/hh_dpl.txt --data FILE --alpha 0.2          # the paper's run on HH-RLHF
 """
 
