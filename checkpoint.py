@@ -41,18 +41,9 @@ from lora import save_lora
 from parallel import all_gather, barrier, full_tensor, get_rank, get_world_size, to_local
 
 # flags that may change when a run is resumed (model and data: the path may, the content may not)
-MAY_CHANGE = {
-    "out_dir",
-    "overwrite",
-    "resume",
-    "max_steps",
-    "epochs",
-    "log_every",
-    "eval_every",
-    "save_every",
-}
-MAY_CHANGE |= {"keep", "parallel", "checkpoint_activations", "micro_batch_tokens", "wandb", "tensorboard"}
-MAY_CHANGE |= {"model", "data", "eval_data"}
+MAY_CHANGE = {"out_dir", "overwrite", "resume", "model", "data", "eval_data", "max_steps", "epochs"}
+MAY_CHANGE |= {"log_every", "eval_every", "save_every", "keep", "wandb", "tensorboard"}
+MAY_CHANGE |= {"parallel", "checkpoint_activations", "micro_batch_tokens"}
 LOGS = {".log", ".txt", ".out", ".err"}  # files that a user may write into the folder before the run
 
 
@@ -77,10 +68,9 @@ def open_run(config: Any) -> Path:
     if out.is_dir() and any(path.name[0] != "." and path.suffix not in LOGS for path in out.iterdir()):
         if not (out / "run.json").is_file():
             raise InputError(f"--out_dir {out}: holds files that are no run; name another folder")
-        files = [*out.glob("checkpoint/*"), *out.glob("*.safetensors"), out / "metrics.jsonl"]
-        started = any(
-            path.exists() and path.stat().st_size for path in files
-        )  # else there is nothing to lose
+        # a run that failed before its first row has nothing to lose
+        files = [*out.glob("checkpoint/*"), *out.glob("*.safetensors"), *out.glob("metrics.jsonl")]
+        started = any(path.stat().st_size for path in files)
         if started and not (config.overwrite or config.resume):
             raise InputError(f"--out_dir {out}: holds a run; --resume continues it, --overwrite replaces it")
         if config.resume:

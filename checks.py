@@ -1,8 +1,8 @@
 """What is refused before training, because it would go wrong in silence: data, models and losses.
 
-check_inputs      token ids without an embedding, texts that are too long, too few pairs for the processes
-check_packable    models whose log-probabilities change when pairs are packed into one row
-check_objective   losses that return a mean, mix pairs, or have no gradient
+- check_inputs: token ids without an embedding, texts that are too long, too few pairs for the processes
+- check_packable: models whose log-probabilities change when pairs are packed into one row
+- check_objective: losses that return a mean, mix pairs, or have no gradient
 """
 
 import math
