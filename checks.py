@@ -103,6 +103,9 @@ def check_packable(model: PreTrainedModel, path: str) -> None:
         for prompt, *completions in pairs:
             for completion in completions:
                 row = torch.tensor([prompt + completion], device=model.device)
+                if model.get_output_embeddings() is None:
+                    plain.append(model.score(model.base_model(row[:, :-1]).last_hidden_state[0, -1])[0])
+                    continue
                 logp = model(row).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
                 plain.append(logp.gather(1, row[0, len(prompt) :, None]).sum())
         gap = (pair_stats(model, pack(pairs)).logp.flatten() - torch.stack(plain)).abs().max().item()

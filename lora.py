@@ -23,6 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from files import InputError, digest_tensors, error_prefix, write_json, write_tensors
 from parallel import full_tensor, get_rank
 
+SCORE = "base_model.model.score.weight"  # the head of a reward model, in PEFT's naming
+
 
 class LoRALinear(nn.Module):
     """A frozen nn.Linear (or GPT-2's Conv1D, whose weight is transposed) plus a trained low-rank term."""
@@ -60,16 +62,20 @@ def add_lora(
 ) -> nn.Module:
     """Freeze `model` and adapt linear layers, in place: all but the head, or those that `targets` name.
 
-    A target is a module's full name or its last part ("q_proj"). Raises InputError if no layer has that name.
+    The head `score` of a reward model is trained as it is. A target is a module's full name or its last part
+    ("q_proj"). Raises InputError if no layer has that name.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    score = getattr(model, "score", None)
+    heads = (getattr(model, "get_output_embeddings", lambda: None)(), score)
     kinds = (nn.Linear, Conv1D)
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m is not head}
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m not in heads}
     for target in targets or []:
         if not any(_named(name, [target]) for name in linear):
             real = ", ".join(sorted({name.split(".")[-1] for name in linear}))
             raise InputError(f"--lora_targets {target}: no such linear layer; this model has {real}")
     model.requires_grad_(False)
+    if score is not None:
+        score.float().requires_grad_(True)
     for name, module in linear.items():
         if targets is None or _named(name, targets):
             parent, _, child = name.rpartition(".")
@@ -118,11 +124,15 @@ def save_lora(model: nn.Module, folder: str | Path, base_model: str) -> None:
         for name, layer in layers.items()
         for part in ("lora_A", "lora_B")
     }
+    is_reward_model = hasattr(model, "score")
+    if is_reward_model:
+        tensors[SCORE] = full_tensor(model.score.weight.detach()).cpu()
     layer = next(iter(layers.values()))
     rank = len(layer.lora_A)
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if is_reward_model else "CAUSAL_LM",
+        "modules_to_save": ["score"] if is_reward_model else None,
         "base_model_name_or_path": str(base_model),
         "r": rank,
         "lora_alpha": layer.scale * rank,
@@ -176,6 +186,9 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
         raise InputError(f"{path}: cannot be read: {error}") from None
     by_layer: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
+        if key == SCORE and hasattr(model, "score") and tensor.shape == model.score.weight.shape:
+            model.score.weight.data.copy_(tensor)
+            continue
         match = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", key)
         if not match:
             raise InputError(f"{path}: unexpected tensor {key}; only lora_A and lora_B weights are read")

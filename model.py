@@ -1,4 +1,4 @@
-"""The model: log-probability, length and entropy of every completion of a micro-batch; loading a causal LM.
+"""The model: log-probability, length and entropy of every completion of a micro-batch; loading a model.
 
 One forward pass over one row `[prompt | chosen | rejected | prompt | ...]` serves a whole micro-batch. The
 prompt is computed once for both completions, and nothing is padded. One rule says which keys a query may
@@ -37,6 +37,7 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -55,7 +56,7 @@ CHUNK = 2**24  # logits computed at once: 64 MiB in float32
 class Stats(NamedTuple):
     """What a loss sees of a micro-batch of pairs: (pairs, 2) each, column 0 chosen and column 1 rejected.
 
-    For examples with a single completion, (examples, 1).
+    For examples with a single completion, (examples, 1). A reward model has its rewards in the place of logp.
     """
 
     logp: Tensor  # sum of the completion's token log-probabilities, end token included, in nats
@@ -69,7 +70,9 @@ class Stats(NamedTuple):
 def pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) -> Stats:
     """Log-probability, length and, if asked for, mean token entropy of every completion of a packed row.
 
-    Gradients flow through logp and entropy. `model` is any causal LM of transformers that checks.py accepts.
+    Gradients flow through logp and entropy. `model` is any causal LM of transformers that checks.py accepts,
+    or a reward model: a sequence classifier with one label, whose head `score` reads the hidden state at the
+    last fed token of each completion.
     """
     # parallel.shard() makes packed_forward a method of a sharded model: FSDP gathers the weights around it
     forward = getattr(model, "packed_forward", partial(packed_forward, model))
@@ -92,9 +95,12 @@ def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Sta
     ).last_hidden_state[0]
     if attend.calls < model.config.get_text_config().num_hidden_layers:
         raise ValueError("some of its layers are no attention")
-    head = model.get_output_embeddings()
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     hidden = hidden.index_select(0, packed.source)
+    if (head := model.get_output_embeddings()) is None:
+        length = packed.cell.bincount()
+        reward = F.linear(hidden[length.cumsum(0) - 1].float(), model.score.weight.float())
+        return Stats(reward.view(-1, packed.completions).clone(), length.view(-1, packed.completions).float())
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     logp, token_entropy = TokenLogProbs.apply(hidden, head.weight, head.bias, packed.target, softcap, entropy)
     cells = len(packed.lengths) * packed.completions
 
@@ -311,11 +317,13 @@ def _dentropy_dz(p: Tensor, z: Tensor, softcap: float | None) -> Tensor:
 
 
 def load_model(
-    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, reward: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer from a folder or the hub. An adapter's folder gives its base, merged.
 
-    Only safetensors weights are read. Raises InputError if model or tokenizer cannot be loaded completely.
+    With `reward`, a reward model: a sequence classifier with one label. A causal LM then gets a head of zeros
+    in place of its own. Only safetensors weights are read. Raises InputError if model or tokenizer cannot be
+    loaded completely.
     """
     path, folder = str(path), Path(path)
     is_adapter = (folder / "adapter_config.json").is_file()
@@ -327,14 +335,21 @@ def load_model(
         base = read_adapter_config(path).get("base_model_name_or_path")
         if not isinstance(base, str) or Path(base).resolve() == folder.resolve():
             raise InputError(f"--model {path}: adapter_config.json names no other base_model_name_or_path")
-        model, _ = load_model(base, "cpu", dtype)  # merge on the CPU: the same weights on any device
-        return merge_lora(load_lora(model, path)).to(device), tokenizer
+        model, _ = load_model(base, "cpu", dtype, reward)  # merge on the CPU: the same weights on any device
+        return merge_lora(load_lora(model, path)).to(device, dtype), tokenizer
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise InputError(f"--model {path}: no *.safetensors weights there (other formats are not read)")
     options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
+    auto = AutoModelForCausalLM
+    if reward:
+        auto, options["num_labels"] = AutoModelForSequenceClassification, 1
     with _loading(path):
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
-    broken = sorted(info["missing_keys"]) + [str(name) for name in info["mismatched_keys"]]
+        model, info = auto.from_pretrained(path, dtype=dtype, **options)
+    missing = set(info["missing_keys"])
+    if "score.weight" in missing:  # not random: all processes must start from the same head
+        missing.remove("score.weight")
+        model.score.weight.data.zero_()
+    broken = sorted(missing) + [str(name) for name in info["mismatched_keys"]]
     if broken:  # transformers would go on with random numbers
         raise InputError(f"--model {path}: {len(broken)} weights are missing or misshapen, first {broken[0]}")
     return model.to(device).eval(), tokenizer

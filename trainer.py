@@ -55,6 +55,7 @@ from reference import digest_model, reference_stats
 # logged too, as "reward_accuracy". Of pairs, "logp_chosen", "logp_rejected" and (with a reference) "kl" are
 # always logged.
 Objective = Callable[[Stats, Stats | None], dict[str, Tensor]]
+LoadModel = Callable[[str, str, torch.dtype], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 Load = Callable[[str, PreTrainedTokenizerBase, int, bool], Sequence]
 Prepare = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Sequence, Stats], dict[str, Any]]
 SEED_STRIDE = 1000003  # between the seeds of epochs (their order) and of steps (their dropout)
@@ -196,8 +197,9 @@ def forward_backward(
             (loss.sum() / len(indices)).backward()  # the global batch: processes' gradients are added
         if "reward_margin" in values:
             values["reward_accuracy"] = (values["reward_margin"] > 0).float()
-        names = ("logp_chosen", "logp_rejected") if policy.logp.shape[1] == 2 else ("logp",)
-        values |= dict(zip(names, policy.logp.unbind(1), strict=True))
+        if model.get_output_embeddings() is not None:  # a reward model has no log-probabilities
+            names = ("logp_chosen", "logp_rejected") if policy.logp.shape[1] == 2 else ("logp",)
+            values |= dict(zip(names, policy.logp.unbind(1), strict=True))
         if ref is not None:
             values["kl"] = (ref.logp - policy.logp).mean(1)
         for name, value in values.items():
@@ -223,12 +225,14 @@ def train(
     objective: Objective,
     *,
     reference: bool = True,
+    load_model: LoadModel = load_model,
     load: Load = load_pairs,
     prepare: Prepare | None = None,
 ) -> None:
     """Train by `config` on the loss `objective`, and write the run's folder.
 
     reference=False skips the reference pass; the objective's second argument is then None.
+    load_model(path, device, dtype) gives the model to start from and its tokenizer (see train_reward.py).
     load(path, tokenizer, max_length, chat) reads a file into token ids, a (prompt, *completions) per example.
     prepare(model, tokenizer, examples, reference) runs once before the first step, for what an objective must
     know of the whole data set; it returns keyword arguments for the objective (see train_mallows.py).

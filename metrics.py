@@ -1,0 +1,301 @@
+"""Formulas of the metrics of sampled texts. No file is read here; evaluate.py applies them to files.
+
+How different are the N texts that a model wrote for one prompt? Compute a diversity per prompt and average it
+over prompts: texts of different prompts differ anyway.
+
+    cosine_diversity   mean cosine distance of embeddings, 0 = all point the same way   (DPL, equation 44)
+    vendi_score        number of equally frequent, unrelated texts that would be as diverse, 1..N
+    distinct_n, ead    share of n-grams that are new; ead divides by what chance would give
+    self_bleu          overlap of each text with all others; here HIGH means alike
+    unique_share       share of texts that differ from one another at all
+
+Three traps:
+- N. Only cosine_diversity(distinct=True) estimates the same number for every N. Equation 44 compares each
+  text with itself too, which makes it (N-1)/N of that number. All other metrics change with N. Compare models
+  at equal N.
+- Length. Long texts repeat words, so distinct_n falls with length; ead falls less. Self-BLEU depends on
+  length too. First apply cut_words with one budget to all texts, and report their lengths.
+- Quality. Random words score as diverse. Report a measure of quality beside every measure of diversity.
+
+Is model A better than model B? win_rate averages a judge's answers over both orders of showing the two texts.
+How far can chance move a mean over prompts? bootstrap gives a 95% interval.
+
+    python -c "from metrics import self_bleu; print(self_bleu(['I like figs.', 'I like tea.']))"
+"""
+
+import itertools
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+OTHER = "(other)"  # any text that the grammar cannot write: misspelt, malformed or missing
+
+
+# ---- embeddings
+
+
+def unit_vectors(embeddings: np.ndarray) -> np.ndarray:
+    """Scale each row of an (N, d) array to length 1, in float64.
+
+    Raises ValueError if the array is not (N, d) with N >= 1, or if a row is zero or not finite: it then has
+    no direction.
+    """
+    vectors = np.asarray(embeddings, dtype=np.float64)
+    if vectors.ndim != 2 or not len(vectors):
+        raise ValueError(f"embeddings must be an (N, d) array with N >= 1, found shape {vectors.shape}")
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not (np.isfinite(norms) & (norms > 0)).all():
+        raise ValueError("an embedding is zero or not finite and has no direction")
+    return vectors / norms
+
+
+def cosine_diversity(embeddings: np.ndarray, *, distinct: bool = False) -> float:
+    """Mean cosine distance of one prompt's samples; `embeddings` is (N, d). (DPL, equation 44)
+
+        (1/N^2) sum_ij (1 - cos(x_i, x_j)), with the N terms i = j, which are 0
+
+    Range 0 to 1, no unit. Values from different embedding models cannot be compared. With `distinct` the mean
+    is over i != j: N/(N-1) times as much (range 0 to N/(N-1)), with the same expectation for every N, and nan
+    for N = 1. Raises ValueError like unit_vectors.
+
+    For unit vectors u the mean of u_i . u_j over all i, j is |mean u|^2. So the diversity is 1 - |mean u|^2,
+    which is the variance of u summed over its d coordinates. No N x N matrix is needed.
+    """
+    units = unit_vectors(embeddings)
+    if distinct and len(units) == 1:
+        return math.nan
+    return float(units.var(axis=0, ddof=int(distinct)).sum())
+
+
+def vendi_score(embeddings: np.ndarray) -> float:
+    """Effective number of different samples; `embeddings` is (N, d). (Friedman & Dieng 2023, cosine kernel)
+
+        exp(-sum_k p_k log p_k),  p_k the eigenvalues of K/N,  K_ij = cos(x_i, x_j)
+
+    Range 1 (all point the same way) to min(N, d), in numbers of samples: k groups of equal size at right
+    angles give k. Raises ValueError like unit_vectors.
+    """
+    units = unit_vectors(embeddings)
+    n, d = units.shape
+    gram = units @ units.T if n <= d else units.T @ units  # both have the same eigenvalues, apart from zeros
+    p = np.linalg.eigvalsh(gram / n)
+    p = p[p > 0]
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+# ---- words and n-grams
+
+# A token is one punctuation mark or a run of other characters. A run may contain apostrophes, a full stop or
+# comma between two digits (3.5), and a hyphen unless it follows a digit (well-known, but 10 - year).
+MARKS = r"!-&(-,./:-@\[-`{-~¡«·»¿\u2012-\u2015\u201a-\u2027\u2030-\u205e"
+WORD = re.compile(rf"(?:[^\s\-{MARKS}]|(?<![0-9])-|(?<=[0-9])[.,](?=[0-9]))+|\S")
+
+
+def words(text: str) -> list[str]:
+    """Split a text into words and punctuation marks, after Unicode normalisation NFC; the case is kept.
+
+    For languages with spaces between words. On English the tokens are those of sacrebleu's 13a tokenizer,
+    except that typographic marks (“ ” – — …) are split off too and entities (&amp;) are not decoded.
+    """
+    return WORD.findall(unicodedata.normalize("NFC", text))
+
+
+def cut_words(text: str, budget: int) -> str:
+    """The text, in NFC, up to the end of its first `budget` words(). Raises ValueError if budget < 0."""
+    text, end = unicodedata.normalize("NFC", text), 0
+    for match in itertools.islice(WORD.finditer(text), budget):
+        end = match.end()
+    return text[:end]
+
+
+def ngrams(tokens: Sequence[str], n: int) -> Iterable[tuple[str, ...]]:
+    """All runs of n successive tokens, in order: max(0, len(tokens) - n + 1) of them."""
+    return zip(*(tokens[start:] for start in range(n)), strict=False)
+
+
+def count_ngrams(texts: Iterable[str], n: int) -> Counter[tuple[str, ...]]:
+    """How often each n-gram of words() occurs in the texts; no n-gram crosses from one text to the next."""
+    return Counter(gram for text in texts for gram in ngrams(words(text), n))
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Number of different n-grams / number of all n-grams in the texts of one prompt. (Li et al. 2016)
+
+    Range (0, 1], 1 = no n-gram occurs twice; nan if there is no n-gram. Falls with N and with length.
+    """
+    counts = count_ngrams(texts, n)
+    return len(counts) / counts.total() if counts else math.nan
+
+
+def ead(texts: Sequence[str], n: int, vocabulary: int) -> float:
+    """Expectation-adjusted distinct n-grams of the texts of one prompt. (Liu et al. 2022)
+
+        distinct / (V (1 - ((V-1)/V)^C)),  C the number of n-grams
+
+    The denominator is the expected number of different n-grams among C independent, uniform draws from V.
+    `vocabulary`, V, is the number of different n-grams OF THIS n that could be written. The number of words
+    is too small a V for n > 1: the ratio then passes 1.
+
+    Range (0, 1]; nan if there is no n-gram. With the right V the ratio can still pass 1, for texts that
+    repeat less than random draws do; the result is then 1. Words are not drawn uniformly, so ead still
+    falls with length, but less than distinct_n. Raises ValueError if V < 1, or if the texts have more than V
+    different n-grams.
+    """
+    counts = count_ngrams(texts, n)
+    if not vocabulary >= max(1, len(counts)):
+        raise ValueError(
+            f"vocabulary {vocabulary}: must be at least 1 and the {len(counts)} n-grams in the texts"
+        )
+    if not counts:
+        return math.nan
+    if vocabulary == 1:
+        return 1.0
+    # expm1 and log1p: for large V, (V-1)/V rounds to 1
+    expected = -vocabulary * math.expm1(counts.total() * math.log1p(-1 / vocabulary))
+    return min(1.0, len(counts) / expected)
+
+
+def self_bleu(texts: Sequence[str]) -> float:
+    """Mean over one prompt's texts of the BLEU-4 of a text with all others as references. (Zhu et al. 2018)
+
+    Range 0 to 1; HIGH means alike. nan for fewer than 2 texts; a text without words has BLEU 0. Rises with N:
+    more references hold more matches. The BLEU of a text is sacrebleu.sentence_bleu of words() / 100.
+
+    BLEU clips the count of an n-gram to its largest count in any one reference. For the text that has the
+    largest count of all texts, that is the second-largest count; no other text is clipped. One pass finds
+    both counts of every n-gram, so the cost of counting is linear in the length of all texts.
+    """
+    if len(texts) < 2:
+        return math.nan
+    tokens = [words(text) for text in texts]
+    counts = [Counter(gram for n in range(1, 5) for gram in ngrams(text, n)) for text in tokens]
+    largest: dict[tuple[str, ...], tuple[int, int, int]] = {}  # largest count, its text, second-largest count
+    for index, count in enumerate(counts):
+        for gram, c in count.items():
+            first, owner, second = largest.get(gram, (0, -1, 0))
+            if c > first:
+                largest[gram] = c, index, first
+            elif c > second:
+                largest[gram] = first, owner, c
+    scores = []
+    for index, count in enumerate(counts):
+        matches = [0, 0, 0, 0]
+        for gram, c in count.items():
+            _, owner, second = largest[gram]
+            matches[len(gram) - 1] += second if owner == index else c
+        length = len(tokens[index])
+        others = (len(other) for i, other in enumerate(tokens) if i != index)
+        reference_length = min(others, key=lambda other: (abs(other - length), other))
+        scores.append(_bleu(matches, length, reference_length))
+    return sum(scores) / len(scores)
+
+
+def _bleu(matches: list[int], length: int, reference_length: int) -> float:
+    """Sentence BLEU from the clipped matches of each order, smoothed as by mteval-v13a (sacrebleu's "exp").
+
+    `matches` is of orders 1 to 4. The k-th order that has no match counts as 1/2^k of a match. An order longer
+    than the text is left out.
+    """
+    if not any(matches):
+        return 0.0
+    logs, smoothing = [], 1
+    for n, match in enumerate(matches[:length], 1):
+        if not match:
+            smoothing *= 2
+        logs.append(math.log((match or 1 / smoothing) / (length - n + 1)))
+    return math.exp(min(0.0, 1 - reference_length / length) + sum(logs) / len(logs))
+
+
+def unique_share(texts: Sequence[str]) -> float:
+    """Number of different texts / number of texts, after NFC and with white space collapsed to single spaces.
+
+    Range 1/N to 1; nan for no texts. Falls as N grows.
+    """
+    different = {" ".join(unicodedata.normalize("NFC", text).split()) for text in texts}
+    return len(different) / len(texts) if texts else math.nan
+
+
+# ---- judgements
+
+
+def pair_score(first: str, swapped: str) -> float:
+    """Result of one comparison for its first contestant: win 1.0, tie 0.5, loss 0.0. (MallowsPO, C.3.1)
+
+    `first` is the judge's answer with the first contestant shown first, `swapped` with it shown second. Both
+    are from its own view: "A" = it won, "B" = it lost, "tie". Two wins, or a win and a tie, are a win; two
+    losses, or a loss and a tie, are a loss; anything else is a tie. (fastchat's show_result.py differs: it
+    counts a win and a tie as a tie.) Raises ValueError for any other answer.
+    """
+    points = {"A": 1, "tie": 0, "B": -1}
+    for answer in (first, swapped):
+        if answer not in points:
+            raise ValueError(f"a judgement must be 'A', 'B' or 'tie', found {answer!r}")
+    total = points[first] + points[swapped]
+    return 1.0 if total > 0 else 0.0 if total < 0 else 0.5
+
+
+def win_rate(first_order: Sequence[str], swapped_order: Sequence[str]) -> float:
+    """wins/n + ties/(2n) of the first contestant over n comparisons, each in two orders. (MallowsPO, C.3.1)
+
+    The arguments are equally long lists of the answers that pair_score describes. Range 0 to 1, 0.5 = even.
+    Raises ValueError for unequal lengths, empty lists and other answers.
+    """
+    if len(first_order) != len(swapped_order) or not first_order:
+        raise ValueError(
+            f"need two equally long lists of judgements, found {len(first_order)} and {len(swapped_order)}"
+        )
+    return sum(map(pair_score, first_order, swapped_order)) / len(first_order)
+
+
+# ---- intervals
+
+
+def bootstrap(
+    values: np.ndarray, statistic: Callable[[np.ndarray], float], seed: int, resamples: int = 2000
+) -> tuple[float, float]:
+    """95% percentile bootstrap interval (low, high) of a statistic over prompts. (Efron 1979)
+
+    `values` is (n,) or (n, ...), one entry per prompt, without nan. `resamples` times, n entries are drawn
+    with replacement along the first axis, and `statistic` (for example np.mean) maps them to a number. The
+    interval runs from the 2.5% to the 97.5% quantile of these numbers, in the unit of the statistic.
+
+    It covers the choice of prompts, not the seed of a training run. With few prompts it is too narrow: for
+    n = 10 normal values it contains the true mean about 90% of the time, not 95%. One prompt says nothing
+    about the spread of prompts: n = 1 gives (nan, nan). Raises ValueError if `values` is empty.
+    """
+    values = np.asarray(values)
+    n = len(values)
+    if n == 0:
+        raise ValueError("the bootstrap needs at least one value")
+    if n == 1:
+        return math.nan, math.nan
+    generator = np.random.default_rng(seed)
+    results = [statistic(values[generator.integers(n, size=n)]) for _ in range(resamples)]
+    low, high = np.quantile(results, (0.025, 0.975))
+    return float(low), float(high)
+
+
+# ---- distributions over a few values
+
+
+def frequencies(observed: Iterable[str], values: Iterable[str]) -> dict[str, float]:
+    """Share of each of `values` among the observed strings, and of all other strings as OTHER."""
+    counts = Counter(observed)
+    total = counts.total()
+    shares = {value: counts[value] / total for value in values}
+    return shares | {OTHER: 1 - sum(counts[value] for value in shares) / total}
+
+
+def total_variation(p: dict[str, float], q: dict[str, float]) -> float:
+    """Half the L1 distance of two distributions; a value that one of them lacks has probability 0 there."""
+    return sum(abs(p.get(value, 0.0) - q.get(value, 0.0)) for value in p.keys() | q.keys()) / 2
+
+
+def entropy_bits(distribution: dict[str, float]) -> float:
+    """Shannon entropy in bits, OTHER left out and the rest renormalised: misspellings are no diversity."""
+    p = [share for value, share in distribution.items() if value != OTHER and share > 0]
+    return sum(x / sum(p) * math.log2(sum(p) / x) for x in p)
