@@ -1,150 +1,432 @@
-"""Metrics of samples, by subcommand.
+"""Metrics of samples, by subcommand: files that sample.py wrote in, a table and JSON out.
 
-`society` compares samples of the embedded world with its exact optimum, the best policy of the DPL objective
-over well-formed texts: pi ~ pi_ref^(beta/alpha) exp(r/alpha) (DPL paper, equation 35). The defaults continue
-from those of train_dpl.py and sample.py:
+    society     the embedded world's samples against its exact optimum (DPL paper, equation 35)
+    diversity   how different the samples of a prompt are, by embeddings and by n-grams
+    quality     reward under a reward model, and cross-entropy to the reference policy
+    judge       diversity as a language model rates it (DPL paper, B.1)
+    winrate     one policy's samples against another's (MallowsPO paper, C.3.1)
 
-    python train_dpl.py               # writes out/dpl
-    python sample.py                  # writes out/dpl/samples.jsonl
-    python evaluate.py society        # --samples out/dpl/samples.jsonl --alpha 0.2 --beta 0.1
+All but society compute a metric for each prompt, from that prompt's samples, and print its mean over prompts
+with a 95% bootstrap interval. The interval is over prompts: samples of one prompt are not independent.
+--baseline adds the samples of another policy, such as the reference. The difference is taken prompt by
+prompt; it is known better than either mean.
+
+    python evaluate.py society
+    python evaluate.py diversity --samples dpl.jsonl --baseline dpo.jsonl --embedder ENCODER
+    python evaluate.py quality --samples dpl.jsonl --baseline dpo.jsonl --reward_model out/reward
+    python evaluate.py judge --samples dpl.jsonl --endpoint http://localhost:8000/v1 --judge_model NAME
+    python evaluate.py winrate --samples dpl.jsonl --baseline dpo.jsonl --reward_model out/reward
 """
 
-import argparse
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.society.truth import poll_distributions, read_story, story_distributions
-from files import InputError, raise_input_error, read_rows, run_command, write_json
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
+
+import metrics
+from checks import check_packable, max_positions
+from data.society.truth import compare_samples, print_comparison
+from files import InputError, error_prefix, flag, parse, read_rows, require, run_command, write_json
+from formats import Sample, last_turn, read_sample, read_samples, to_texts, transcript
+from judge import (
+    DIVERSITY,
+    JudgeConfig,
+    compare,
+    count_calls,
+    fetch_embeddings,
+    pair_prompts,
+    pool_prompts,
+    rate_pools,
+)
+from model import load_model, loading
+from parallel import get_device, get_dtype
+from preferences import encode_answers, encode_prompts, micro_batches
+from reference import cross_entropies
+from train_reward import load_reward_model, score_texts
 
 WORLD = Path(__file__).parent / "data/society/world.json"
-OTHER = "(other)"  # any text that the grammar cannot write: misspelt, malformed or missing
+ORDERS = (1, 2)  # n of the n-grams
+Groups = dict[str, list[Sample]]  # a file's samples by prompt
+Columns = dict[str, np.ndarray]  # metric: its value for each prompt, nan where it is not defined
 
 
-def frequencies(observed: Iterable[str], values: Iterable[str]) -> dict[str, float]:
-    """Share of each of `values` among the observed strings, and of all other strings as OTHER."""
-    counts = Counter(observed)
-    total = counts.total()
-    shares = {value: counts[value] / total for value in values}
-    return shares | {OTHER: 1 - sum(counts[value] for value in shares) / total}
+@dataclass
+class SocietyConfig:
+    """Flags of evaluate.py society."""
+
+    samples: str = flag("out/dpl/samples.jsonl", "File that sample.py wrote.")
+    alpha: float = flag(0.2, "The policy was trained with this alpha.")
+    beta: float = flag(0.1, "The policy was trained with this beta.")
+    out_file: str | None = flag(None, "Also write all results to this file, as JSON.")
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            require(self, name, 0 < getattr(self, name) < math.inf, "a positive number")
 
 
-def total_variation(p: dict[str, float], q: dict[str, float]) -> float:
-    """Half the L1 distance of two distributions; a value that one of them lacks has probability 0 there."""
-    return sum(abs(p.get(value, 0.0) - q.get(value, 0.0)) for value in p.keys() | q.keys()) / 2
+def society(config: SocietyConfig) -> None:
+    """Compare samples of the embedded world with the best policy for alpha and beta, slot by slot.
 
-
-def entropy_bits(distribution: dict[str, float]) -> float:
-    """Shannon entropy in bits, OTHER left out and the rest renormalised: misspellings are no diversity."""
-    p = [share for value, share in distribution.items() if value != OTHER and share > 0]
-    return sum(x / sum(p) * math.log2(sum(p) / x) for x in p)
-
-
-def society(
-    samples: list[tuple[str, str]], world: dict[str, Any], alpha: float, beta: float
-) -> dict[str, Any]:
-    """Compare (prompt, completion) samples with the optimum at alpha and beta, and with the reference.
-
-    Returns for each slot of the stories and each poll its sampled, target and reference distribution, total
-    variations and entropies; and the share of stories whose name is misspelt or missing, and of those that
-    the grammar cannot write. Raises InputError if no sample answers a prompt of the society.
+    The defaults continue from those of train_dpl.py and sample.py.
     """
-    texts: dict[str, list[str]] = {}
-    for prompt, completion in samples:
-        texts.setdefault(prompt.strip(), []).append(completion)
-
-    def compare(observed: list[str], target: dict, reference: dict) -> dict[str, Any]:
-        sampled = frequencies(observed, target)
-        return {
-            "sampled": sampled,
-            "target": target,
-            "reference": reference,
-            "tv_target": total_variation(sampled, target),
-            "tv_reference": total_variation(sampled, reference),
-            "entropy_bits": entropy_bits(sampled),
-            "target_entropy_bits": entropy_bits(target),
-        }
-
-    result: dict[str, Any] = {"alpha": alpha, "beta": beta, "stories": {}, "polls": {}}
-    if stories := [read_story(text, world) for text in texts.get(world["story_prompt"].strip(), [])]:
-        target, reference = story_distributions(world, alpha, beta)
-        for slot in world["slots"]:
-            observed = [story[slot] for story in stories]
-            result["stories"][slot] = compare(observed, target[slot], reference[slot])
-        wrong = [[slot for slot in story if story[slot] not in world["slots"][slot]] for story in stories]
-        result["misspelt"] = sum("name" in slots for slots in wrong) / len(stories)
-        result["malformed"] = sum(map(bool, wrong)) / len(stories)
-    for prompt, poll in world["polls"].items():
-        if prompt.strip() in texts:
-            comparison = compare(texts[prompt.strip()], *poll_distributions(poll, alpha, beta))
-            tv_shares = total_variation(comparison["sampled"], poll["shares"])
-            result["polls"][prompt.strip()] = comparison | {"shares": poll["shares"], "tv_shares": tv_shares}
-    if not result["stories"] and not result["polls"]:
-        raise InputError("no sample answers a prompt of the society")
-    return result
+    samples = [read_sample(row, where) for where, row in read_rows(config.samples)]
+    pairs = [(last_turn(sample.prompt), sample.text) for sample in samples]
+    result = compare_samples(pairs, json.loads(WORLD.read_bytes()), config.alpha, config.beta)
+    print_comparison(result)
+    if config.out_file:
+        write_json(config.out_file, result)
 
 
-def print_society(result: dict[str, Any]) -> None:
-    """Print what society() returned as a table, one line per slot and poll."""
-    print(f"{'':36} {'TV to target':>12} {'to reference':>12} {'bits':>6} {'target bits':>11} {'other':>6}")
-    for name, row in [*result["stories"].items(), *result["polls"].items()]:
-        numbers = [row[key] for key in ("tv_target", "tv_reference", "entropy_bits", "target_entropy_bits")]
-        print(
-            "{:36} {:12.3f} {:12.3f} {:6.2f} {:11.2f}".format(name, *numbers), f"{row['sampled'][OTHER]:6.1%}"
+# ---- what the other subcommands share: reading, means over prompts, the table
+
+
+@dataclass
+class SamplesConfig:
+    """Flags of all subcommands but society."""
+
+    samples: str = flag("out/dpl/samples.jsonl", "File that sample.py wrote, in any --format.")
+    baseline: str | None = flag(None, "Another policy's samples of the same prompts, to compare with.")
+    out_file: str | None = flag(None, "Also write all results to this file, as JSON.")
+    overwrite: bool = flag(False, "Replace --out_file.")
+    chat: bool = flag(False, "Put string prompts through the chat template of the models below.")
+    seed: int = flag(0, "Seed of the bootstrap.")
+
+
+def read_files(config: SamplesConfig) -> list[Groups]:
+    """The samples and, if given, the baseline's, both of the prompts that are in both files.
+
+    Raises InputError if there are none, and if --out_file cannot be written.
+    """
+    may_replace = config.overwrite or getattr(config, "resume", False)
+    if config.out_file and Path(config.out_file).exists() and not may_replace:
+        raise InputError(f"--out_file {config.out_file}: exists; --overwrite replaces it")
+    paths = [path for path in (config.samples, config.baseline) if path]
+    files = [read_samples(path) for path in paths]
+    shared = [prompt for prompt in files[0] if prompt in files[-1]]
+    if not shared:
+        raise InputError(f"{paths[1]}: has no prompt in common with {paths[0]}")
+    for path, groups in zip(paths, files, strict=True):
+        if left := len(groups) - len(shared):
+            print(f"warning: {path}: {left} prompts are not in the other file: left out", file=sys.stderr)
+    return [{prompt: groups[prompt] for prompt in shared} for groups in files]
+
+
+def finish(config: SamplesConfig, columns: list[Columns], files: list[Groups]) -> None:
+    """Print means over prompts, their intervals and what the files hold; write --out_file."""
+    heads = ("samples", "baseline", "difference") if len(columns) == 2 else ("samples",)
+    print(f"{'mean over prompts [95% interval]':36}" + "".join(f"{head:>28}" for head in heads) + "  prompts")
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for name in columns[0]:
+        values = [column[name] for column in columns]
+        values += [values[0] - values[-1]] * (len(columns) - 1)
+        line, row = f"{name:36}", result.setdefault(name, {})
+        for head, x in zip(heads, values, strict=True):
+            if len(x := x[~np.isnan(x)]):
+                low, high = metrics.bootstrap(x, np.mean, config.seed)
+                row[head] = {"mean": x.mean(), "low": low, "high": high, "prompts": len(x)}
+            cell = "{mean:.4g} [{low:.4g}, {high:.4g}]".format(**row[head]) if head in row else "-"
+            line += f"{cell:>28}"
+        print(line + f"{min((cell['prompts'] for cell in row.values()), default=0):9}")
+    for path, groups in zip((config.samples, config.baseline), files, strict=False):
+        ends = [sample.finish for group in groups.values() for sample in group]
+        cut = f"{ends.count('length') / len(ends):.1%}" if any(ends) else "an unknown share"
+        print(f"{path}: {len(ends):,} samples of {len(groups)} prompts, {cut} cut at the length limit")
+    if config.out_file:
+        write_json(config.out_file, {"flags": asdict(config), "metrics": result})
+
+
+def flatten(groups: Groups) -> list[Sample]:
+    """All samples, prompt by prompt."""
+    return [sample for group in groups.values() for sample in group]
+
+
+def split(values: Sequence[float], groups: Groups) -> list[np.ndarray]:
+    """Values of flatten(groups), as one array per prompt."""
+    ends = np.cumsum([len(group) for group in groups.values()])
+    return np.split(np.asarray(values, dtype=float), ends[:-1])
+
+
+def prompt_means(values: Sequence[float], groups: Groups) -> np.ndarray:
+    """Mean over each prompt of values of flatten(groups), nan left out; nan if nothing is left."""
+    parts = [part[~np.isnan(part)] for part in split(values, groups)]
+    return np.array([part.mean() if len(part) else math.nan for part in parts])
+
+
+def sample_rewards(files: list[Groups], path: str, chat: bool) -> list[np.ndarray]:
+    """The reward of every sample, in the order of flatten(groups), for each file."""
+    with error_prefix("--reward_model"):
+        model, tokenizer = load_reward_model(path, str(get_device()), get_dtype())
+        if hasattr(model, "score") and not model.score.weight.any():
+            raise InputError(f"{path}: is a language model without a reward head; see train_reward.py")
+        samples = [sample for groups in files for sample in flatten(groups)]
+        rewards = score_texts(model, tokenizer, *to_texts(samples, chat))
+    return np.split(rewards, np.cumsum([len(flatten(groups)) for groups in files])[:-1])
+
+
+# ---- diversity
+
+
+@dataclass
+class DiversityConfig(SamplesConfig):
+    """Flags of evaluate.py diversity."""
+
+    embedder: str | None = flag(None, "Text encoder: folder, hub name, or its name at --embeddings_url.")
+    embeddings_url: str | None = flag(None, "OpenAI-compatible endpoint that computes the embeddings.")
+    api_key_env: str = flag("OPENAI_API_KEY", "Environment variable with that endpoint's key.")
+    budget: int = flag(20, "Words of each text that the second set of lexical metrics sees.")
+    reward_model: str | None = flag(None, "Also measure the good samples: those it rewards enough.")
+    reward_threshold: float | None = flag(None, "Enough (default: the median over --baseline).")
+
+    def __post_init__(self) -> None:
+        has_threshold = self.baseline is not None or self.reward_threshold is not None
+        for name, condition, wanted in (
+            ("budget", self.budget >= max(ORDERS), f"at least {max(ORDERS)}"),
+            ("embeddings_url", not self.embeddings_url or self.embedder, "given with --embedder, its model"),
+            (
+                "reward_model",
+                not self.reward_model or has_threshold,
+                "given with --baseline or --reward_threshold",
+            ),
+        ):
+            require(self, name, condition, wanted)
+
+
+@torch.no_grad()
+def embed(texts: Sequence[str], encoder: str, max_tokens: int = 4096) -> np.ndarray:
+    """Embeddings of texts, (texts, d): mean over a text's tokens of the encoder's last hidden states.
+
+    `encoder` is a folder or hub name. Texts of similar length are padded in batches of about `max_tokens`
+    tokens. Texts that are too long for the encoder are truncated.
+    """
+    with loading(f"--embedder {encoder}"):
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        model = AutoModel.from_pretrained(encoder, use_safetensors=True, dtype=torch.float32)
+    model = model.to(get_device()).eval()
+    limit = int(min(tokenizer.model_max_length, max_positions(model), 10**9))
+    ids = tokenizer(list(texts), truncation=True, max_length=limit).input_ids
+    means = torch.empty(len(texts), model.config.hidden_size)
+    bar = tqdm(total=len(texts), desc="embeddings", unit="text", disable=None)
+    for batch in micro_batches(range(len(texts)), [[row] for row in ids], max_tokens):
+        rows = [torch.tensor(ids[i], device=model.device) for i in batch]
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        hidden = model(pad_sequence(rows, batch_first=True), attention_mask=mask).last_hidden_state
+        means[batch] = ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu()
+        bar.update(len(batch))
+    bar.close()
+    return means.numpy()
+
+
+def lexical_metrics(texts: Sequence[str], vocabulary: dict[int, int]) -> dict[str, float]:
+    """Metrics of the words of one prompt's texts; vocabulary[n] is the number of different n-grams."""
+    result = {
+        "unique texts": metrics.unique_share(texts),
+        "self-BLEU (high: alike)": metrics.self_bleu(texts),
+    }
+    for n in ORDERS:
+        result[f"distinct-{n}"] = metrics.distinct_n(texts, n)
+        result[f"EAD-{n}"] = metrics.ead(texts, n, vocabulary[n])
+    return result | {"words per text": float(np.mean([len(metrics.words(text)) for text in texts]))}
+
+
+def diversity(config: DiversityConfig) -> None:
+    """How different the samples of a prompt are: by embeddings (DPL paper, equation 44) and by n-grams.
+
+    The metrics of words reward short texts. So each is given twice: of whole texts, and of their first
+    --budget words. All metrics reward nonsense. So --reward_model gives them also of the good samples alone.
+    EAD's vocabulary is that of all texts read.
+    """
+    files = read_files(config)
+    texts = [[[sample.text for sample in group] for group in groups.values()] for groups in files]
+    every = sorted({sample.text for groups in files for sample in flatten(groups)})
+    index = {text: i for i, text in enumerate(every)}
+    vocabulary = {n: len(metrics.count_ngrams(every, n)) for n in ORDERS}
+    embeddings = None
+    if config.embeddings_url:
+        options = {"api_key_env": config.api_key_env, "timeout": 60.0, "retries": 5}
+        embeddings = fetch_embeddings(every, config.embeddings_url, config.embedder, **options)
+    elif config.embedder:
+        embeddings = embed(every, config.embedder)
+
+    def of_prompt(group: list[str]) -> dict[str, float]:
+        result = {}
+        if embeddings is not None:
+            vectors = embeddings[[index[text] for text in group]]
+            result["cosine distance, eq. 44"] = metrics.cosine_diversity(vectors)
+            result["cosine distance, i != j"] = metrics.cosine_diversity(vectors, distinct=True)
+            result["Vendi score"] = metrics.vendi_score(vectors)
+        cut = lexical_metrics([metrics.cut_words(text, config.budget) for text in group], vocabulary)
+        short = {f"{name}, {config.budget} words": value for name, value in cut.items()}
+        return result | lexical_metrics(group, vocabulary) | short
+
+    def of_file(groups: list[list[str]], suffix: str = "") -> Columns:
+        rows = [of_prompt(group) if len(group) > 1 else {} for group in groups]
+        names = max(rows, key=len)
+        return {name + suffix: np.array([row.get(name, math.nan) for row in rows]) for name in names}
+
+    columns = [of_file(groups) for groups in texts]
+    if config.reward_model:
+        rewards = sample_rewards(files, config.reward_model, config.chat)
+        least = config.reward_threshold
+        least = float(np.median(rewards[1])) if least is None else least
+        print(f"good samples: reward at least {least:.4g}")
+        for column, groups, reward in zip(columns, files, rewards, strict=True):
+            parts = zip(groups.values(), split(reward, groups), strict=True)
+            good = [[s.text for s, r in zip(*part, strict=True) if r >= least] for part in parts]
+            column["share of good samples"] = prompt_means(reward >= least, groups)
+            column |= of_file(good, " | good")
+    finish(config, columns, files)
+
+
+# ---- quality
+
+
+@dataclass
+class QualityConfig(SamplesConfig):
+    """Flags of evaluate.py quality."""
+
+    reward_model: str | None = flag(None, "Folder or hub name of a sequence classifier with one label.")
+    reference: str | None = flag(None, "Folder or hub name of the reference policy.")
+
+    def __post_init__(self) -> None:
+        require(self, "reference", self.reference or self.reward_model, "given, or --reward_model, or both")
+
+
+def quality(config: QualityConfig) -> None:
+    """Mean reward, and cross-entropy to the reference: -log pi_ref in nats per text and per token.
+
+    The end token counts, except of a text that sample.py cut before it.
+    """
+    files = read_files(config)
+    columns: list[Columns] = [{} for _ in files]
+    if config.reward_model:
+        rewards = sample_rewards(files, config.reward_model, config.chat)
+        for column, groups, reward in zip(columns, files, rewards, strict=True):
+            column["reward"] = prompt_means(reward, groups)
+    if config.reference:
+        with error_prefix("--reference"):
+            model, tokenizer = load_model(config.reference, str(get_device()), get_dtype())
+            check_packable(model, config.reference)
+            for column, groups in zip(columns, files, strict=True):
+                samples = flatten(groups)
+                prompts, answers = to_texts(samples, config.chat)
+                encoded = encode_prompts(prompts, tokenizer), encode_answers(prompts, answers, tokenizer)
+                cut = [sample.finish in ("length", "stop") for sample in samples]
+                examples = [(p, a[: max(1, len(a) - c)]) for p, a, c in zip(*encoded, cut, strict=True)]
+                nats = prompt_means(cross_entropies(model, examples), groups)
+                tokens = prompt_means([len(answer) for _, answer in examples], groups)
+                column["cross-entropy, nats per text"] = nats
+                column["cross-entropy, nats per token"] = nats / tokens
+                column["tokens per text"] = tokens
+    finish(config, columns, files)
+
+
+# ---- judged diversity, win rate
+
+
+@dataclass
+class JudgedConfig(JudgeConfig, SamplesConfig):
+    """Flags of evaluate.py judge."""
+
+
+def judge(config: JudgedConfig) -> None:
+    """Diversity of pools of samples, as a language model rates it (DPL paper, B.1).
+
+    logical: 5 - the agreement of two samples, 0 to 4. content, surface_form, perspective: the diversity of
+    four samples, 1 to 5. Raises InputError if a prompt has too few samples.
+    """
+    files = read_files(config)
+    prompts = [transcript(group[0].prompt) for group in files[0].values()]
+    texts = [[[sample.text for sample in group] for group in groups.values()] for groups in files]
+    least, pool = min(len(group) for groups in texts for group in groups), max(DIVERSITY.values())
+    if least < pool:
+        raise InputError(
+            f"{config.samples}: a prompt has {least} samples, and the judge rates {pool} at a time"
         )
-    print("TV: total variation; bits: entropy of the values without 'other', which is misspelt or malformed")
-    if "misspelt" in result:
-        print(f"name misspelt or missing {result['misspelt']:.1%}, malformed {result['malformed']:.1%}")
+    if config.dry_run:
+        questions = [q for groups in texts for *_, q in pool_prompts(prompts, groups, config)]
+        print(f"{count_calls(questions, config):,} requests would be sent")
+        return
+    columns: list[Columns] = []
+    for groups in texts:
+        ratings, counts = rate_pools(prompts, groups, config)
+        columns.append({k: np.array([np.mean(r) if r else math.nan for r in v]) for k, v in ratings.items()})
+        print(", ".join(f"{k}: {v['missing']} of {v['asked']} ratings missing" for k, v in counts.items()))
+    finish(config, columns, files)
 
 
-def read_sample(row: dict[str, Any], where: str) -> tuple[str, str]:
-    """(prompt, completion) of a row that sample.py wrote in any --format; of messages, the last two.
+@dataclass
+class WinRateConfig(JudgedConfig):
+    """Flags of evaluate.py winrate."""
 
-    Raises InputError with `where`, the file and row, for any other row.
+    reward_model: str | None = flag(None, "Compare by this model's rewards; no endpoint is then asked.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "baseline", self.baseline is not None, "given: the samples to compare with")
+
+
+def winrate(config: WinRateConfig) -> None:
+    """How often the samples win against --baseline: wins plus half the ties (MallowsPO paper, C.3.1).
+
+    A prompt's first sample meets the baseline's first, its second the second, and so on.
     """
-    try:
-        if "messages" in row:  # messages, arena_hard
-            prompt, completion = (message["content"] for message in row["messages"][-2:])
-        elif "instruction" in row:  # alpaca_eval
-            prompt, completion = row["instruction"], row["output"]
-        else:
-            prompt, completion = row["prompt"], row["completion"]
-        prompt = prompt[-1]["content"] if isinstance(prompt, list) else prompt
-        completion = completion["answer"] if isinstance(completion, dict) else completion
-    except (KeyError, IndexError, TypeError, ValueError):
-        prompt = completion = None
-    if not (isinstance(prompt, str) and isinstance(completion, str)):
-        raise InputError(f"{where}: needs string 'prompt' and 'completion', or another --format of sample.py")
-    return prompt, completion
+    groups, others = read_files(config)
+    both = zip(groups.items(), others.values(), strict=True)
+    pairs = {prompt: list(zip(ours, theirs, strict=False)) for (prompt, ours), theirs in both}
+    ours, theirs = ([pair[side] for group in pairs.values() for pair in group] for side in (0, 1))
+    if config.reward_model:
+        sides = [{"": ours}, {"": theirs}]
+        margin = np.subtract(*sample_rewards(sides, config.reward_model, config.chat))
+        first = swapped = np.where(margin > 0, "A", np.where(margin < 0, "B", "tie")).tolist()
+    else:
+        texts = [transcript(s.prompt) for s in ours], [s.text for s in ours], [s.text for s in theirs]
+        if config.dry_run:
+            print(f"{count_calls(pair_prompts(*texts, config), config):,} requests would be sent")
+            return
+        first, swapped = compare(*texts, config)
+    rows = []
+    for a, b, *verdicts in zip(ours, theirs, first, swapped, strict=True):
+        score = math.nan if None in verdicts else metrics.pair_score(*verdicts)
+        longer = len(a.text) - len(b.text)
+        decided = score in (0.0, 1.0) and longer
+        flips = {*verdicts} == {"A", "B"} if None not in verdicts else math.nan
+        tie = score == 0.5 if None not in verdicts else math.nan
+        rows.append((score, tie, flips, (score == 1) == (longer > 0) if decided else math.nan))
+    names = ("win rate", "ties", "verdict flips with the order", "longer text wins, if one wins")
+    missing = sum(math.isnan(score) for score, *_ in rows)
+    print(f"{missing:,} of {len(rows):,} comparisons left out: the judge's verdict is missing")
+    columns = {name: prompt_means(x, pairs) for name, x in zip(names, zip(*rows, strict=True), strict=True)}
+    finish(config, [columns], [groups, others])
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "society": (SocietyConfig, society),
+    "diversity": (DiversityConfig, diversity),
+    "quality": (QualityConfig, quality),
+    "judge": (JudgedConfig, judge),
+    "winrate": (WinRateConfig, winrate),
+}
 
 
 def main() -> None:
-    """Run one subcommand."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "society",
-        help="samples of the embedded world against its exact optimum",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    command.add_argument("--samples", default="out/dpl/samples.jsonl", help="File that sample.py wrote.")
-    command.add_argument("--alpha", type=float, default=0.2, help="The policy was trained with this alpha.")
-    command.add_argument("--beta", type=float, default=0.1, help="The policy was trained with this beta.")
-    command.add_argument("--out_file", help="Also write all results to this file, as JSON.")
-    parser.error = command.error = raise_input_error
-    args = parser.parse_args()
-    if not (0 < args.alpha < math.inf and 0 < args.beta < math.inf):
-        raise InputError("--alpha and --beta must be positive numbers")
-    samples = [read_sample(row, where) for where, row in read_rows(args.samples)]
-    result = society(samples, json.loads(WORLD.read_bytes()), args.alpha, args.beta)
-    print_society(result)
-    if args.out_file:
-        write_json(args.out_file, result)
+    """Run the subcommand that the command line names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return
+    if name not in COMMANDS:
+        raise InputError(f"evaluate.py {name}: no such subcommand; give one of {', '.join(COMMANDS)}")
+    config, run = COMMANDS[name]
+    run(parse(config, run.__doc__, sys.argv[2:]))
 
 
 if __name__ == "__main__":

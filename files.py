@@ -86,11 +86,12 @@ def require_same(flags: dict[str, Any], saved: dict[str, Any], may_change: set[s
             raise InputError(f"--{name} {value}: the run to --resume had {before}; give the same")
 
 
-def parse(config: type[Config], description: str | None) -> Config:
+def parse(config: type[Config], description: str | None, args: list[str] | None = None) -> Config:
     """Read a config dataclass from the command line and from @files (flags with values, # comments).
 
-    If the dataclass has a class method `default_args(args)`, the arguments that it returns are read before
-    those of the command line. Raises InputError for anything that cannot be read.
+    `args` are the command line's arguments unless given. If the dataclass has a class method
+    `default_args(args)`, the arguments that it returns are read before those of the command line. Raises
+    InputError for anything that cannot be read.
     """
 
     def split(line: str) -> list[str]:
@@ -106,7 +107,7 @@ def parse(config: type[Config], description: str | None) -> Config:
     parser.convert_arg_line_to_args = split
     try:
         " ".join(sys.argv).encode()
-        argv = sys.argv[1:]
+        argv = sys.argv[1:] if args is None else args
         if hasattr(config, "default_args"):
             argv = config.default_args(parser.parse_known_args(argv)[0]) + argv
         values, unknown = parser.parse_args_into_dataclasses(

@@ -1,4 +1,4 @@
-"""Rows of text: which layouts of pairs, prompts and messages are read.
+"""Rows of text: which layouts of pairs, prompts, messages and samples are read.
 
     {"prompt": "Best fruit?", "chosen": " The fig.", "rejected": " Mud."}     strings, joined as they are
     {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", "rejected": ...}          HH-RLHF transcripts
@@ -8,10 +8,11 @@
 The prompt may also stand at the start of both completions, and it may be a string before message lists.
 """
 
+import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from files import InputError, read_rows
 
@@ -158,3 +159,66 @@ def read_examples(path: str | Path, chat: bool = False) -> list[tuple[Text, Text
             check_messages(prompt, where)
         examples.append((prompt, completion))
     return examples
+
+
+class Sample(NamedTuple):
+    """One completion that sample.py wrote."""
+
+    prompt: Text
+    text: str
+    finish: str | None = None  # "eos", "stop" or "length"; None if the file does not say
+
+
+def read_sample(row: dict[str, Any], where: str) -> Sample:
+    """The sample in a row that sample.py wrote in any --format. Raises InputError with `where` for others."""
+    try:
+        if "messages" in row:  # messages, arena_hard
+            *prompt, answer = row["messages"]
+            text = answer["content"]
+        elif "instruction" in row:  # alpaca_eval
+            prompt, text = row["instruction"], row["output"]
+        else:
+            prompt, text = row["prompt"], row["completion"]
+        sample = Sample(prompt, text["answer"] if isinstance(text, dict) else text, row.get("finish"))
+        is_text = isinstance(last_turn(sample.prompt), str) and isinstance(sample.text, str)
+    except (KeyError, IndexError, TypeError, ValueError):
+        is_text = False
+    if not is_text:
+        raise InputError(f"{where}: needs string 'prompt' and 'completion', or another --format of sample.py")
+    return sample
+
+
+def last_turn(prompt: Text) -> str:
+    """A string prompt, or the content of a message list's last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def transcript(prompt: Text) -> str:
+    """A prompt for people to read: a string or a single message as it is, several messages by role."""
+    if isinstance(prompt, str) or len(prompt) == 1:
+        return last_turn(prompt)
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def to_texts(samples: list[Sample], chat: bool) -> tuple[list[Text], list[Text]]:
+    """(prompts, answers) of samples: strings, or message lists where the prompt is one or `chat` is set."""
+    prompts = [to_messages(s.prompt) if chat and isinstance(s.prompt, str) else s.prompt for s in samples]
+    answers = (
+        sample.text if isinstance(prompt, str) else message("assistant", sample.text)
+        for prompt, sample in zip(prompts, samples, strict=True)
+    )
+    return prompts, list(answers)
+
+
+def read_samples(path: str | Path) -> dict[str, list[Sample]]:
+    """The samples of a file in the order of its rows, grouped by prompt; keys are the prompts as JSON.
+
+    Raises InputError naming the file and row for any other row, and for an empty text.
+    """
+    groups: dict[str, list[Sample]] = {}
+    for where, row in read_rows(path):
+        sample = read_sample(row, where)
+        if not sample.text.strip():
+            raise InputError(f"{where}: the text is empty, and no metric is defined for it; remove the row")
+        groups.setdefault(json.dumps(sample.prompt), []).append(sample)
+    return groups

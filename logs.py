@@ -89,7 +89,8 @@ def flops_per_token(model: nn.Module) -> float:
     """FLOPs of training, per token: 2 a weight forward, 2 back to activations, 2 to each trained weight."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    multiplied = sum(p.numel() for p in model.parameters()) - (head is None or head.weight is not embedding) * embedding.numel()
+    is_tied = head is not None and head.weight is embedding
+    multiplied = sum(p.numel() for p in model.parameters()) - (not is_tied) * embedding.numel()
     return 4 * multiplied + 2 * trained
 
 

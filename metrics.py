@@ -13,8 +13,8 @@ Three traps:
 - N. Only cosine_diversity(distinct=True) estimates the same number for every N. Equation 44 compares each
   text with itself too, which makes it (N-1)/N of that number. All other metrics change with N. Compare models
   at equal N.
-- Length. Long texts repeat words, so distinct_n falls with length; ead falls less. Self-BLEU depends on
-  length too. First apply cut_words with one budget to all texts, and report their lengths.
+- Length. Long texts repeat words, so distinct_n falls with length; ead falls less if its vocabulary is small.
+  Self-BLEU depends on length too. First apply cut_words with one budget to all texts; report their lengths.
 - Quality. Random words score as diverse. Report a measure of quality beside every measure of diversity.
 
 Is model A better than model B? win_rate averages a judge's answers over both orders of showing the two texts.
@@ -142,8 +142,8 @@ def ead(texts: Sequence[str], n: int, vocabulary: int) -> float:
 
     Range (0, 1]; nan if there is no n-gram. With the right V the ratio can still pass 1, for texts that
     repeat less than random draws do; the result is then 1. Words are not drawn uniformly, so ead still
-    falls with length, but less than distinct_n. Raises ValueError if V < 1, or if the texts have more than V
-    different n-grams.
+    falls with length. For V much larger than C it equals distinct_n and corrects nothing.
+    Raises ValueError if V < 1, or if the texts have more than V different n-grams.
     """
     counts = count_ngrams(texts, n)
     if not vocabulary >= max(1, len(counts)):
@@ -197,8 +197,8 @@ def self_bleu(texts: Sequence[str]) -> float:
 def _bleu(matches: list[int], length: int, reference_length: int) -> float:
     """Sentence BLEU from the clipped matches of each order, smoothed as by mteval-v13a (sacrebleu's "exp").
 
-    `matches` is of orders 1 to 4. The k-th order that has no match counts as 1/2^k of a match. An order longer
-    than the text is left out.
+    `matches` is of orders 1 to 4. The k-th order that has no match counts as 1/2^k of a match. An order
+    longer than the text is left out.
     """
     if not any(matches):
         return 0.0

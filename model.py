@@ -329,7 +329,7 @@ def load_model(
     is_adapter = (folder / "adapter_config.json").is_file()
     if (folder / "run.json").is_file() and not (is_adapter or (folder / "config.json").is_file()):
         raise InputError(f"--model {path}: the run is unfinished; train with --resume to finish it")
-    with _loading(path):
+    with loading(f"--model {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if is_adapter:
         base = read_adapter_config(path).get("base_model_name_or_path")
@@ -343,7 +343,7 @@ def load_model(
     auto = AutoModelForCausalLM
     if reward:
         auto, options["num_labels"] = AutoModelForSequenceClassification, 1
-    with _loading(path):
+    with loading(f"--model {path}"):
         model, info = auto.from_pretrained(path, dtype=dtype, **options)
     missing = set(info["missing_keys"])
     if "score.weight" in missing:  # not random: all processes must start from the same head
@@ -356,9 +356,10 @@ def load_model(
 
 
 @contextlib.contextmanager
-def _loading(path: str) -> Iterator[None]:
+def loading(flag: str) -> Iterator[None]:
+    """Turn what transformers raises for a bad folder or hub name into an InputError that names `flag`."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"--model {path}: cannot be loaded: {reason}") from error
+        raise InputError(f"{flag}: cannot be loaded: {reason}") from error

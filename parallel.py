@@ -49,6 +49,11 @@ def get_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
+def get_dtype() -> torch.dtype:
+    """The dtype for models that are not trained: bfloat16 on a GPU, else float32."""
+    return torch.bfloat16 if get_device().type == "cuda" else torch.float32
+
+
 @functools.cache
 def _init_process_group() -> dist.Store:
     """Connect to the other processes, once; returns torch.distributed's key-value store."""

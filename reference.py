@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -76,3 +77,19 @@ def reference_stats(
             saved = time.monotonic()
     bar.close()
     return Stats(*stats)
+
+
+@torch.no_grad()
+def cross_entropies(model: PreTrainedModel, examples: Sequence, max_tokens: int = 2048) -> Tensor:
+    """-log pi_ref(completion | prompt) in nats of every example (prompt, completion), (examples,) on the CPU.
+
+    Over completions that a policy wrote, its mean estimates the policy's cross-entropy to the reference, the
+    term that beta weighs (DPL paper, equation 4).
+    """
+    nats = torch.empty(len(examples))
+    bar = tqdm(total=len(examples), desc="reference", unit="text", disable=None)
+    for batch in micro_batches(range(len(examples)), examples, max_tokens):
+        nats[batch] = -pair_stats(model, pack([examples[i] for i in batch])).logp[:, 0].float().cpu()
+        bar.update(len(batch))
+    bar.close()
+    return nats

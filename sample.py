@@ -53,7 +53,7 @@ from files import (
 )
 from formats import read_prompts, to_messages
 from model import load_model
-from parallel import all_gather, distributed, get_device, get_rank, get_world_size
+from parallel import all_gather, distributed, get_device, get_dtype, get_rank, get_world_size
 from preferences import encode_prompts, end_tokens
 
 FORMATS = ("jsonl", "messages", "alpaca_eval", "arena_hard")
@@ -314,7 +314,7 @@ def lines_to_keep(out: Path, config: SampleConfig, digest: str) -> list[bytes]:
 @distributed()
 def main() -> None:
     """Sample every prompt of a file, or print samples of one prompt."""
-    config, device = parse(SampleConfig, __doc__), get_device()
+    config = parse(SampleConfig, __doc__)
     rows = read_prompts(config.prompts) if config.prompt is None else [{"prompt": config.prompt}]
     for row in rows:
         if config.chat and isinstance(row["prompt"], str):
@@ -326,8 +326,7 @@ def main() -> None:
         raise InputError(f"--out_file {out}: is a folder")
     if out and get_rank() == 0 and out.exists() and not (config.overwrite or config.resume):
         raise InputError(f"--out_file {out}: exists; --overwrite replaces it, --resume continues it")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, tokenizer = load_model(config.model, str(device), dtype)
+    model, tokenizer = load_model(config.model, str(get_device()), get_dtype())
     encoded, ends = encode(rows, config, model, tokenizer)
 
     count, total, is_writer = config.num_samples, config.num_samples * len(rows), out and get_rank() == 0

@@ -139,10 +139,11 @@ def score_texts(
 ) -> np.ndarray:
     """The reward of each answer to its prompt, (texts,), by any sequence classifier with one label.
 
-    Texts of similar length are padded on the right, in batches of at most about `max_tokens` tokens. Raises
-    InputError for a text that is too long for the model.
+    Texts of similar length are padded on the right, in batches of at most about `max_tokens` tokens. Equal
+    texts are computed once, so that they tie. Raises InputError for a text that is too long for the model.
     """
-    texts = encode_texts(prompts, answers, tokenizer)
+    encoded = [tuple(text) for text in encode_texts(prompts, answers, tokenizer)]
+    texts = list(dict.fromkeys(encoded))
     longest = max(map(len, texts))
     if longest > max_positions(model):
         raise InputError(f"--reward_model: a text has {longest} tokens, more than the model's positions")
@@ -158,7 +159,8 @@ def score_texts(
         rewards[batch] = scores[:, 0].float().cpu().numpy()
         bar.update(len(batch))
     bar.close()
-    return rewards
+    index = {text: i for i, text in enumerate(texts)}
+    return rewards[[index[text] for text in encoded]]
 
 
 def main() -> None:

@@ -33,9 +33,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data.society.truth import list_stories, read_story
+from data.society.truth import compare_samples, list_stories, read_story
 from decode import Batch, decode_continuation, next_token_probs
-from evaluate import WORLD, society
+from evaluate import WORLD
 from experiments.doctor import stack
 from files import InputError, flag, parse, run_command
 from model import load_model
@@ -179,7 +179,7 @@ def story_results(config: TemperatureConfig) -> dict[str, Any]:
         return [decode_continuation(ids, tokenizer) for ids in tokens], ess
 
     def error_rates(texts: list[str]) -> tuple[float, float]:
-        metrics = society([(story_prompt, text) for text in texts], world, 0.1, 0.1)
+        metrics = compare_samples([(story_prompt, text) for text in texts], world, 0.1, 0.1)
         return 100 * metrics["misspelt"], 100 * metrics["malformed"]
 
     samples = {

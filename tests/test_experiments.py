@@ -15,8 +15,9 @@ import torch
 from scipy.stats import chisquare
 
 from data.society.truth import list_stories, story_distributions
-from evaluate import WORLD, entropy_bits
+from evaluate import WORLD
 from experiments import bandit, dispersion, doctor, temperature, weighting
+from metrics import entropy_bits
 from model import Stats
 from train_dpl import dpl_loss
 from train_mallows import mallows_phi_link, mallows_phi_loss

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from metrics import (
     words,
 )
 
-# integers: every row is zero or long enough for its direction to be exact to 1e-15
+# integers: no row is so short that rounding changes its direction
 EMBEDDINGS = st.tuples(st.integers(2, 7), st.integers(1, 5)).flatmap(
     lambda shape: arrays(np.float64, shape, elements=st.integers(-9, 9))
 )
@@ -119,7 +120,7 @@ def test_embeddings_without_direction_are_refused(embeddings):
     ],
 )
 def test_words(text, tokens):
-    assert words(text) == tokens.split(" ") * bool(tokens)
+    assert words(text) == tokens.split()
 
 
 @given(st.text(st.characters(min_codepoint=9, max_codepoint=126, exclude_characters="&"), max_size=40))
@@ -133,7 +134,7 @@ def test_words_of_ascii_are_those_of_sacrebleu(text):
 def test_cut_words_keeps_the_first_words(text, budget):
     cut = cut_words(text, budget)
     assert words(cut) == words(text)[:budget]
-    assert cut_words(text, 10**9) == cut_words(cut_words(text, 10**9), 10**9)
+    assert unicodedata.normalize("NFC", text).startswith(cut)
 
 
 def test_cut_words_ends_with_the_last_word_and_keeps_white_space():

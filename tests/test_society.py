@@ -14,6 +14,7 @@ import evaluate
 import sample
 from data.society.make_world import exact_logp
 from data.society.truth import (
+    compare_samples,
     list_stories,
     mallows_favourites,
     optimum,
@@ -21,8 +22,8 @@ from data.society.truth import (
     read_story,
     story_distributions,
 )
-from evaluate import OTHER, entropy_bits, frequencies, society, total_variation
-from formats import read_pairs
+from formats import read_pairs, read_sample
+from metrics import OTHER, entropy_bits, frequencies, total_variation
 from model import load_model
 
 FOLDER = Path("data/society")
@@ -87,7 +88,7 @@ def test_society_counts_what_it_is_given(world):
     prompt, poll = world["story_prompt"], next(iter(world["polls"]))
     texts = [first, last, first.replace("Marchetti", "Marvist"), "no story"]
     options = list(world["polls"][poll]["shares"])
-    result = society([(prompt, text) for text in texts] + [(poll, options[0])] * 3, world, 0.2, 0.1)
+    result = compare_samples([(prompt, text) for text in texts] + [(poll, options[0])] * 3, world, 0.2, 0.1)
     assert result["misspelt"] == 0.5 and result["malformed"] == 0.5
     name = result["stories"]["name"]
     assert (name["sampled"]["Marchetti"], name["sampled"]["Whitlock"], name["sampled"][OTHER]) == (
@@ -111,7 +112,7 @@ def test_evaluate_prints_and_writes_its_result(world, tmp_path, monkeypatch, cap
     monkeypatch.setattr("sys.argv", ["evaluate.py", "society", "--out_file", "metrics.json"])
     evaluate.main()
     result = json.loads(Path("metrics.json").read_text())
-    assert result == society([(world["story_prompt"], text) for text in texts], world, 0.2, 0.1)
+    assert result == compare_samples([(world["story_prompt"], text) for text in texts], world, 0.2, 0.1)
     printed = capsys.readouterr().out
     name = result["stories"]["name"]
     assert re.search(rf"^name +{name['tv_target']:.3f} +{name['tv_reference']:.3f} ", printed, re.MULTILINE)
@@ -131,7 +132,7 @@ def test_evaluate_reads_every_format_of_sample_py(world, tmp_path, monkeypatch, 
     monkeypatch.setattr("sys.argv", ["evaluate.py", "society", *map(str, flags)])
     evaluate.main()
     result = json.loads((tmp_path / "metrics.json").read_text())
-    assert result == society([(prompt, text) for text in texts], world, 0.2, 0.1)
+    assert result == compare_samples([(prompt, text) for text in texts], world, 0.2, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_evaluate_reads_every_format_of_sample_py(world, tmp_path, monkeypatch, 
 )
 def test_a_row_that_is_no_sample_is_named(row):
     with pytest.raises(evaluate.InputError, match="x:7: needs"):
-        evaluate.read_sample(row, "x:7")
+        read_sample(row, "x:7")
 
 
 def test_frequencies_and_distances():

@@ -155,9 +155,7 @@ def test_score_texts_is_the_same_for_any_batch_and_padding_side(tiny_model_folde
 def test_texts_have_one_bos_and_end_as_the_chat_template_ends(chat_tokenizer):
     for text in encode_texts([[USER]], [[FIG]], chat_tokenizer):
         assert text.count(chat_tokenizer.bos_token_id) == 1
-        end = chat_tokenizer.decode(text).replace(
-            "> \n", ">\n"
-        )  # SentencePiece adds the space
+        end = chat_tokenizer.decode(text).replace("> \n", ">\n")  # SentencePiece adds the space
         assert end.endswith("The fig.<|im_end|>\n")
     [plain] = encode_texts(["Best fruit?"], [" The fig."], chat_tokenizer)
     assert plain[-1] == chat_tokenizer.eos_token_id and plain.count(plain[-1]) == 1

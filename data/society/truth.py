@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from files import InputError
+from metrics import OTHER, entropy_bits, frequencies, total_variation
+
 
 def list_stories(world: dict[str, Any]) -> list[str]:
     """All 1,024 stories of the grammar, in the order of world["story_reference_logp"]: last slot fastest."""
@@ -96,3 +99,63 @@ def poll_distributions(poll: dict[str, Any], alpha: float, beta: float) -> tuple
     logp, reward = np.array(poll["reference_logp"]), np.log(list(poll["shares"].values()))
     target, reference = optimum(logp, reward, alpha, beta), np.exp(logp) / np.exp(logp).sum()
     return dict(zip(poll["shares"], target, strict=True)), dict(zip(poll["shares"], reference, strict=True))
+
+
+# ---- samples against the truth
+
+
+def compare_samples(
+    samples: list[tuple[str, str]], world: dict[str, Any], alpha: float, beta: float
+) -> dict[str, Any]:
+    """Compare (prompt, completion) samples with the optimum at alpha and beta, and with the reference.
+
+    Returns for each slot of the stories and each poll its sampled, target and reference distribution, total
+    variations and entropies; and the share of stories whose name is misspelt or missing, and of those that
+    the grammar cannot write. Raises InputError if no sample answers a prompt of the society.
+    """
+    texts: dict[str, list[str]] = {}
+    for prompt, completion in samples:
+        texts.setdefault(prompt.strip(), []).append(completion)
+
+    def compare(observed: list[str], target: dict, reference: dict) -> dict[str, Any]:
+        sampled = frequencies(observed, target)
+        return {
+            "sampled": sampled,
+            "target": target,
+            "reference": reference,
+            "tv_target": total_variation(sampled, target),
+            "tv_reference": total_variation(sampled, reference),
+            "entropy_bits": entropy_bits(sampled),
+            "target_entropy_bits": entropy_bits(target),
+        }
+
+    result: dict[str, Any] = {"alpha": alpha, "beta": beta, "stories": {}, "polls": {}}
+    if stories := [read_story(text, world) for text in texts.get(world["story_prompt"].strip(), [])]:
+        target, reference = story_distributions(world, alpha, beta)
+        for slot in world["slots"]:
+            observed = [story[slot] for story in stories]
+            result["stories"][slot] = compare(observed, target[slot], reference[slot])
+        wrong = [[slot for slot in story if story[slot] not in world["slots"][slot]] for story in stories]
+        result["misspelt"] = sum("name" in slots for slots in wrong) / len(stories)
+        result["malformed"] = sum(map(bool, wrong)) / len(stories)
+    for prompt, poll in world["polls"].items():
+        if prompt.strip() in texts:
+            comparison = compare(texts[prompt.strip()], *poll_distributions(poll, alpha, beta))
+            tv_shares = total_variation(comparison["sampled"], poll["shares"])
+            result["polls"][prompt.strip()] = comparison | {"shares": poll["shares"], "tv_shares": tv_shares}
+    if not result["stories"] and not result["polls"]:
+        raise InputError("no sample answers a prompt of the society")
+    return result
+
+
+def print_comparison(result: dict[str, Any]) -> None:
+    """Print what compare_samples() returned as a table, one line per slot and poll."""
+    print(f"{'':36} {'TV to target':>12} {'to reference':>12} {'bits':>6} {'target bits':>11} {'other':>6}")
+    for name, row in [*result["stories"].items(), *result["polls"].items()]:
+        numbers = [row[key] for key in ("tv_target", "tv_reference", "entropy_bits", "target_entropy_bits")]
+        print(
+            "{:36} {:12.3f} {:12.3f} {:6.2f} {:11.2f}".format(name, *numbers), f"{row['sampled'][OTHER]:6.1%}"
+        )
+    print("TV: total variation; bits: entropy of the values without 'other', which is misspelt or malformed")
+    if "misspelt" in result:
+        print(f"name misspelt or missing {result['misspelt']:.1%}, malformed {result['malformed']:.1%}")

@@ -1,0 +1,399 @@
+"""A language model as judge, over any endpoint that speaks OpenAI's protocol: vLLM, llama.cpp, OpenAI.
+
+Two kinds of question are asked, in the words of the text files in data/judge:
+
+- rate_pools(): the samples of a prompt are split into pools of two or four, and the judge rates the diversity
+  of each pool from 1 to 5 (DPL paper, section B.1).
+- compare(): which of two answers is better? Each comparison is asked twice, the second time with the answers
+  swapped, since judges favour a position (MallowsPO paper, section C.3.1).
+
+Answers are written to --cache as they arrive and never asked for again. When a request goes wrong:
+
+    time-out, cut connection, malformed body, HTTP 408, 409, 429 or 5xx:  it is sent again, --retries times
+    all retries failed, another HTTP 4xx, no rating or verdict in it:     the answer is missing
+    HTTP 401, 403, 404, or never a connection, or MAX_FAILURES in a row:  the run stops with an InputError
+
+Missing answers are counted, never guessed or cached. Only the next run asks for them again: at temperature
+0 the same request most likely gets the same answer.
+"""
+
+import json
+import math
+import os
+import queue
+import random
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import numpy as np
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import get_session, hf_raise_for_status
+from tqdm import tqdm
+
+from files import InputError, digest_json, flag, require, require_file
+
+Texts = Sequence[str]
+
+DIVERSITY = {"logical": 2, "content": 4, "surface_form": 4, "perspective": 4}  # metric: samples per pool
+PROMPT_FILES = "data/judge"
+BACKOFF = 1.0  # seconds before the first retry, doubled for each further one
+MAX_WAIT = 60.0  # seconds, longest wait before a retry, whatever Retry-After asks for
+MAX_FAILURES = 10
+NO_KEY = "none"  # without a key, huggingface_hub would send a saved Hugging Face token
+MIN_SECRET = 8  # characters; a shorter key, such as "EMPTY" for a local server, is no secret
+SWAPPED = {"A": "B", "B": "A", "tie": "tie", None: None}
+URL = re.compile(r"https?://(\[[\da-fA-F:]+\]|[^\s/:@\[\]?#]+)(:\d{1,5})?(/\S*)?")
+# not "Rating: 3-4", "Rating: 7/10" or "Rating: 1,5"
+RATING = re.compile(
+    r"(?i)(?<![^\W_])rating[*_`]*\s*[:=][\s*_`]*([+-]?\d+(?:\.\d+)?)"
+    r"(?![.,]?\d|[^\W_]|[ \t]*(?:[-–—]|to|or)[ \t]*\d|[*_` \t]*(?:/|out of)(?!\s*5(?![.,]?\d)))"
+)
+
+
+@dataclass
+class JudgeConfig:
+    """Flags of scripts that ask a judge."""
+
+    endpoint: str = flag("http://localhost:8000/v1", "URL of an OpenAI-compatible endpoint.")
+    judge_model: str = flag("gpt-4o-mini-2024-07-18", "Name by which the endpoint knows the judge.")
+    api_key_env: str = flag("OPENAI_API_KEY", "Environment variable with the endpoint's key, if any.")
+    judge_prompts: str = flag(PROMPT_FILES, "Folder with the text files of the questions.")
+    cache: str = flag("out/judge_cache.jsonl", "File of answers, by --judge_model, question and settings.")
+    resume: bool = flag(False, "Go on after an interruption.")
+    dry_run: bool = flag(False, "Print how many requests would be sent, and send none.")
+    timeout: float = flag(60.0, "Seconds to wait for the endpoint before a request is sent again.")
+    workers: int = flag(8, "Requests side by side.")
+    retries: int = flag(5, "How often a failed request is sent again.")
+    max_new_tokens: int = flag(512, "Longest answer of the judge, in tokens.")
+
+    def __post_init__(self) -> None:
+        _read_key(self.api_key_env)
+        for name, condition, wanted in (
+            ("endpoint", bool(URL.fullmatch(self.endpoint)), "a URL such as http://localhost:8000/v1"),
+            ("judge_model", bool(self.judge_model.strip()), "the name of a model"),
+            ("timeout", 0 < self.timeout < math.inf, "a positive number of seconds"),
+            ("workers", 1 <= self.workers <= 100, "in 1 to 100"),  # huggingface_hub opens 100 connections
+            ("retries", 0 <= self.retries <= 20, "in 0 to 20"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+        ):
+            require(self, name, condition, wanted)
+
+
+def _read_key(api_key_env: str) -> str:
+    """The endpoint's key, or NO_KEY. Raises InputError, without its value, if it cannot be a key."""
+    if not api_key_env.isidentifier():  # perhaps the key itself: not printed
+        raise InputError("--api_key_env: must be the name of an environment variable, not the key itself")
+    key = os.environ.get(api_key_env, "").strip() or NO_KEY
+    if not re.fullmatch(r"[!-~]+", key):
+        raise InputError(f"environment variable {api_key_env}: a key has only ASCII characters, no spaces")
+    return key
+
+
+def _scrub(text: str, key: str) -> str:
+    """`text` without the key, which a server may echo."""
+    return text.replace(key, "[key]") if len(key) >= MIN_SECRET else text
+
+
+# ---- requests
+
+
+class RequestError(Exception):
+    """A request failed for good."""
+
+
+class RefusedError(RequestError):
+    """The endpoint refused this request (HTTP 4xx); another one may succeed."""
+
+
+def _response_of(error: BaseException | None) -> Any:
+    """The HTTP response that an exception, or the one that caused it, carries; None if there is none."""
+    while error is not None and getattr(error, "response", None) is None:
+        error = error.__context__  # hf_raise_for_status itself fails on an error body such as "[]"
+    return error.response if error is not None else None
+
+
+def _delay(response: Any, attempt: int) -> float:
+    """Seconds before the next attempt: Retry-After (seconds or a date), else exponential; with jitter."""
+    value = response.headers.get("retry-after", "") if response is not None else ""
+    try:
+        if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):
+            wait = float(value)
+        else:
+            wait = parsedate_to_datetime(value).timestamp() - time.time()
+        return min(max(wait, 0), MAX_WAIT) + random.uniform(0, BACKOFF)
+    except (ValueError, TypeError, OverflowError):  # no Retry-After, or not a date
+        return min(BACKOFF * 2**attempt, MAX_WAIT) * random.uniform(0.5, 1)
+
+
+def _request(send: Callable[[], Any], url: str, api_key_env: str, retries: int, stop: Event) -> Any:
+    """Call send(), again after an error that may pass, and return its value. Setting `stop` ends the retries.
+
+    Raises RequestError if the request failed for good, and InputError if every other one would fail too.
+    """
+    for attempt in range(retries + 1):
+        try:
+            return send()
+        except OfflineModeIsEnabled:
+            raise InputError(f"{url}: HF_HUB_OFFLINE forbids all requests; unset it") from None
+        # not HTTPError: the body is not JSON, or lacks a field
+        except (HTTPError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as caught:
+            error = caught
+        response = _response_of(error)
+        status = response.status_code if response is not None else 0
+        if status:
+            reason = f"HTTP {status} {getattr(error, 'server_message', None) or ''}"
+        else:
+            reason = str(error) or type(error).__name__ if isinstance(error, HTTPError) else "malformed body"
+        reason = " ".join(_scrub(reason, _read_key(api_key_env)).split())[:200]
+        if status in (401, 403, 404):
+            raise InputError(
+                f"{url}: {reason}; check the URL, the model's name and the key in ${api_key_env}"
+            )
+        if 400 <= status < 500 and status not in (408, 409, 429):
+            raise RefusedError(reason)
+        if attempt < retries and stop.wait(_delay(response, attempt)):
+            break
+    if type(error).__name__ == "ConnectError":  # by name: httpx or httpx2, as huggingface_hub's version uses
+        raise InputError(f"{url}: cannot connect ({reason}); is the server running?")
+    raise RequestError(reason)
+
+
+def _side_by_side(function: Callable[[str], Any], items: Texts, workers: int) -> Iterator[tuple[str, Any]]:
+    """Yield (item, function(item)) as results arrive; an exception that it raised takes the result's place.
+
+    A thread gets its next item only when the caller is done with its last result, so at most `workers`
+    results are lost if the process is killed. The threads are daemons: Python waits at exit for those of a
+    ThreadPoolExecutor, so Ctrl-C would wait for the requests in flight.
+    """
+    tasks, results, waiting = queue.SimpleQueue(), queue.SimpleQueue(), iter(items)
+    threads = min(workers, len(items))
+
+    def work() -> None:
+        while (item := tasks.get()) is not None:
+            try:
+                results.put((item, function(item)))
+            except Exception as error:
+                results.put((item, error))
+
+    try:
+        for _ in range(threads):
+            tasks.put(next(waiting))
+            Thread(target=work, daemon=True).start()
+        for _ in items:
+            yield results.get()
+            tasks.put(next(waiting, None))
+    finally:
+        for _ in range(threads):
+            tasks.put(None)
+
+
+def _settings(config: JudgeConfig) -> dict[str, Any]:
+    return {"model": config.judge_model, "temperature": 0, "max_tokens": config.max_new_tokens}
+
+
+def _look_up(prompts: Texts, config: JudgeConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """Return {prompt: answer} for the prompts in the cache and {prompt: digest} for the others, each once.
+
+    Lines that are not JSON are ignored: a killed run may leave half a line. Raises InputError for a file of
+    other rows, so that nothing is appended to it.
+    """
+    path, cached = Path(config.cache), {}
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else (), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if not (isinstance(row, dict) and row.keys() == {"key", "answer"}):
+            raise InputError(f"--cache {path}:{number}: not an answer of a judge; give another file")
+        cached[row["key"]] = row["answer"]
+    digests = {prompt: digest_json({"prompt": prompt} | _settings(config)) for prompt in prompts}
+    texts = {prompt: cached[digest] for prompt, digest in digests.items() if digest in cached}
+    return texts, {prompt: digest for prompt, digest in digests.items() if digest not in cached}
+
+
+def count_calls(prompts: Texts, config: JudgeConfig) -> int:
+    """How many requests ask() would send, without retries: distinct prompts that are not in the cache."""
+    return len(_look_up(prompts, config)[1])
+
+
+def ask(prompts: Texts, parse: Callable[[str], Any], config: JudgeConfig, label: str) -> list[Any]:
+    """Send each prompt to the judge; returns parse(answer) for each, None where the answer is missing.
+
+    parse() returns None for an answer that it cannot read. `label` names the progress bar and the warning
+    about missing answers. Identical prompts are sent once. Raises InputError as the module's docstring says.
+    """
+    texts, waiting = _look_up(prompts, config)
+    key, stop = _read_key(config.api_key_env), Event()
+    client = InferenceClient(base_url=config.endpoint, api_key=key, timeout=config.timeout)
+
+    def send(prompt: str) -> str:
+        output = client.chat_completion([{"role": "user", "content": prompt}], **_settings(config))
+        return _scrub(output.choices[0].message.content or "", key)
+
+    def request(prompt: str) -> str:
+        return _request(lambda: send(prompt), config.endpoint, config.api_key_env, config.retries, stop)
+
+    path, reasons, in_a_row = Path(config.cache), Counter(), 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=len(texts) + len(waiting), initial=len(texts), desc=label, unit="answer", disable=None)
+    with bar, path.open("ab") as cache:
+        if waiting and cache.tell():
+            cache.write(b"\n")  # ends the half line that a killed run may have left
+        try:
+            for prompt, result in _side_by_side(request, list(waiting), config.workers):
+                if isinstance(result, RequestError):
+                    reasons[str(result)] += 1
+                    in_a_row += not (texts and isinstance(result, RefusedError))
+                    if in_a_row == MAX_FAILURES:
+                        raise InputError(f"{config.endpoint}: {in_a_row} requests in a row failed: {result}")
+                elif isinstance(result, Exception):
+                    raise result
+                elif parse(result) is None:
+                    reasons["unreadable answer"] += 1
+                    in_a_row = 0
+                else:
+                    texts[prompt], in_a_row = result, 0
+                    row = {"key": waiting[prompt], "answer": result}
+                    cache.write(json.dumps(row).encode() + b"\n")
+                    cache.flush()
+                    os.fsync(cache.fileno())
+                bar.update()
+        finally:
+            stop.set()
+    if reasons:
+        causes = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+        missing = f"{reasons.total()} of {bar.total} answers missing"
+        print(f"warning: {label}: {missing}: {causes}", file=sys.stderr)
+    return [parse(texts[prompt]) if prompt in texts else None for prompt in prompts]
+
+
+def fetch_embeddings(
+    texts: Texts, url: str, model: str, *, api_key_env: str, timeout: float, retries: int
+) -> np.ndarray:
+    """Embeddings of texts from POST {url}/embeddings, in batches of 64; float32, (len(texts), d).
+
+    Requests are sent again as in ask(). Raises InputError if one fails for good: no embedding may be missing.
+    """
+    if not URL.fullmatch(url):
+        raise InputError(f"{url}: must be a URL such as http://localhost:8000/v1")
+    headers, arrays = {"authorization": f"Bearer {_read_key(api_key_env)}"}, []
+
+    def send() -> np.ndarray:
+        body, address = {"model": model, "input": batch}, f"{url.rstrip('/')}/embeddings"
+        response = get_session().post(address, json=body, headers=headers, timeout=timeout)
+        hf_raise_for_status(response)
+        rows = {row["index"]: row["embedding"] for row in response.json()["data"]}
+        array = np.array([rows[i] for i in range(len(batch))], dtype=np.float32)
+        if array.ndim != 2 or not np.isfinite(array).all():
+            raise ValueError("not a list of vectors")
+        return array
+
+    for first in tqdm(range(0, len(texts), 64), desc="embeddings", unit="batch", disable=None):
+        batch = list(texts[first : first + 64])
+        try:
+            arrays.append(_request(send, url, api_key_env, retries, Event()))
+        except RequestError as error:
+            raise InputError(f"{url}: no embeddings of texts {first} and following: {error}") from None
+    return np.concatenate(arrays)
+
+
+# ---- questions and answers
+
+
+def read_template(config: JudgeConfig, name: str, *placeholders: str) -> str:
+    """Text of <name>.txt in --judge_prompts. Raises InputError if the file or a placeholder is missing."""
+    is_default = config.judge_prompts == PROMPT_FILES
+    path = (Path(__file__).parent if is_default else Path()) / config.judge_prompts / f"{name}.txt"
+    require_file(path)
+    try:
+        template = path.read_text(encoding="utf-8")
+    except UnicodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+    for placeholder in placeholders:
+        if f"{{{placeholder}}}" not in template:
+            raise InputError(f"{path}: the placeholder {{{placeholder}}} is missing; add it")
+    return template
+
+
+def fill(template: str, **values: str) -> str:
+    """Replace each {name} by values[name], in one pass: braces inside a value stay as they are."""
+    return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match[1]], template)
+
+
+def rating(text: str) -> float | None:
+    """X of the first readable "Rating: X" after any </think>; None if there is none or X is not in 1..5.
+
+    The first, because the rating comes before its explanation (DPL paper, section B.1). "X/5" is read as X.
+    """
+    match = RATING.search(text.rpartition("</think>")[2])
+    return float(match[1]) if match and 1 <= float(match[1]) <= 5 else None
+
+
+def verdict(text: str) -> str | None:
+    """Return "A", "B" or "tie" for the last [[A]], [[B]] or [[C]] of an answer; None if there is none."""
+    matches = re.findall(r"\[\[([ABC])\]\]", text)
+    return {"A": "A", "B": "B", "C": "tie"}[matches[-1]] if matches else None
+
+
+def pool_prompts(prompts: Texts, groups: Sequence[Texts], config: JudgeConfig) -> list[tuple[str, int, str]]:
+    """(metric, prompt index, question) of each pool of consecutive samples; groups[i] belongs to prompts[i].
+
+    DIVERSITY gives the pool sizes. Samples that do not fill a last pool are left out.
+    """
+    questions = []
+    for metric, size in DIVERSITY.items():
+        template = read_template(config, metric, "prompt", "responses")
+        for index, (prompt, samples) in enumerate(zip(prompts, groups, strict=True)):
+            for start in range(0, len(samples) - size + 1, size):
+                pool = enumerate(samples[start : start + size], 1)
+                responses = "\n\n".join(f"<response {n}>\n{text}\n</response {n}>" for n, text in pool)
+                questions.append((metric, index, fill(template, prompt=prompt, responses=responses)))
+    return questions
+
+
+def rate_pools(prompts: Texts, groups: list[Texts], config: JudgeConfig) -> tuple[dict, dict]:
+    """Rate the diversity of each prompt's samples; groups[i] belongs to prompts[i] (DPL paper, section B.1).
+
+    Returns ratings and counts. ratings[metric][i] holds the ratings of that prompt's pools, missing ones left
+    out: 1 to 5, larger is more diverse; "logical" is 5 - rating of agreement, so 0 to 4. counts[metric] holds
+    the numbers of pools "asked" and "missing".
+    """
+    questions = pool_prompts(prompts, groups, config)
+    answers = ask([question for _, _, question in questions], rating, config, "diversity")
+    ratings = {metric: [[] for _ in prompts] for metric in DIVERSITY}
+    counts = {metric: {"asked": 0, "missing": 0} for metric in DIVERSITY}
+    for (metric, index, _), answer in zip(questions, answers, strict=True):
+        counts[metric]["asked"] += 1
+        counts[metric]["missing"] += answer is None
+        if answer is not None:
+            ratings[metric][index].append(5 - answer if metric == "logical" else answer)
+    return ratings, counts
+
+
+def pair_prompts(prompts: Texts, first: Texts, second: Texts, config: JudgeConfig) -> list[str]:
+    """The questions of compare(): all with `first` as answer A, then all with `second` as answer A."""
+    template = read_template(config, "pairwise", "prompt", "answer_a", "answer_b")
+    return [
+        fill(template, prompt=prompt, answer_a=a, answer_b=b)
+        for answers in ((first, second), (second, first))
+        for prompt, a, b in zip(prompts, *answers, strict=True)
+    ]
+
+
+def compare(prompts: Texts, first: Texts, second: Texts, config: JudgeConfig) -> tuple[list, list]:
+    """Compare two answers to each prompt, in both orders (MallowsPO paper, section C.3.1).
+
+    Returns the verdicts with `first` shown first, and those with `second` shown first. In both lists "A"
+    means that `first` is better, "B" that `second` is, and None that the answer is missing.
+    """
+    answers = ask(pair_prompts(prompts, first, second, config), verdict, config, "comparison")
+    return answers[: len(prompts)], [SWAPPED[answer] for answer in answers[len(prompts) :]]

@@ -1,0 +1,401 @@
+"""evaluate.py from files to tables: every number against a direct computation, and bad input in one line."""
+
+import json
+import math
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from conftest import lines
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+import evaluate
+import metrics
+from model import load_model
+from train_reward import load_reward_model
+
+PROMPTS = ("Best fruit?", "A café?", "My friend likes")
+TEXTS = (" The fig.", " A grey cat is the best fruit.", " Every baker sings about a café!", " Mud.")
+
+
+def sample_rows(prompts, texts, **extra):
+    return [{"prompt": p, "completion": f"{t}{p[:n]}"} | extra for p in prompts for n, t in enumerate(texts)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Samples, of which those that end in a question mark were cut, and a baseline's in another order."""
+    rows = sample_rows(PROMPTS, TEXTS, finish="eos")
+    rows[1]["finish"] = rows[5]["finish"] = "length"
+    (tmp_path / "samples.jsonl").write_bytes(lines(*rows))
+    others = sample_rows(reversed(PROMPTS), [TEXTS[0], *TEXTS[:3]])
+    (tmp_path / "baseline.jsonl").write_bytes(lines(*others))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tiny_model_folder, tmp_path_factory):
+    """Folder of a random reward model."""
+    folder = tmp_path_factory.mktemp("reward")
+    model, tokenizer = load_reward_model(str(tiny_model_folder))
+    torch.manual_seed(1)
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(files, monkeypatch, capsys):
+    """A function that runs a subcommand on the files; returns its metrics and what it printed."""
+
+    def run(command, *flags):
+        words = [command, "--samples", files / "samples.jsonl", "--out_file", files / "out.json", *flags]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        evaluate.main()
+        return json.loads((files / "out.json").read_text())["metrics"], capsys.readouterr().out
+
+    return run
+
+
+def groups_of(path):
+    groups = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        groups.setdefault(row["prompt"], []).append(row["completion"])
+    return groups
+
+
+@torch.no_grad()
+def mean_state(folder, text):
+    """Mean of the last hidden states of one text, not padded, in the encoder's own words."""
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
+    return AutoModel.from_pretrained(folder).eval()(ids).last_hidden_state[0].mean(0).double().numpy()
+
+
+def test_diversity_of_embeddings_equals_the_double_sum(files, run, tiny_model_folder):
+    result, printed = run(
+        "diversity", "--embedder", tiny_model_folder, "--baseline", files / "baseline.jsonl"
+    )
+    means = {}
+    for name in ("samples", "baseline"):
+        means[name] = {}
+        for prompt, texts in groups_of(files / f"{name}.jsonl").items():
+            x = np.array([mean_state(tiny_model_folder, text) for text in texts])
+            x /= np.linalg.norm(x, axis=1, keepdims=True)
+            means[name][prompt] = np.mean([1 - a @ b for a in x for b in x])
+    row = result["cosine distance, eq. 44"]
+    for name, by_prompt in means.items():
+        assert row[name]["mean"] == pytest.approx(np.mean(list(by_prompt.values())), abs=1e-6)
+    difference = [means["samples"][p] - means["baseline"][p] for p in PROMPTS]  # by prompt, not by row
+    low, high = metrics.bootstrap(np.array(difference), np.mean, 0)
+    assert row["difference"]["mean"] == pytest.approx(np.mean(difference), abs=1e-6)
+    assert (row["difference"]["low"], row["difference"]["high"]) == pytest.approx((low, high), abs=1e-6)
+    assert row["samples"]["prompts"] == 3
+    apart = result["cosine distance, i != j"]["samples"]["mean"]
+    assert apart == pytest.approx(row["samples"]["mean"] * 4 / 3, rel=1e-6)
+    assert "12 samples of 3 prompts, 16.7% cut at the length limit" in printed
+    assert "an unknown share cut" in printed
+
+
+def test_a_long_text_is_embedded_by_its_start(tiny_model_folder, tmp_path):
+    """The tiny model has 2,048 positions; the text has more tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    text = "fig mud " * 2000
+    start = tokenizer.decode(tokenizer(text).input_ids[:2048])
+    both = evaluate.embed([text, start], str(tiny_model_folder))
+    assert both[0] == pytest.approx(both[1], abs=1e-5)
+
+
+def test_lexical_metrics_of_texts_and_at_the_budget(files, run):
+    result, _ = run("diversity", "--budget", "2")
+    groups = groups_of(files / "samples.jsonl").values()
+    expected = np.mean([metrics.distinct_n(texts, 2) for texts in groups])
+    assert result["distinct-2"]["samples"]["mean"] == pytest.approx(expected)
+    cut = [[" ".join(metrics.words(text)[:2]) for text in texts] for texts in groups]
+    expected = np.mean([metrics.distinct_n(texts, 1) for texts in cut])
+    assert result["distinct-1, 2 words"]["samples"]["mean"] == pytest.approx(expected)
+    assert result["words per text, 2 words"]["samples"]["mean"] == 2
+    unigrams = len({word for texts in groups for text in texts for word in metrics.words(text)})
+    expected = np.mean([metrics.ead(texts, 1, unigrams) for texts in groups])
+    assert result["EAD-1"]["samples"]["mean"] == pytest.approx(expected)
+
+
+@torch.no_grad()
+def plain_rewards(folder, groups):
+    """Rewards of strings, one text at a time, by transformers alone."""
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    return {
+        prompt: [model(torch.tensor([encode(prompt) + encode(t) + [2]])).logits.item() for t in texts]
+        for prompt, texts in groups.items()
+    }
+
+
+def test_diversity_among_good_samples(files, run, reward_folder):
+    flags = ["--baseline", files / "baseline.jsonl", "--reward_model", reward_folder]
+    result, printed = run("diversity", *flags)
+    rewards = {
+        n: plain_rewards(reward_folder, groups_of(files / f"{n}.jsonl")) for n in ("samples", "baseline")
+    }
+    threshold = np.median(np.concatenate(list(rewards["baseline"].values())))
+    assert f"reward at least {threshold:.4g}" in printed
+    good = [
+        [text for text, r in zip(texts, rewards["samples"][prompt], strict=True) if r >= threshold]
+        for prompt, texts in groups_of(files / "samples.jsonl").items()
+    ]
+    share = result["share of good samples"]["samples"]["mean"]
+    assert share == pytest.approx(sum(map(len, good)) / 12)
+    expected = [metrics.self_bleu(texts) for texts in good if len(texts) > 1]
+    row = result["self-BLEU (high: alike) | good"]["samples"]
+    assert row["mean"] == pytest.approx(np.mean(expected)) and row["prompts"] == len(expected)
+    result, printed = run("diversity", *flags[2:], "--reward_threshold", "1e9", "--overwrite")
+    assert "self-BLEU (high: alike) | good" not in result  # no prompt has two good samples
+
+
+@torch.no_grad()
+def test_quality_is_mean_reward_and_cross_entropy(files, run, reward_folder, tiny_model_folder):
+    result, _ = run("quality", "--reward_model", reward_folder, "--reference", tiny_model_folder)
+    groups = groups_of(files / "samples.jsonl")
+    rewards = plain_rewards(reward_folder, groups)
+    assert result["reward"]["samples"]["mean"] == pytest.approx(np.mean([*rewards.values()]), abs=1e-5)
+    model, tokenizer = load_model(tiny_model_folder)
+    per_text, per_token = [], []
+    for number, (prompt, texts) in enumerate(groups.items()):
+        nats, tokens = 0.0, 0
+        for index, text in enumerate(texts):
+            is_cut = (number, index) in ((0, 1), (1, 1))
+            start, answer = (tokenizer(t, add_special_tokens=False).input_ids for t in (prompt, text))
+            ids = torch.tensor([start + answer + [tokenizer.eos_token_id] * (not is_cut)])
+            logp = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[len(start) - 1 :]
+            nats, tokens = nats - logp.sum().item(), tokens + len(logp)
+        per_text.append(nats / 4)
+        per_token.append(nats / tokens)
+    assert result["cross-entropy, nats per text"]["samples"]["mean"] == pytest.approx(
+        np.mean(per_text), rel=1e-5
+    )
+    assert result["cross-entropy, nats per token"]["samples"]["mean"] == pytest.approx(
+        np.mean(per_token), rel=1e-5
+    )
+
+
+def test_win_rate_by_rewards(files, run, reward_folder):
+    flags = ["--baseline", files / "baseline.jsonl", "--reward_model", reward_folder]
+    result, printed = run("winrate", *flags)
+    groups = {n: groups_of(files / f"{n}.jsonl") for n in ("samples", "baseline")}
+    rewards = {n: plain_rewards(reward_folder, group) for n, group in groups.items()}
+    score, longer = [], []
+    for prompt in PROMPTS:
+        for i in range(4):
+            ours, theirs = ((groups[n][prompt][i], rewards[n][prompt][i]) for n in ("samples", "baseline"))
+            is_tie = abs(ours[1] - theirs[1]) < 1e-6
+            score.append(0.5 if is_tie else float(ours[1] > theirs[1]))
+            if not is_tie and len(ours[0]) != len(theirs[0]):
+                longer.append((ours[1] > theirs[1]) == (len(ours[0]) > len(theirs[0])))
+    assert 0.5 in score and len({*score}) > 1
+    assert result["win rate"]["samples"]["mean"] == pytest.approx(np.mean(score))
+    assert result["ties"]["samples"]["mean"] == pytest.approx(score.count(0.5) / 12)
+    assert 0 <= result["longer text wins, if one wins"]["samples"]["mean"] <= 1 and longer
+    assert "0 of 12 comparisons left out" in printed
+
+
+# ---- judges
+
+
+class Judge(BaseHTTPRequestHandler):
+    """Rates a pool by its number of different responses, and prefers the answer with more letters e."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path.endswith("embeddings"):
+            data = [
+                {"index": i, "embedding": [len(t), t.count("e"), 1.0]} for i, t in enumerate(body["input"])
+            ]
+            self.reply({"data": data})
+            return
+        question = body["messages"][0]["content"]
+        if "<response 1>" in question:
+            pool = [part.partition("</response")[0] for part in question.split("<response ")[1:]]
+            pool = {text.partition(">")[2].strip() for text in pool}
+            answer = f"Rating: {len(pool)}"
+        else:
+            a, b = (question.partition(f"[{x}]")[2].partition(f"[/{x}]")[0].count("e") for x in "AB")
+            answer = f"[[{'A' if a > b else 'B' if b > a else 'C'}]]"
+            answer = "I cannot say." if "Mud" in question else answer
+        self.server.count += 1
+        self.reply({"choices": [{"message": {"role": "assistant", "content": answer}}]})
+
+    def reply(self, value):
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def endpoint(files, monkeypatch):
+    """Flags of an endpoint on this machine, and its server."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    server.count = 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    prompts = files / "prompts"
+    prompts.mkdir()
+    for name in ("logical", "content", "surface_form", "perspective"):
+        (prompts / f"{name}.txt").write_text(f"Rate the {name}.\n{{prompt}}\n{{responses}}")
+    (prompts / "pairwise.txt").write_text("{prompt}\n[A]{answer_a}[/A]\n[B]{answer_b}[/B]")
+    flags = ["--endpoint", f"http://127.0.0.1:{server.server_port}/v1", "--cache", files / "cache.jsonl"]
+    yield [*flags, "--judge_prompts", prompts, "--judge_model", "m"], server
+    server.shutdown()
+    server.server_close()
+
+
+def test_judged_diversity(files, run, endpoint):
+    flags, server = endpoint
+    result, printed = run("judge", *flags, "--baseline", files / "baseline.jsonl")
+    assert result["content"]["samples"]["mean"] == 4
+    assert result["logical"]["samples"]["mean"] == 3  # 5 - 2: in every pool of two, two different texts
+    assert "content: 0 of 3 ratings missing" in printed
+    baseline = np.mean([len({*texts}) for texts in groups_of(files / "baseline.jsonl").values()])
+    assert result["perspective"]["baseline"]["mean"] == pytest.approx(baseline)
+    sent = server.count
+    with pytest.raises(evaluate.InputError, match="--overwrite"):
+        run("judge", *flags)
+    run("judge", *flags, "--resume")
+    assert server.count == sent  # all answers were in the cache
+
+
+def test_dry_run_asks_nothing(files, run, endpoint, monkeypatch, capsys):
+    flags, server = endpoint
+    for command, count in (("judge", 6 + 3 * 3), ("winrate", 24)):
+        words = [
+            "--samples",
+            files / "samples.jsonl",
+            "--baseline",
+            files / "other.jsonl",
+            *flags,
+            "--dry_run",
+        ]
+        (files / "other.jsonl").write_bytes(lines(*sample_rows(PROMPTS, [t + "!" for t in TEXTS])))
+        words = [
+            word
+            for word in words
+            if command == "winrate" or word not in ("--baseline", files / "other.jsonl")
+        ]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", command, *map(str, words)])
+        evaluate.main()
+        assert f"{count} requests would be sent" in capsys.readouterr().out
+    assert server.count == 0 and not (files / "out.json").exists()
+
+
+def test_win_rate_by_a_judge(files, run, endpoint):
+    flags, _ = endpoint
+    result, printed = run("winrate", *flags, "--baseline", files / "baseline.jsonl")
+    ours, theirs = (groups_of(files / f"{name}.jsonl") for name in ("samples", "baseline"))
+    by_prompt, missing = [], 0
+    for prompt in PROMPTS:
+        scores = []
+        for a, b in zip(ours[prompt], theirs[prompt], strict=True):
+            if "Mud" in a + b:
+                missing += 1
+            else:
+                scores.append(np.sign(a.count("e") - b.count("e")) / 2 + 0.5)
+        by_prompt.append(np.mean(scores))
+    assert result["win rate"]["samples"]["mean"] == pytest.approx(np.mean(by_prompt))
+    assert result["verdict flips with the order"]["samples"]["mean"] == 0
+    assert f"{missing} of 12 comparisons left out" in printed and missing == 3
+
+
+def test_embeddings_from_an_endpoint(files, run, endpoint):
+    flags, _ = endpoint
+    result, _ = run("diversity", "--embeddings_url", flags[1], "--embedder", "m")
+    expected = []
+    for texts in groups_of(files / "samples.jsonl").values():
+        expected.append(metrics.cosine_diversity(np.array([[len(t), t.count("e"), 1.0] for t in texts])))
+    assert result["cosine distance, eq. 44"]["samples"]["mean"] == pytest.approx(np.mean(expected))
+
+
+# ---- bad input
+
+MODELS = {
+    "quality": ["--reward_model", "{reward}"],
+    "winrate": ["--reward_model", "{reward}"],
+    "diversity": [],
+}
+NOBODY = ["--endpoint", "http://127.0.0.1:9/v1", "--retries", "0"]
+
+
+@pytest.mark.parametrize("command", ["society", "diversity", "quality", "judge", "winrate"])
+def test_bad_samples_end_in_one_line(command, files, refused, reward_folder):
+    flags = [word.format(reward=reward_folder) for word in MODELS.get(command, [])]
+    flags += ["--baseline", files / "baseline.jsonl"] if command == "winrate" else []
+    refused_by = lambda path, *texts: refused(evaluate, [command, "--samples", path, *flags], *texts)  # noqa: E731
+    refused_by(files / "none.jsonl", "none.jsonl", "no such file")
+    (files / "picture.jsonl").write_bytes(b"\x89PNG\r\n\x1a\n\x00")
+    refused_by(files / "picture.jsonl", "picture.jsonl:1", "not UTF-8")
+    (files / "pairs.jsonl").write_bytes(lines({"prompt": "a", "chosen": "b", "rejected": "c"}))
+    refused_by(files / "pairs.jsonl", "pairs.jsonl:1", "completion")
+    (files / "blank.jsonl").write_bytes(b"")
+    refused_by(files / "blank.jsonl", "empty")
+    if command != "society":  # there, an empty text is a malformed story
+        (files / "empty.jsonl").write_bytes(lines(*sample_rows(PROMPTS, TEXTS), *sample_rows(["B"], [" \n"])))
+        refused_by(files / "empty.jsonl", "empty.jsonl:13", "the text is empty")
+
+
+@pytest.mark.parametrize(
+    ("words", "fragment"),
+    [
+        (["praise"], "no such subcommand"),
+        (["quality"], "--reward_model"),
+        (["winrate"], "--baseline"),
+        (["diversity", "--embeddings_url", "http://127.0.0.1:9/v1"], "--embedder"),
+        (["diversity", "--embeddings_url", "http://127.0.0.1:9/v1", "--embedder", "m"], "127.0.0.1:9"),
+        (["diversity", "--reward_model", "x"], "--reward_threshold"),
+        (["diversity", "--embedder", "{files}/nowhere"], "--embedder"),
+        (["diversity", "--budget", "1"], "--budget 1"),
+        (["quality", "--reward_model", "{files}/nowhere"], "--reward_model"),
+        (["quality", "--reward_model", "{tiny}"], "without a reward head"),
+        (["quality", "--reference", "{files}/nowhere"], "--reference"),
+        (["quality", "--reference", "{tiny}", "--out_file", "{files}/samples.jsonl"], "--overwrite"),
+        (["diversity", "--baseline", "{files}/stranger.jsonl"], "no prompt in common"),
+        (["judge", *NOBODY, "--cache", "{files}/cache.jsonl"], "127.0.0.1:9"),
+        (["winrate", "--baseline", "{files}/baseline.jsonl", *NOBODY, "--cache", "{files}/c"], "127.0.0.1:9"),
+        (["judge", "--samples", "{files}/stranger.jsonl", *NOBODY], "1 samples"),
+    ],
+)
+def test_bad_flags_end_in_one_line(words, fragment, files, refused, tiny_model_folder):
+    (files / "stranger.jsonl").write_bytes(lines({"prompt": "Who?", "completion": "I."}))
+    words = [word.format(files=files, tiny=tiny_model_folder) for word in words]
+    if len(words) > 1 and "--samples" not in words:
+        words[1:1] = ["--samples", files / "samples.jsonl"]
+    refused(evaluate, words, fragment)
+
+
+def test_message_prompts_are_grouped_by_the_whole_conversation(tmp_path):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    rows = [
+        {"prompt": [*start, {"role": "user", "content": "Best fruit?"}], "completion": text}
+        for start in ([], turns)
+        for text in TEXTS
+    ]
+    (tmp_path / "samples.jsonl").write_bytes(lines(*rows))
+    groups = evaluate.read_samples(tmp_path / "samples.jsonl")
+    assert [len(group) for group in groups.values()] == [4, 4]
+    prompts = [evaluate.transcript(group[0].prompt) for group in groups.values()]
+    assert prompts == ["Best fruit?", "user: Hi\n\nassistant: Yes?\n\nuser: Best fruit?"]
+
+
+def test_prompt_means_leave_out_what_is_missing():
+    groups = {"a": [0, 0], "b": [0], "c": [0, 0, 0]}
+    means = evaluate.prompt_means([1.0, 2.0, math.nan, math.nan, 4.0, 5.0], groups)
+    assert means[[0, 2]].tolist() == [1.5, 4.5] and math.isnan(means[1])
