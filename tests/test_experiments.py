@@ -16,7 +16,7 @@ from scipy.stats import chisquare
 
 from data.society.truth import list_stories, story_distributions
 from evaluate import WORLD
-from experiments import bandit, dispersion, doctor, temperature, weighting
+from experiments import bandit, dispersion, doctor, pareto, temperature, weighting
 from metrics import entropy_bits
 from model import Stats
 from train_dpl import dpl_loss
@@ -300,3 +300,49 @@ def test_the_reference_is_no_distance_from_itself():
         gaps.append(abs(p - favourites).sum() / 2 + (1 - p.sum()) / 2)
     assert result["distance"] == pytest.approx(np.mean(gaps), abs=1e-4)
     assert result["dispersed"] == pytest.approx(np.mean(gaps[10:]), abs=1e-4)
+
+
+# ---- diversity against quality
+
+
+def test_pareto_of_the_reference_itself(tmp_path, monkeypatch, capsys):
+    """With the reference in the place of every policy, exact values follow from the shipped truth."""
+    monkeypatch.setattr(pareto, "RATIOS", (1, 4))
+    monkeypatch.setattr(
+        pareto, "SAMPLED", {"DPO, token temperature": ((1, 1.5), {}), "DPO, top-k": ((1,), {"top_k": 0})}
+    )
+    monkeypatch.setattr(
+        pareto, "STYLES", {c: pareto.STYLES[c] for c in ("DPL", "DPO, token temperature", "DPO, top-k")}
+    )
+    for seed, ratio in itertools.product(range(2), (1, 4)):
+        shutil.copytree(pareto.REFERENCE, tmp_path / f"dpl{ratio}-seed{seed}")
+    flags = ["--seeds", 2, "--samples", 40, "--out_dir", tmp_path, "--out_file", tmp_path / "pareto.png"]
+    monkeypatch.setattr("sys.argv", ["pareto.py", *map(str, flags)])
+    pareto.main()
+    world = json.loads(WORLD.read_text())
+    logp = np.array(world["story_reference_logp"])
+    p = np.exp(logp)
+    rewards = [
+        sum(values) for values in itertools.product(*(slot.values() for slot in world["slots"].values()))
+    ]
+    point = json.loads((tmp_path / "seed1.json").read_text())["curves"]["DPL"][1]
+    assert point["x"] == 4 and point["well_formed"] == pytest.approx(p.sum(), abs=1e-3)
+    p /= p.sum()
+    assert point["entropy"] == pytest.approx(-(p * np.log2(p)).sum(), abs=1e-2)
+    assert point["utility"] == pytest.approx(p @ rewards, abs=1e-3)
+    spread = math.sqrt(p @ (logp + p @ -logp) ** 2 / 40)
+    assert point["cross_entropy"] > -p @ logp - 4 * spread  # malformed texts, 2%, only add to it
+    assert (tmp_path / "pareto.png").stat().st_size > 10_000
+    assert "cosine" in capsys.readouterr().out
+    (tmp_path / "dpl4-seed1/model.safetensors").unlink()
+    pareto.main()  # both seeds are finished: nothing is loaded
+
+
+def test_the_lead_at_equal_diversity():
+    dpl = [{"cosine": x, "utility": y, "cross_entropy": y} for x, y in ((0.3, 1.0), (0.1, 2.0))]
+    other = [{"cosine": x, "utility": 1.0, "cross_entropy": 1.0} for x in (0.05, 0.15, 0.3)]
+    results = [{"DPL": dpl, "other": other}]
+    [lead] = pareto.gaps(results, "other", "cosine", "utility")
+    assert math.isnan(lead[0]) and lead[1:].tolist() == pytest.approx([0.75, 0.0])
+    [lead] = pareto.gaps(results, "other", "cosine", "cross_entropy")  # there, less is better
+    assert lead[1:].tolist() == pytest.approx([-0.75, 0.0])

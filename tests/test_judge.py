@@ -215,21 +215,12 @@ def test_a_key_in_place_of_its_variable_is_not_printed(monkeypatch):
     assert KEY not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("flags", "fragment"),
-    [
-        ({"endpoint": "localhost:8000"}, "--endpoint localhost:8000: must be a URL"),
-        ({"endpoint": "http://host:port/v1"}, "--endpoint"),
-        ({"judge_model": " "}, "--judge_model"),
-        ({"timeout": float("nan")}, "--timeout"),
-        ({"workers": 0}, "--workers"),
-        ({"retries": -1}, "--retries"),
-        ({"max_new_tokens": 0}, "--max_new_tokens"),
-    ],
-)
-def test_wrong_flags_are_refused(flags, fragment):
-    with pytest.raises(InputError, match=re.escape(fragment)):
-        JudgeConfig(**flags)
+def test_wrong_flags_are_refused():
+    wrong = [("endpoint", "localhost:8000"), ("endpoint", "http://host:port/v1"), ("judge_model", " ")]
+    wrong += [("timeout", float("nan")), ("workers", 0), ("workers", 101), ("retries", -1)]
+    for name, value in [*wrong, ("max_new_tokens", 0)]:
+        with pytest.raises(InputError, match=re.escape(f"--{name} {value}: must be ")):
+            JudgeConfig(**{name: value})
 
 
 # ---- the cache
