@@ -50,7 +50,7 @@ from judge import (
 from model import load_model, loading
 from parallel import get_device, get_dtype
 from preferences import encode_answers, encode_prompts, micro_batches
-from reference import cross_entropies
+from reference import score_completions
 from train_reward import load_reward_model, score_texts
 
 WORLD = Path(__file__).parent / "data/society/world.json"
@@ -165,8 +165,9 @@ def sample_rewards(files: list[Groups], path: str, chat: bool) -> list[np.ndarra
     """The reward of every sample, in the order of flatten(groups), for each file."""
     with error_prefix("--reward_model"):
         model, tokenizer = load_reward_model(path, str(get_device()), get_dtype())
-        if hasattr(model, "score") and not model.score.weight.any():
+        if not model.score.weight.any():
             raise InputError(f"{path}: is a language model without a reward head; see train_reward.py")
+        check_packable(model, path)
         samples = [sample for groups in files for sample in flatten(groups)]
         rewards = score_texts(model, tokenizer, *to_texts(samples, chat))
     return np.split(rewards, np.cumsum([len(flatten(groups)) for groups in files])[:-1])
@@ -319,10 +320,11 @@ def quality(config: QualityConfig) -> None:
                 samples = flatten(groups)
                 prompts, answers = to_texts(samples, config.chat)
                 encoded = encode_prompts(prompts, tokenizer), encode_answers(prompts, answers, tokenizer)
-                cut = [sample.finish in ("length", "stop") for sample in samples]
-                examples = [(p, a[: max(1, len(a) - c)]) for p, a, c in zip(*encoded, cut, strict=True)]
-                nats = prompt_means(cross_entropies(model, examples), groups)
-                tokens = prompt_means([len(answer) for _, answer in examples], groups)
+                for sample, ids in zip(samples, encoded[1], strict=True):
+                    if sample.finish in ("length", "stop") and len(ids) > 1:
+                        ids.pop()
+                nats = prompt_means(-score_completions(model, *encoded), groups)
+                tokens = prompt_means([len(ids) for ids in encoded[1]], groups)
                 column["cross-entropy, nats per text"] = nats
                 column["cross-entropy, nats per token"] = nats / tokens
                 column["tokens per text"] = tokens

@@ -4,17 +4,21 @@ Every loss compares the policy with the reference, which never changes. Before t
 gradients writes its log-probability, length and entropy of every completion to a safetensors file, which
 later runs on the same model and data read. So no second model is in memory, and an alpha-sweep computes
 nothing twice.
+
+score_completions does the same for texts that a policy wrote. Nothing is cached, and many completions share
+their prompt in one row.
 """
 
 import contextlib
 import math
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -80,16 +84,37 @@ def reference_stats(
 
 
 @torch.no_grad()
-def cross_entropies(model: PreTrainedModel, examples: Sequence, max_tokens: int = 2048) -> Tensor:
-    """-log pi_ref(completion | prompt) in nats of every example (prompt, completion), (examples,) on the CPU.
+def score_completions(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    completions: Sequence[list[int]],
+    max_tokens: int = 1024,
+) -> np.ndarray:
+    """log pi(completion | prompt) of every completion in nats, or its reward under a reward model; (n,).
 
-    Over completions that a policy wrote, its mean estimates the policy's cross-entropy to the reference, the
-    term that beta weighs (DPL paper, equation 4).
+    Prompts and completions are token ids. A prompt is computed once for all of its completions that fit into
+    a row of `max_tokens` tokens, and equal completions are computed once, so that they tie.
     """
-    nats = torch.empty(len(examples))
-    bar = tqdm(total=len(examples), desc="reference", unit="text", disable=None)
-    for batch in micro_batches(range(len(examples)), examples, max_tokens):
-        nats[batch] = -pair_stats(model, pack([examples[i] for i in batch])).logp[:, 0].float().cpu()
-        bar.update(len(batch))
+    by_prompt: dict[tuple, dict[tuple, None]] = defaultdict(dict)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        by_prompt[tuple(prompt)][tuple(completion)] = None
+    examples = defaultdict(list)  # by number of completions: pack() wants examples that have equally many
+    for prompt, different in by_prompt.items():
+        parts, size = [], 0
+        for completion in different:
+            if not parts or size + len(completion) > max_tokens:
+                parts.append([])
+                size = len(prompt)
+            parts[-1].append(completion)
+            size += len(completion)
+        for part in parts:
+            examples[len(part)].append((prompt, *part))
+    scores, bar = {}, tqdm(total=len(prompts), desc="scores", unit="text", disable=None)
+    for some in examples.values():
+        for batch in micro_batches(range(len(some)), some, max_tokens):
+            values = pair_stats(model, pack([some[i] for i in batch])).logp.tolist()
+            for (prompt, *part), row in zip((some[i] for i in batch), values, strict=True):
+                scores |= {(prompt, completion): x for completion, x in zip(part, row, strict=True)}
+                bar.update(len(part))
     bar.close()
-    return nats
+    return np.array([scores[tuple(p), tuple(c)] for p, c in zip(prompts, completions, strict=True)])

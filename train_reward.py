@@ -22,13 +22,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from os.path import commonprefix
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -37,7 +35,8 @@ from checks import max_positions
 from files import InputError, error_prefix, flag, parse, require, run_command
 from formats import Text, read_pairs
 from model import Stats
-from preferences import Pair, encode_answers, encode_prompts, micro_batches, truncate
+from preferences import Pair, encode_answers, encode_prompts, truncate
+from reference import score_completions
 from trainer import TrainConfig, train
 
 
@@ -78,6 +77,8 @@ def load_reward_model(
     model, tokenizer = models.load_model(path, device, dtype, reward=True)
     transformers_logging.set_verbosity(verbosity)
     config = model.config.get_text_config()
+    if not hasattr(model, "score"):
+        raise InputError(f"--model {path}: {type(model).__name__} has no head named score; give a decoder")
     for pad in (config.pad_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
         if pad is not None:
             config.pad_token_id = tokenizer.pad_token_id = pad
@@ -87,80 +88,58 @@ def load_reward_model(
 
 def encode_texts(
     prompts: Sequence[Text], answers: Sequence[Text], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    """Token ids of each prompt with its answer, as a reward model reads them.
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids (prompt, answer) of each text as a reward model reads it, one after the other.
 
-    Messages go through the chat template as a whole conversation, which writes the only BOS. Strings are
-    joined, and end with the end token. Padding tokens at the end are removed: transformers skips them.
+    Messages go through the chat template as a whole conversation, which writes the only BOS. Strings end with
+    the end token. Padding tokens at the end of a text are removed: transformers skips them too. pack() never
+    feeds the last id of an answer, so each answer gets one padding token more.
     """
     texts = []
     encoded = encode_prompts(prompts, tokenizer), encode_answers(prompts, answers, tokenizer)
-    for prompt, answer, *ids in zip(prompts, answers, *encoded, strict=True):
-        text = ids[0] + ids[1]
-        if not isinstance(prompt, str):  # encode_answers stops at the end token, a template may go on
+    for prompt, answer, start, end in zip(prompts, answers, *encoded, strict=True):
+        text = start + end
+        if not isinstance(prompt, str):  # the template may go on after the end token
             text = tokenizer.apply_chat_template([*prompt, *answer], return_dict=False)
         while len(text) > 1 and text[-1] == tokenizer.pad_token_id:
             text.pop()
-        texts.append(text)
+        size = min(len(start), len(text) - 1) if text[: len(start)] == start else 1
+        texts.append((text[:size], text[size:] + [tokenizer.pad_token_id]))
     return texts
 
 
 def load_texts(
     path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool = False
 ) -> list[Pair]:
-    """Token ids of a file's pairs, each text at most `max_length` tokens.
-
-    The "prompt" is all that the two texts share from the start; it is computed once. pack() never feeds the
-    last id of a completion, so each gets a padding token more. Raises InputError naming the file.
-    """
-    rows, pairs, not_fed = read_pairs(path, chat), [], [tokenizer.pad_token_id]
-    prompts = [row["prompt"] for row in rows]
+    """Token ids of a file's pairs, truncated to `max_length` tokens. Raises InputError naming the file."""
+    rows = read_pairs(path, chat)
+    prompts, chosen, rejected = ([row[key] for row in rows] for key in Pair._fields)
     with error_prefix(path):
-        answers = ([row[key] for row in rows] for key in ("chosen", "rejected"))
-        for chosen, rejected in zip(*(encode_texts(prompts, a, tokenizer) for a in answers), strict=True):
-            shared = max(1, min(len(commonprefix([chosen, rejected])), len(chosen) - 1, len(rejected) - 1))
-            pair = (chosen[:shared], chosen[shared:], rejected[shared:])
-            pair = truncate(pair, tokenizer.bos_token_id, max_length)
-            if pair[1] != pair[2]:
-                pairs.append(Pair(pair[0], pair[1] + not_fed, pair[2] + not_fed))
-        if not pairs:
+        texts = (encode_texts(prompts, answers, tokenizer) for answers in (chosen, rejected))
+        pairs = []
+        for (start, a), (other, b) in zip(*texts, strict=True):
+            if start != other:
+                start, a, b = start[:1], start[1:] + a, other[1:] + b
+            pairs.append(Pair(*truncate((start, a, b), tokenizer.bos_token_id, max_length)))
+        kept = [pair for pair in pairs if pair.chosen != pair.rejected]
+        if not kept:
             raise InputError("no pair left: chosen and rejected are equal in every row")
-    print(f"{len(pairs):,} pairs, dropped {len(rows) - len(pairs):,} with chosen equal to rejected")
-    return pairs
+    print(f"{len(kept):,} pairs, dropped {len(pairs) - len(kept):,} with chosen equal to rejected")
+    return kept
 
 
-@torch.no_grad()
 def score_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Text],
     answers: Sequence[Text],
-    max_tokens: int = 4096,
 ) -> np.ndarray:
-    """The reward of each answer to its prompt, (texts,), by any sequence classifier with one label.
-
-    Texts of similar length are padded on the right, in batches of at most about `max_tokens` tokens. Equal
-    texts are computed once, so that they tie. Raises InputError for a text that is too long for the model.
-    """
-    encoded = [tuple(text) for text in encode_texts(prompts, answers, tokenizer)]
-    texts = list(dict.fromkeys(encoded))
-    longest = max(map(len, texts))
+    """The reward of each answer to its prompt, (texts,). Raises InputError for a text that is too long."""
+    texts = encode_texts(prompts, answers, tokenizer)
+    longest = max(len(start) + len(end) for start, end in texts) - 1
     if longest > max_positions(model):
-        raise InputError(f"--reward_model: a text has {longest} tokens, more than the model's positions")
-    rewards = np.empty(len(texts))
-    batches = micro_batches(range(len(texts)), [[text] for text in texts], max_tokens)
-    bar = tqdm(total=len(texts), desc="rewards", unit="text", disable=None)
-    for batch in batches:
-        rows = [torch.tensor(texts[i]) for i in batch]
-        mask = [torch.ones_like(row) for row in rows]
-        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-        ids, mask = pad(rows, padding_value=tokenizer.pad_token_id), pad(mask)
-        scores = model(ids.to(model.device), attention_mask=mask.to(model.device)).logits
-        rewards[batch] = scores[:, 0].float().cpu().numpy()
-        bar.update(len(batch))
-    bar.close()
-    index = {text: i for i, text in enumerate(texts)}
-    return rewards[[index[text] for text in encoded]]
+        raise InputError(f"a text has {longest} tokens, and the model {max_positions(model)} positions")
+    return score_completions(model, *zip(*texts, strict=True))
 
 
 def main() -> None:

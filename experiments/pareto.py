@@ -40,7 +40,7 @@ from files import flag, parse, require, run_command, write_json
 from metrics import cosine_diversity, unit_vectors
 from model import load_model
 from preferences import encode_answers, encode_prompts, end_tokens
-from reference import cross_entropies
+from reference import score_completions
 from sample import sample_batch, sample_global_batch
 
 BETA, RATIOS = 0.1, (1, 1.1, 1.2, 1.3, 1.5, 2, 4, 11)  # alpha / beta
@@ -139,8 +139,8 @@ def evaluate_policies(config: ParetoConfig, seed: int) -> dict[str, list[dict[st
         point["well_formed"] = float(np.exp(logp).sum() if tau is None else np.mean(is_story))
         vectors = embed([text for text in texts if text], str(REFERENCE))  # an empty text has no embedding
         point["cosine"] = cosine_diversity(vectors, distinct=True)
-        nats = cross_entropies(reference, [(prompt, c.tokens) for c in completions])
-        return point | {"cross_entropy": nats.mean().item()}
+        nats = -score_completions(reference, [prompt] * len(completions), [c.tokens for c in completions])
+        return point | {"cross_entropy": nats.mean()}
 
     index = set(stories)
     curves: dict[str, list[dict[str, float]]] = {"DPL": []}

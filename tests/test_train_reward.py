@@ -74,6 +74,11 @@ def test_bradley_terry_loss():
     torch.testing.assert_close(centred, torch.tensor([0.5 * 0.5**2, 0.5 * 2.2**2]))
 
 
+def full_texts(*args):
+    """Token ids of whole texts, without the padding token at the end."""
+    return [start + end[:-1] for start, end in encode_texts(*args)]
+
+
 def train(monkeypatch, **flags):
     words = (word for name, value in flags.items() for word in (f"--{name}", value))
     monkeypatch.setattr(sys, "argv", ["train_reward.py", *map(str, words)])
@@ -111,7 +116,7 @@ def test_what_is_written_loads_in_transformers_and_peft(rank, tiny_model_folder,
     if rank:
         base = AutoModelForSequenceClassification.from_pretrained(tiny_model_folder, num_labels=1)
         others.append(PeftModel.from_pretrained(base, run))
-    ids = encode_texts(prompts, answers, AutoTokenizer.from_pretrained(run))
+    ids = full_texts(prompts, answers, AutoTokenizer.from_pretrained(run))
     for other in others:
         other = other.eval()
         theirs = [other(torch.tensor([text])).logits.item() for text in ids]
@@ -153,11 +158,11 @@ def test_score_texts_is_the_same_for_any_batch_and_padding_side(tiny_model_folde
 
 
 def test_texts_have_one_bos_and_end_as_the_chat_template_ends(chat_tokenizer):
-    for text in encode_texts([[USER]], [[FIG]], chat_tokenizer):
+    for text in full_texts([[USER]], [[FIG]], chat_tokenizer):
         assert text.count(chat_tokenizer.bos_token_id) == 1
         end = chat_tokenizer.decode(text).replace("> \n", ">\n")  # SentencePiece adds the space
         assert end.endswith("The fig.<|im_end|>\n")
-    [plain] = encode_texts(["Best fruit?"], [" The fig."], chat_tokenizer)
+    [plain] = full_texts(["Best fruit?"], [" The fig."], chat_tokenizer)
     assert plain[-1] == chat_tokenizer.eos_token_id and plain.count(plain[-1]) == 1
 
 
@@ -166,7 +171,7 @@ def test_the_shared_start_is_computed_once(chat_tokenizer, tmp_path):
     path.write_bytes(lines({"prompt": [USER], "chosen": [FIG], "rejected": [MUD]}))
     chat_tokenizer.pad_token = "<unk>"
     [pair] = load_texts(str(path), chat_tokenizer, 64)
-    chosen, rejected = (encode_texts([[USER]], [[answer]], chat_tokenizer)[0] for answer in (FIG, MUD))
+    chosen, rejected = (full_texts([[USER]], [[answer]], chat_tokenizer)[0] for answer in (FIG, MUD))
     pad = [chat_tokenizer.pad_token_id]
     assert pair.prompt + pair.chosen == chosen + pad and pair.prompt + pair.rejected == rejected + pad
     assert pair.chosen[0] != pair.rejected[0]
