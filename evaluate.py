@@ -123,7 +123,7 @@ def read_files(config: SamplesConfig) -> list[Groups]:
 def finish(config: SamplesConfig, columns: list[Columns], files: list[Groups]) -> None:
     """Print means over prompts, their intervals and what the files hold; write --out_file."""
     heads = ("samples", "baseline", "difference") if len(columns) == 2 else ("samples",)
-    print(f"{'mean over prompts [95% interval]':36}" + "".join(f"{head:>28}" for head in heads) + "  prompts")
+    print(f"{'mean over prompts [95% interval]':36}" + "".join(f"{head:>26}" for head in heads) + "  prompts")
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for name in columns[0]:
         values = [column[name] for column in columns]
@@ -133,8 +133,8 @@ def finish(config: SamplesConfig, columns: list[Columns], files: list[Groups]) -
             if len(x := x[~np.isnan(x)]):
                 low, high = metrics.bootstrap(x, np.mean, config.seed)
                 row[head] = {"mean": x.mean(), "low": low, "high": high, "prompts": len(x)}
-            cell = "{mean:.4g} [{low:.4g}, {high:.4g}]".format(**row[head]) if head in row else "-"
-            line += f"{cell:>28}"
+            cell = "{mean:.3g} [{low:.3g}, {high:.3g}]".format(**row[head]) if head in row else "-"
+            line += f"{cell:>26}"
         print(line + f"{min((cell['prompts'] for cell in row.values()), default=0):9}")
     for path, groups in zip((config.samples, config.baseline), files, strict=False):
         ends = [sample.finish for group in groups.values() for sample in group]
@@ -395,19 +395,17 @@ def winrate(config: WinRateConfig) -> None:
             print(f"{count_calls(pair_prompts(*texts, config), config):,} requests would be sent")
             return
         first, swapped = compare(*texts, config)
+    names = ("win rate", "ties", "verdict flips with the order", "longer text wins, if one wins")
     rows = []
     for a, b, *verdicts in zip(ours, theirs, first, swapped, strict=True):
-        score = math.nan if None in verdicts else metrics.pair_score(*verdicts)
-        longer = len(a.text) - len(b.text)
-        decided = score in (0.0, 1.0) and longer
-        flips = {*verdicts} == {"A", "B"} if None not in verdicts else math.nan
-        tie = score == 0.5 if None not in verdicts else math.nan
-        rows.append((score, tie, flips, (score == 1) == (longer > 0) if decided else math.nan))
-    names = ("win rate", "ties", "verdict flips with the order", "longer text wins, if one wins")
-    missing = sum(math.isnan(score) for score, *_ in rows)
-    print(f"{missing:,} of {len(rows):,} comparisons left out: the judge's verdict is missing")
-    columns = {name: prompt_means(x, pairs) for name, x in zip(names, zip(*rows, strict=True), strict=True)}
-    finish(config, [columns], [groups, others])
+        if None in verdicts:
+            rows.append([math.nan] * 4 + [1.0])
+            continue
+        score, longer = metrics.pair_score(*verdicts), len(a.text) - len(b.text)
+        longer_wins = (score == 1) == (longer > 0) if score != 0.5 and longer else math.nan
+        rows.append([score, score == 0.5, {*verdicts} == {"A", "B"}, longer_wins, 0.0])
+    values = zip((*names, "verdict missing"), zip(*rows, strict=True), strict=True)
+    finish(config, [{name: prompt_means(x, pairs) for name, x in values}], [groups, others])
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
