@@ -149,6 +149,11 @@ def flatten(groups: Groups) -> list[Sample]:
     return [sample for group in groups.values() for sample in group]
 
 
+def texts_by_prompt(groups: Groups) -> list[list[str]]:
+    """The texts of each prompt's samples."""
+    return [[sample.text for sample in group] for group in groups.values()]
+
+
 def split(values: Sequence[float], groups: Groups) -> list[np.ndarray]:
     """Values of flatten(groups), as one array per prompt."""
     ends = np.cumsum([len(group) for group in groups.values()])
@@ -246,8 +251,8 @@ def diversity(config: DiversityConfig) -> None:
     EAD's vocabulary is that of all texts read.
     """
     files = read_files(config)
-    texts = [[[sample.text for sample in group] for group in groups.values()] for groups in files]
-    every = sorted({sample.text for groups in files for sample in flatten(groups)})
+    texts = [texts_by_prompt(groups) for groups in files]
+    every = sorted({text for groups in texts for group in groups for text in group})
     index = {text: i for i, text in enumerate(every)}
     vocabulary = {n: len(metrics.count_ngrams(every, n)) for n in ORDERS}
     embeddings = None
@@ -347,7 +352,7 @@ def judge(config: JudgedConfig) -> None:
     """
     files = read_files(config)
     prompts = [transcript(group[0].prompt) for group in files[0].values()]
-    texts = [[[sample.text for sample in group] for group in groups.values()] for groups in files]
+    texts = [texts_by_prompt(groups) for groups in files]
     least, pool = min(len(group) for groups in texts for group in groups), max(DIVERSITY.values())
     if least < pool:
         raise InputError(

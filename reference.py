@@ -109,7 +109,8 @@ def score_completions(
             size += len(completion)
         for part in parts:
             examples[len(part)].append((prompt, *part))
-    scores, bar = {}, tqdm(total=len(prompts), desc="scores", unit="text", disable=None)
+    count = sum(map(len, by_prompt.values()))
+    scores, bar = {}, tqdm(total=count, desc="scores", unit="text", disable=None)
     for some in examples.values():
         for batch in micro_batches(range(len(some)), some, max_tokens):
             values = pair_stats(model, pack([some[i] for i in batch])).logp.tolist()
