@@ -1,17 +1,19 @@
 """Flags, rows of data, atomic writes and digests; every bad input ends in one line on stderr.
 
-Rows are read from .jsonl, .jsonl.gz, .json, .parquet and .txt files. Files are written atomically: under a
-temporary name that is then renamed, so that a reader never sees half a file and an interrupted run leaves the
-old file as it was.
+Rows are read from .jsonl, .jsonl.gz, .json, .parquet, .csv and .txt files. Files are written atomically: under
+a temporary name that is then renamed, so that a reader never sees half a file and an interrupted run leaves
+the old file as it was.
 """
 
 import argparse
 import contextlib
+import csv
 import difflib
 import gzip
 import hashlib
 import json
 import os
+import re
 import shlex
 import sys
 import zlib
@@ -129,9 +131,9 @@ def parse(config: type[Config], description: str | None, args: list[str] | None 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("file:row", row) for each JSON object of a .jsonl, .jsonl.gz, .json or .parquet file.
 
-    A line of a .txt file becomes {"prompt": line}. Rows are counted from 1, as an editor counts lines. Raises
-    InputError for a file that is missing, empty, truncated, not UTF-8 or not JSON, and for a row that is not
-    an object.
+    A line of a .txt file becomes {"prompt": line}; a .csv file's first line names its columns, and rows are
+    counted without it. Otherwise rows are counted from 1, as an editor counts lines. Raises InputError for a
+    file that is missing, empty, truncated, not UTF-8 or not JSON, and for a row that is not an object.
     """
     path, count = Path(path), 0
     require_file(path)
@@ -148,6 +150,24 @@ def require_file(path: str | Path) -> None:
     """Raise InputError unless `path` is a file."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
+
+
+def read_template(path: str | Path, *placeholders: str) -> str:
+    """A text file with {placeholders}. Raises InputError if it or a placeholder is missing."""
+    require_file(path)
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+    except UnicodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+    for placeholder in placeholders:
+        if f"{{{placeholder}}}" not in template:
+            raise InputError(f"{path}: the placeholder {{{placeholder}}} is missing; add it")
+    return template
+
+
+def fill(template: str, **values: str) -> str:
+    """Replace each {name} by values[name], in one pass: braces inside a value stay as they are."""
+    return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match[1]], template)
 
 
 def _loads(text: str) -> Any:
@@ -173,6 +193,12 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
             if not isinstance(rows, list):
                 raise InputError(f"{path}: expected a JSON list of objects, found {type(rows).__name__}")
             yield from enumerate(rows, 1)
+        elif name.endswith(".csv"):
+            with open(path, encoding="utf-8-sig", newline="") as lines:
+                try:
+                    yield from enumerate(csv.DictReader(lines, strict=True), 1)
+                except csv.Error as error:
+                    raise InputError(f"{path}: not readable as csv: {error}") from None
         elif name.endswith(".parquet"):
             try:
                 import pyarrow.parquet
@@ -184,7 +210,7 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
                 raise InputError(f"{path}: not a readable parquet file: {error}") from None
             yield from enumerate(rows, 1)
         else:
-            raise InputError(f"{path}: unknown format; use .jsonl, .jsonl.gz, .json, .parquet or .txt")
+            raise InputError(f"{path}: unknown format; use .jsonl, .jsonl.gz, .json, .parquet, .csv or .txt")
     except UnicodeError:
         raise InputError(f"{path}:{max(number, 1)}: not UTF-8 text") from None
     except ValueError as error:  # not JSON, or an integer with too many digits for Python

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from files import InputError, read_rows
+from files import InputError, fill, read_rows
 
 Text = str | list[dict[str, str]]  # a plain string, or a message list for the chat template
 ASSISTANT = "\n\nAssistant:"  # HH-RLHF writes this before each answer
@@ -119,13 +119,16 @@ def check_messages(messages: list[Any], where: str) -> None:
         raise InputError(f"{where}: roles out of order: {', '.join(roles) or 'no message'}")
 
 
-def read_prompts(path: str | Path) -> list[dict[str, Any]]:
+def read_prompts(path: str | Path, template: str | None = None) -> list[dict[str, Any]]:
     """Rows with a 'prompt', a string or a message list; a .txt file holds one prompt per line.
 
-    Raises InputError naming the file and row.
+    With `template`, the prompt is the template with {question} replaced by the row's 'question' (as in GSM8K)
+    or 'problem' (as in MATH). Raises InputError naming the file and row.
     """
     rows = []
     for where, row in read_rows(path):
+        if template:
+            row["prompt"] = fill(template, question=read_question(row, where))
         prompt = row.get("prompt")
         if isinstance(prompt, list) and prompt:
             check_messages(prompt, where)
@@ -133,6 +136,14 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
             raise InputError(f"{where}: needs a 'prompt', a string or a message list")
         rows.append(row)
     return rows
+
+
+def read_question(row: dict[str, Any], where: str) -> str:
+    """The string 'question' or 'problem' of a row. Raises InputError with `where` if it has none."""
+    question = row.get("question", row.get("problem"))
+    if not isinstance(question, str) or not question.strip():
+        raise InputError(f"{where}: needs a 'question' or a 'problem', a string")
+    return question
 
 
 def read_examples(path: str | Path, chat: bool = False) -> list[tuple[Text, Text]]:
@@ -210,15 +221,15 @@ def to_texts(samples: list[Sample], chat: bool) -> tuple[list[Text], list[Text]]
     return prompts, list(answers)
 
 
-def read_samples(path: str | Path) -> dict[str, list[Sample]]:
+def read_samples(path: str | Path, allow_empty: bool = False) -> dict[str, list[Sample]]:
     """The samples of a file in the order of its rows, grouped by prompt; keys are the prompts as JSON.
 
-    Raises InputError naming the file and row for any other row, and for an empty text.
+    Raises InputError naming the file and row for any other row, and for an empty text unless `allow_empty`.
     """
     groups: dict[str, list[Sample]] = {}
     for where, row in read_rows(path):
         sample = read_sample(row, where)
-        if not sample.text.strip():
+        if not (allow_empty or sample.text.strip()):
             raise InputError(f"{where}: the text is empty, and no metric is defined for it; remove the row")
         groups.setdefault(json.dumps(sample.prompt), []).append(sample)
     return groups

@@ -39,7 +39,7 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session, hf_raise_for_status
 from tqdm import tqdm
 
-from files import InputError, digest_json, flag, require, require_file
+from files import InputError, digest_json, fill, flag, read_template, require
 
 Texts = Sequence[str]
 
@@ -309,24 +309,11 @@ def fetch_embeddings(
 # ---- questions and answers
 
 
-def read_template(config: JudgeConfig, name: str, *placeholders: str) -> str:
+def read_question(config: JudgeConfig, name: str, *placeholders: str) -> str:
     """Text of <name>.txt in --judge_prompts. Raises InputError if the file or a placeholder is missing."""
     is_default = config.judge_prompts == PROMPT_FILES
-    path = (Path(__file__).parent if is_default else Path()) / config.judge_prompts / f"{name}.txt"
-    require_file(path)
-    try:
-        template = path.read_text(encoding="utf-8")
-    except UnicodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
-    for placeholder in placeholders:
-        if f"{{{placeholder}}}" not in template:
-            raise InputError(f"{path}: the placeholder {{{placeholder}}} is missing; add it")
-    return template
-
-
-def fill(template: str, **values: str) -> str:
-    """Replace each {name} by values[name], in one pass: braces inside a value stay as they are."""
-    return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match[1]], template)
+    folder = (Path(__file__).parent if is_default else Path()) / config.judge_prompts
+    return read_template(folder / f"{name}.txt", *placeholders)
 
 
 def rating(text: str) -> float | None:
@@ -351,7 +338,7 @@ def pool_prompts(prompts: Texts, groups: Sequence[Texts], config: JudgeConfig) -
     """
     questions = []
     for metric, size in DIVERSITY.items():
-        template = read_template(config, metric, "prompt", "responses")
+        template = read_question(config, metric, "prompt", "responses")
         for index, (prompt, samples) in enumerate(zip(prompts, groups, strict=True)):
             for start in range(0, len(samples) - size + 1, size):
                 pool = enumerate(samples[start : start + size], 1)
@@ -381,7 +368,7 @@ def rate_pools(prompts: Texts, groups: list[Texts], config: JudgeConfig) -> tupl
 
 def pair_prompts(prompts: Texts, first: Texts, second: Texts, config: JudgeConfig) -> list[str]:
     """The questions of compare(): all with `first` as answer A, then all with `second` as answer A."""
-    template = read_template(config, "pairwise", "prompt", "answer_a", "answer_b")
+    template = read_question(config, "pairwise", "prompt", "answer_a", "answer_b")
     return [
         fill(template, prompt=prompt, answer_a=a, answer_b=b)
         for answers in ((first, second), (second, first))

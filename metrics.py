@@ -1,4 +1,4 @@
-"""Formulas of the metrics of sampled texts. No file is read here; evaluate.py applies them to files.
+"""Formulas of the metrics. No file is read here; evaluate.py applies them to files.
 
 How different are the N texts that a model wrote for one prompt? Compute a diversity per prompt and average it
 over prompts: texts of different prompts differ anyway.
@@ -16,6 +16,9 @@ Three traps:
 - Length. Long texts repeat words, so distinct_n falls with length; ead falls less if its vocabulary is small.
   Self-BLEU depends on length too. First apply cut_words with one budget to all texts; report their lengths.
 - Quality. Random words score as diverse. Report a measure of quality beside every measure of diversity.
+
+How often does one of k samples solve a problem? pass_at_k counts any, best_of_n the one with the highest
+reward. Is a confidence of 70% right 70% of the time? expected_calibration_error and brier_score.
 
 Is model A better than model B? win_rate averages a judge's answers over both orders of showing the two texts.
 How far can chance move a mean over prompts? bootstrap gives a 95% interval.
@@ -249,6 +252,106 @@ def win_rate(first_order: Sequence[str], swapped_order: Sequence[str]) -> float:
             f"need two equally long lists of judgements, found {len(first_order)} and {len(swapped_order)}"
         )
     return sum(map(pair_score, first_order, swapped_order)) / len(first_order)
+
+
+# ---- problems with a right answer
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that at least one of k samples is correct, from n samples with c correct. (Chen et al. 2021)
+
+        1 - C(n-c, k) / C(n, k)  =  1 - prod_{i=n-c+1..n} (1 - k/i)
+
+    This is the mean over all subsets of k of the n samples, so it is unbiased for 1 - (1 - p)^k, the DPL
+    paper's equation 45. The product does not overflow. Range 0 to 1. Raises ValueError unless 0 <= c <= n and
+    1 <= k <= n.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"need 0 <= c <= n and 1 <= k <= n, found n = {n}, c = {c}, k = {k}")
+    if k > n - c:  # every subset has a correct sample
+        return 1.0
+    return float(1 - np.prod(1 - k / np.arange(n - c + 1, n + 1)))
+
+
+def best_of_n(correct: Sequence[float], reward: Sequence[float], k: int) -> float:
+    """Chance that the sample with the highest reward of k samples is correct, from n >= k samples.
+
+        sum_i correct_(i) C(i-1, k-1) / C(n, k),  samples (1), ..., (n) in ascending order of reward
+
+    C(i-1, k-1) subsets of k have sample (i) as their best. Samples with equal rewards are equally likely to
+    be chosen. This is the mean over all subsets, so it is unbiased. Range 0 to 1. Raises ValueError unless
+    the lists are equally long and 1 <= k <= n.
+    """
+    correct, reward = np.asarray(correct, dtype=float), np.asarray(reward, dtype=float)
+    n = len(correct)
+    if not (len(reward) == n and 1 <= k <= n):
+        raise ValueError(f"need 1 <= k <= n and n rewards, found n = {n}, k = {k}, {len(reward)} rewards")
+    # C(i-1, k-1) / C(n, k) is k/n for i = n, and (i-k)/(i-1) times as much for i - 1 as for i
+    ratios = [(i - k) / (i - 1) for i in range(n, 1, -1)]
+    weights = k / n * np.cumprod([1.0, *ratios])[::-1]
+    _, tie = np.unique(reward, return_inverse=True)
+    shares = np.bincount(tie, correct) / np.bincount(tie)  # correct among the samples of equal reward
+    return float(weights @ shares[np.sort(tie)])
+
+
+# ---- calibration
+
+
+def calibration_edges(confidence: np.ndarray, bins: int = 10, equal_mass: bool = False) -> np.ndarray:
+    """Edges of bins of confidence, (bins + 1,): equally wide on [0, 1], or with equally many values in each.
+
+    Bins of equal mass end at quantiles of `confidence`; equal edges are merged, so there may be fewer bins.
+    """
+    edges = np.arange(bins + 1) / bins
+    if equal_mass:
+        edges = np.unique([0.0, *np.quantile(confidence, edges[1:-1], method="inverted_cdf"), 1.0])
+    return edges
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Per bin (lo, hi] its number of values, mean confidence and share correct, (bins, 3); nan if empty.
+
+    A confidence of exactly 0 belongs to the first bin. Raises ValueError for confidences outside [0, 1].
+    """
+    confidence, correct = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
+    if not ((confidence >= 0) & (confidence <= 1)).all():
+        raise ValueError("a confidence is outside [0, 1]")
+    index = np.maximum(np.searchsorted(edges, confidence) - 1, 0)
+    counts, totals, hits = (
+        np.bincount(index, weights, len(edges) - 1) for weights in (None, confidence, correct)
+    )
+    with np.errstate(invalid="ignore"):
+        return np.stack([counts, totals / counts, hits / counts], 1)
+
+
+def expected_calibration_error(
+    confidence: np.ndarray, correct: np.ndarray, bins: int = 10, equal_mass: bool = False
+) -> float:
+    """Mean over values of |share correct - mean confidence| of their bin. (Guo et al. 2017)
+
+    `confidence` (n,) in [0, 1], `correct` (n,) 0 or 1. Bins are (lo, hi], see calibration_edges. Range 0 to
+    1, 0 = calibrated as far as the bins can tell. Biased upwards for few values: a bin of m correct answers
+    of a calibrated model still differs from its confidence by about sqrt(conf (1 - conf) / m). Raises
+    ValueError for no values and for confidences outside [0, 1].
+    """
+    if not len(confidence):
+        raise ValueError("the calibration error needs at least one value")
+    count, mean, share = reliability(confidence, correct, calibration_edges(confidence, bins, equal_mass)).T
+    used = count > 0
+    return float(count[used] @ abs(share - mean)[used] / count.sum())
+
+
+def brier_score(probs: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over questions of sum_k (p_k - [k is the label])^2; `probs` (n, K), `labels` (n,). (Brier 1950)
+
+    Range 0 to 2; a uniform guess among K options has 1 - 1/K. Some authors divide by K, and for two options
+    scikit-learn's brier_score_loss is half of this. Raises ValueError unless each row of `probs` sums to 1.
+    """
+    probs, labels = np.asarray(probs, dtype=float), np.asarray(labels)
+    if not np.allclose(probs.sum(1), 1, atol=1e-4):
+        raise ValueError("the probabilities of a question do not sum to 1")
+    one_hot = labels[:, None] == np.arange(probs.shape[1])
+    return float(np.square(probs - one_hot).sum(1).mean())
 
 
 # ---- intervals

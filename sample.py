@@ -46,6 +46,7 @@ from files import (
     error_prefix,
     flag,
     parse,
+    read_template,
     require,
     require_same,
     run_command,
@@ -171,6 +172,7 @@ class SampleConfig:
     model: str = flag("out/dpl", "Folder or hub name of a model, or folder of an adapter.")
     prompts: str = flag("data/society/prompts.jsonl", "Rows with a 'prompt', or .txt with one per line.")
     prompt: str | None = flag(None, "One prompt, in place of --prompts; prints its completions.")
+    prompt_template: str | None = flag(None, "Text with {question}, filled from 'question' or 'problem'.")
     chat: bool = flag(False, "Put string prompts into the chat template; HH-RLHF transcripts become turns.")
     out_file: str | None = flag(None, "Default: samples.jsonl, in the --model folder if that is a run.")
     overwrite: bool = flag(False, "Replace --out_file.")
@@ -203,6 +205,11 @@ class SampleConfig:
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("seed", self.seed >= 0, "0 or more"),
             ("format", self.format in FORMATS, f"one of {', '.join(FORMATS)}"),
+            (
+                "prompt_template",
+                self.prompt_template is None or self.prompt is None,
+                "given without --prompt",
+            ),
             ("stop", all(self.stop or []), "strings that are not empty"),
             ("resume", not (self.resume and self.overwrite), "given without --overwrite"),
         ):
@@ -315,7 +322,8 @@ def lines_to_keep(out: Path, config: SampleConfig, digest: str) -> list[bytes]:
 def main() -> None:
     """Sample every prompt of a file, or print samples of one prompt."""
     config = parse(SampleConfig, __doc__)
-    rows = read_prompts(config.prompts) if config.prompt is None else [{"prompt": config.prompt}]
+    template = read_template(config.prompt_template, "question") if config.prompt_template else None
+    rows = read_prompts(config.prompts, template) if config.prompt is None else [{"prompt": config.prompt}]
     for row in rows:
         if config.chat and isinstance(row["prompt"], str):
             row["prompt"] = to_messages(row["prompt"])

@@ -138,7 +138,11 @@ LINKS = {
 }
 
 
-def _log_link(s: Tensor, phi: Tensor | float, link: str, epsilon: float | str) -> Tensor:
+def log_link(s: Tensor, phi: Tensor | float, link: str, epsilon: float | str) -> Tensor:
+    """log g(s) of the phi link or a stand-in (section 3.4), float64, shaped like s; `phi` broadcasts.
+
+    `link` is a key of LINKS. `epsilon`, a number or "auto", is that of mallows_phi_loss.
+    """
     # float64: one number per pair, and near phi = 1 g is a small difference of large terms
     phi = torch.as_tensor(phi, dtype=torch.float64, device=s.device)
     L = -phi.clamp(1e-300, 1 - 1e-15).log()  # finite and not 0
@@ -150,7 +154,7 @@ def mallows_phi_link(s: Tensor, phi: Tensor | float) -> Tensor:
 
     g jumps at 0, where this is its limit from the right. `phi` in (0, 1] broadcasts against s.
     """
-    return _log_link(s, phi, "exact", "auto").exp().to(s.dtype)
+    return log_link(s, phi, "exact", "auto").exp().to(s.dtype)
 
 
 def mallows_theta_loss(policy: Stats, reference: Stats, c: Tensor | float, beta: float) -> Tensor:
@@ -175,7 +179,7 @@ def mallows_phi_loss(
     [-epsilon, epsilon]; epsilon "auto" is -2 log phi. Raises KeyError for another link.
     """
     s = dpl_margin(policy, reference, beta, beta)
-    return -_log_link(s, phi, link, epsilon).to(s.dtype)
+    return -log_link(s, phi, link, epsilon).to(s.dtype)
 
 
 def mallows_ipo_loss(policy: Stats, reference: Stats, c: Tensor | float, beta: float) -> Tensor:

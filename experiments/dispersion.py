@@ -13,7 +13,10 @@ For a language model, train_mallows.py replaces H by the reference's mean token 
 society's debates test that: the dispersion of their raters is known. It is a favourable case, because the
 reference was trained on texts of the same raters.
 
-    python experiments/dispersion.py        # seconds; writes out/dispersion.json and assets/dispersion.png
+A second picture shows the links that this dispersion decides, and the phi link's two smooth stand-ins, as
+train_mallows.py computes them (the paper's Figures 2 and 4 to 6).
+
+    python experiments/dispersion.py        # seconds; writes out/dispersion.json and two pictures
 """
 
 import json
@@ -35,7 +38,7 @@ from formats import read_pairs
 from model import load_model
 from preferences import tokenize
 from reference import reference_stats
-from train_mallows import neg_log_dispersion
+from train_mallows import log_link, neg_log_dispersion
 
 TRUTH = np.arange(1, 21) / 5  # -log phi, from 0.2 (phi = 0.82) to 4 (phi = 0.018)
 STYLE = {5: {"marker": "^", "ls": ":"}, 10: {"marker": "o", "ls": "-"}, 100: {"marker": "s", "ls": "--"}}
@@ -47,7 +50,8 @@ class DispersionConfig:
 
     rankings: int = flag(10_000, "Rankings drawn from each Mallows model.")
     out_file: str = flag("out/dispersion.json", "File for the numbers.")
-    picture: str = flag("assets/dispersion.png", "File for the picture.")
+    picture: str = flag("assets/dispersion.png", "File for the picture of the estimates.")
+    links: str = flag("assets/links.png", "File for the picture of the links.")
 
     def __post_init__(self) -> None:
         if self.rankings < 1:
@@ -141,8 +145,45 @@ def draw_mallows(axis: Axes, results: dict[int, dict]) -> None:
     axis.legend(frameon=False, loc="lower right")
 
 
+def draw_links(axes: list[Axes]) -> None:
+    """Plot the probability of a preference against the difference of ranks (Figures 2 and 4 to 6).
+
+    First the links theta and phi at three dispersions; then, at phi = 0.5, each stand-in over the exact link.
+    """
+    s = torch.linspace(-4, 4, 801, dtype=torch.float64)
+    s = s[s != 0]  # the phi link jumps there
+
+    def link(name: str, phi: float, epsilon: float | str = "auto") -> NDArray:
+        return log_link(s, phi, name, epsilon).exp().numpy()
+
+    for phi, style in ((0.1, "-"), (0.5, "--"), (0.9, ":")):
+        theta = torch.sigmoid(-2 * np.log(phi) * s)
+        axes[0].plot(s, theta, style, color="0.6", label=f"θ, φ = {phi}")
+        axes[0].plot(s, link("exact", phi), style, color="black", label=f"φ link, φ = {phi}")
+    axes[0].set_title("the links of both models (Figure 2)", fontsize=10)
+    stand_ins = [("sigmoid", "auto", "sigmoid (Figure 4)")]
+    stand_ins += [("polynomial", 0.5, "polynomial, ε = 0.5 (Figure 5)")]
+    stand_ins += [("polynomial", "auto", "polynomial, ε = −2 log φ (Figure 6)")]
+    for axis, (name, epsilon, title) in zip(axes[1:], stand_ins, strict=True):
+        axis.plot(s, link("exact", 0.5), color="0.75", lw=4, label="exact, φ = 0.5")
+        axis.plot(s, link(name, 0.5, epsilon), color="black", lw=1.2, label=name)
+        axis.set_title(title, fontsize=10)
+    for axis in axes:
+        axis.set(xlabel="s: rank of y₂ − rank of y₁", ylim=(0, 1))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8, loc="upper left")
+    axes[0].set_ylabel("P(y₁ is preferred to y₂)")
+
+
+def save(figure: Figure, path: str) -> None:
+    """Write a figure as .png, atomically."""
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=150)
+    print(f"wrote {path}")
+
+
 def main() -> None:
-    """Estimate both; print and write the numbers, and draw the picture."""
+    """Estimate both; print and write the numbers, and draw both pictures."""
     config = parse(DispersionConfig, __doc__)
     results = {items: estimate(items, config.rankings) for items in STYLE}
     for items, result in results.items():
@@ -156,9 +197,10 @@ def main() -> None:
     left, right = figure.subplots(1, 2)
     draw_mallows(left, results)
     draw_society(right, society)
-    with atomic_write(config.picture, "wb") as file:
-        figure.savefig(file, format="png", dpi=150)
-    print(f"wrote {config.out_file} and {config.picture}")
+    save(figure, config.picture)
+    figure = Figure(figsize=(14, 3.6), layout="constrained")
+    draw_links(list(figure.subplots(1, 4, sharey=True)))
+    save(figure, config.links)
 
 
 if __name__ == "__main__":

@@ -1,110 +1,252 @@
 """Does weighting by dispersion help? MallowsPO's question, on debates whose truth is known.
 
 The society's debates have five answers each, a central ranking, and raters drawn from a Mallows model with
-dispersion phi between 0.05 (nearly all agree) and 0.95. DPO, the phi link and DPL train on the same pairs
-with the same settings, each with and without the weight. DPO also trains at larger beta, because any loss
-that keeps the policy nearer the reference improves KL and distance below. Each policy is evaluated exactly,
-as a distribution over six outcomes: the five answers, and any other text, which loses to them all.
+dispersion phi between 0.05 (nearly all agree) and 0.95. DPO, the phi link and DPL train on the same pairs at
+three values of beta, with three weights: none, the estimate from the reference's entropies, and the true
+-log phi of each debate, scaled to the mean 1. The estimate lies between 0.90 and 1.23 only; the true weight
+between 0.05 and 3.2. Each policy is evaluated exactly on its five answers; for all other texts, which lose
+to every answer, 256 samples of each debate are used.
 
     utility     P(a rater prefers the policy's text to the reference's), a tie counting half
-    KL          KL(policy || reference) of the six outcomes, in nats. It is a lower bound of the KL of texts:
-                other texts count as one outcome
+    KL          KL(policy || reference) of whole texts, in nats
+    entropy     of the policy's whole texts, in nats: its diversity
     distance    total variation between the policy and the share of raters whose favourite each answer is
     outside     the policy's probability of other texts
+
+What an exact weight does. Write d for a difference of ranks and L = -log phi. Mallows-theta raters prefer the
+better of two texts with probability sigmoid(2 L d), so their Bradley-Terry reward is 2 L times the negative
+rank, and the optimum of DPO is pi ~ pi_ref exp(-2 L rank / beta): sharp where people agree, near the
+reference where they do not. MallowsPO-theta fits sigmoid(2 L beta Delta) to the same probability. L cancels:
+
+    beta Delta = d,     pi ~ pi_ref exp(-rank / beta)     on every prompt, contested or not.
+
+The phi link with the true phi does the same for Mallows-phi raters, as in this society. With the theta link
+and such raters, L cancels nearly: the logit of a preference is L for neighbours and between (2d + 1) L / 3
+(phi near 1) and d L - log d (phi near 0) for others. So the exact weight takes away what protects diversity
+in DPO. The right panel shows that, beside the optimum of each loss, found by minimising it over a table.
 
 Runs with one seed see the same batches, so the effect of the weight is the difference within a seed. A mean
 over three seeds of one data set says nothing about differences smaller than its error.
 
-    python experiments/weighting.py     # 24 short runs, eleven minutes; finished training runs are kept
+    python experiments/weighting.py     # 81 short runs, 45 minutes; finished training runs are kept
 """
 
-import argparse
 import itertools
 import json
 import math
 import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data.society.make_world import exact_logp
 from data.society.truth import mallows_favourites, mallows_pair
+from decode import decode_continuation
 from evaluate import WORLD
-from experiments.doctor import run
-from files import Help, run_command, write_json
-from model import load_model
+from experiments.doctor import REFERENCE, run
+from files import flag, parse, require, run_command, write_json
+from model import Stats, load_model
+from preferences import encode_prompts
+from reference import score_completions
+from sample import sample
+from train_mallows import MallowsConfig, fit_dispersion, mallows_dpl_loss, mallows_phi_loss, objective
+from trainer import train
 
-OUT, PICTURE, REFERENCE = (
-    ROOT / "out/weighting",
-    ROOT / "assets/weighting.png",
-    ROOT / "data/society/reference",
+BETAS = (0.1, 0.2, 0.4)
+LOSSES = {"DPO": "theta", "φ link": "phi", "DPL, α = 2β": "dpl"}
+WEIGHTS = ("none", "estimate", "true")
+MARKERS, FILLS = (
+    dict(zip(LOSSES, "o^D", strict=True)),
+    dict(zip(WEIGHTS, ("white", "0.7", "0.1"), strict=True)),
 )
-OFF = ["--dispersion", "off"]
-METHODS = {  # label: (folder, flags of train_mallows.py, marker, its fill: dark if weighted)
-    "DPO": ("dpo", ["--loss", "theta", *OFF], "o", "white"),
-    "DPO, β = 0.2": ("dpo_2", ["--loss", "theta", *OFF, "--beta", 0.2], "o", "white"),
-    "DPO, β = 0.3": ("dpo_3", ["--loss", "theta", *OFF, "--beta", 0.3], "o", "white"),
-    "MallowsPO-θ": ("theta", ["--loss", "theta"], "o", "0.2"),
-    "φ link, no weight": ("phi_off", ["--loss", "phi", *OFF], "^", "white"),
-    "MallowsPO-φ": ("phi", ["--loss", "phi"], "^", "0.2"),
-    "DPL": ("dpl", ["--loss", "dpl", "--alpha", 0.2, *OFF], "D", "white"),
-    "Mallows-DPL": ("mallows_dpl", ["--loss", "dpl", "--alpha", 0.2], "D", "0.2"),
-}
-# each method's baseline: the same without the weight; and for DPL, DPO at about the same KL
-BASELINES = {"MallowsPO-θ": "DPO", "MallowsPO-φ": "φ link, no weight", "Mallows-DPL": "DPL", "DPL": "DPO"}
-TRAIN = ["@recipes/debates.txt", "--lora_rank", 0, "--lr", 5e-4, "--epochs", 3]
-SEEDS = (0, 1, 2)
+TRAIN = ["--model", REFERENCE, "--data", ROOT / "data/society/debates.jsonl.gz"]
+TRAIN += ["--lora_rank", 0, "--lr", 5e-4, "--epochs", 3]
+RECIPE = f"@{ROOT}/recipes/debates.txt"
 METRICS = {  # key: title
     "utility": "utility",
-    "kl": "KL, six outcomes",
+    "kl": "KL, nats",
+    "entropy": "entropy, nats",
     "distance": "distance",
     "dispersed": "where phi > 0.5",
     "outside": "outside",
 }
 
 
-def answer_logp(folder: Path, debates: dict[str, dict]) -> np.ndarray:
+@dataclass
+class WeightingConfig:
+    """Flags of experiments/weighting.py."""
+
+    seeds: int = flag(3, "Training runs of each policy.")
+    samples: int = flag(256, "Samples per debate, for what a policy writes besides the answers.")
+    out_dir: str = flag("out/weighting", "Folder of the policies and of weighting.json.")
+    out_file: str = flag("assets/weighting.png", "The picture.")
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "samples"):
+            require(self, name, getattr(self, name) >= 2, "at least 2")
+
+
+# ---- training
+
+
+def fit_true_dispersion(
+    model: Any, tokenizer: Any, examples: Any, reference: Stats, *, config: MallowsConfig
+) -> dict[str, Any]:
+    """fit_dispersion with the true phi of the debates in place of the estimate.
+
+    The estimate of phi is the mean token entropy divided by log V (equation 10, before its scale). So an
+    entropy of phi log V makes the estimate equal to the truth.
+    """
+    debates = json.loads(WORLD.read_text())["debates"]
+    ids = encode_prompts(list(debates), tokenizer)
+    phi = {tuple(prompt): d["phi"] for prompt, d in zip(ids, debates.values(), strict=True)}
+    truth = torch.tensor([phi[tuple(prompt)] for prompt, *_ in examples])
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    reference.entropy[:] = (truth * math.log(vocab_size))[:, None]
+    return fit_dispersion(model, tokenizer, examples, reference, config=config)
+
+
+def train_policy(folder: Path, loss: str, weight: str, beta: float, seed: int) -> None:
+    """Train one policy unless its folder is finished."""
+    if (folder / "config.json").is_file():
+        return
+    flags = [RECIPE, *TRAIN, "--loss", LOSSES[loss], "--beta", beta, "--alpha", 2 * beta, "--seed", seed]
+    flags += ["--dispersion", "off" if weight == "none" else "on", "--out_dir", folder, "--resume"]
+    if weight != "true":
+        run("train_mallows.py", *flags)
+        return
+    config = parse(MallowsConfig, None, [str(x) for x in flags])
+    train(config, partial(objective, config=config), prepare=partial(fit_true_dispersion, config=config))
+
+
+# ---- evaluation
+
+
+def answer_logp(model: Any, tokenizer: Any, debates: dict[str, dict]) -> np.ndarray:
     """A policy's log-probability of each debate's answers, best ranked first, (debates, 5)."""
-    model, tokenizer = load_model(folder)
     return np.array([exact_logp(model, tokenizer, prompt, d["ranking"]) for prompt, d in debates.items()])
 
 
-def evaluate_policy(logp: np.ndarray, debates: dict[str, dict]) -> dict[str, float]:
-    """Means over debates of the METRICS of a policy with these log-probabilities, (debates, 5)."""
+def other_texts(model: Any, tokenizer: Any, debates: dict[str, dict], samples: int) -> np.ndarray:
+    """Means over samples of [the text is no answer] times log pi and log pi_ref of it, (debates, 2), nats."""
+    reference, _ = load_model(REFERENCE)
     rows = []
-    for policy, debate in zip(np.exp(logp), debates.values(), strict=True):
-        phi, other = debate["phi"], len(policy)
-        wins = np.full((other + 1, other + 1), 0.5)  # wins[i, j] = P(a rater prefers outcome i to outcome j)
-        for i, j in itertools.combinations(range(other + 1), 2):  # i is ranked before j
-            wins[i, j] = 1.0 if j == other else mallows_pair(j - i, phi)
+    for prompt, debate in debates.items():
+        [ids] = encode_prompts([prompt], tokenizer)
+        generator = torch.Generator().manual_seed(0)
+        drawn = sample(model, ids, samples, 24, tokenizer.eos_token_id, generator=generator)
+        is_answer = [
+            c.finish == "eos" and decode_continuation(c.tokens[:-1], tokenizer) in debate["ranking"]
+            for c in drawn
+        ]
+        other = [c for c, answer in zip(drawn, is_answer, strict=True) if not answer]
+        logp = sum(c.logp for c in other)
+        tokens = [c.tokens for c in other]
+        rows.append([logp, score_completions(reference, [ids] * len(other), tokens).sum() if other else 0.0])
+    return np.array(rows) / samples
+
+
+def evaluate_policy(logp: np.ndarray, other: np.ndarray, debates: dict[str, dict]) -> dict[str, np.ndarray]:
+    """METRICS of a policy for every debate, {metric: (debates,)}, from answer_logp() and other_texts().
+
+    KL = sum over the answers of pi log(pi / pi_ref), plus the same over all other texts, whose part is the
+    mean of the samples. Likewise the entropy.
+    """
+    rows = []
+    for answers, (other_logp, other_ref), debate in zip(np.exp(logp), other, debates.values(), strict=True):
+        phi, count = debate["phi"], len(answers)
+        wins = np.full((count + 1, count + 1), 0.5)  # wins[i, j] = P(a rater prefers outcome i to outcome j)
+        for i, j in itertools.combinations(range(count + 1), 2):  # i is ranked before j
+            wins[i, j] = 1.0 if j == count else mallows_pair(j - i, phi)
             wins[j, i] = 1 - wins[i, j]
-        policy, reference = (np.append(p, 1 - p.sum()) for p in (policy, np.exp(debate["reference_logp"])))
-        distance = abs(policy - np.append(mallows_favourites(phi, other), 0)).sum() / 2
-        row = {"utility": policy @ wins @ reference, "kl": policy @ np.log(policy / reference)}
-        row |= {
-            "distance": distance,
-            "dispersed": distance if phi > 0.5 else math.nan,
-            "outside": policy[other],
-        }
-        rows.append(row)
-    return {name: float(np.nanmean([row[name] for row in rows])) for name in METRICS}
+        reference = np.exp(debate["reference_logp"])
+        policy6, reference6 = (np.append(p, 1 - p.sum()) for p in (answers, reference))
+        distance = abs(policy6 - np.append(mallows_favourites(phi, count), 0)).sum() / 2
+        rows.append(
+            {
+                "utility": policy6 @ wins @ reference6,
+                "kl": answers @ np.log(answers / reference) + other_logp - other_ref,
+                "entropy": -(answers @ np.log(answers)) - other_logp,
+                "distance": distance,
+                "dispersed": distance if phi > 0.5 else math.nan,
+                "outside": policy6[count],
+            }
+        )
+    return {name: np.array([row[name] for row in rows]) for name in METRICS}
 
 
-def make_results() -> dict[str, dict[str, list[float]]]:
-    """Train what is missing; returns {label: {metric: one value per seed}}."""
+def tabular_optimum(debate: dict[str, Any], loss: str, weight: float, beta: float) -> np.ndarray:
+    """The policy over a debate's five answers, (5,), that minimises the expected loss of a pair.
+
+    Pairs are two different answers that the reference writes; raters label them. `weight` is c(x).
+    """
+    logp = torch.tensor(debate["reference_logp"], dtype=torch.float64)
+    pairs = list(itertools.permutations(range(len(logp)), 2))  # (winner, loser)
+    p_win = [mallows_pair(abs(j - i), debate["phi"]) for i, j in pairs]
+    p_win = [p if i < j else 1 - p for p, (i, j) in zip(p_win, pairs, strict=True)]
+    index = torch.tensor(pairs)
+    share = logp[index].sum(1).exp() * torch.tensor(p_win, dtype=torch.float64)
+    share /= share.sum()
+    reference = Stats(logp[index], torch.ones(len(pairs), 2))
+    change = (
+        -0.1 / beta * torch.arange(len(logp), dtype=torch.float64)
+    )  # log pi - log pi_ref; 0 is a kink of phi
+    change.requires_grad_(True)
+    optimizer = torch.optim.LBFGS(
+        [change], max_iter=500, line_search_fn="strong_wolfe", tolerance_change=1e-12
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        policy = Stats((logp + change)[index], reference.length)
+        if loss == "phi":
+            values = mallows_phi_loss(policy, reference, math.exp(-weight), beta)
+        else:
+            values = mallows_dpl_loss(policy, reference, weight, 2 * beta if loss == "dpl" else beta, beta)
+        total = (share * values).sum()
+        total.backward()
+        return total
+
+    optimizer.step(closure)
+    return (logp + change).softmax(0).detach().numpy()
+
+
+def make_results(config: WeightingConfig) -> dict[str, list[dict[str, np.ndarray]]]:
+    """Train what is missing; returns {method(): [evaluate_policy() of each seed]}."""
     debates = json.loads(WORLD.read_text())["debates"]
-    runs = {"reference": [evaluate_policy(answer_logp(REFERENCE, debates), debates)]}
-    for label, (name, flags, *_) in METHODS.items():
-        runs[label] = []
-        for seed in SEEDS:
-            out = OUT / f"{name}_{seed}"
-            run("train_mallows.py", *TRAIN, *flags, "--seed", seed, "--out_dir", out, "--resume")
-            runs[label].append(evaluate_policy(answer_logp(out, debates), debates))
-    return {label: {name: [row[name] for row in rows] for name in METRICS} for label, rows in runs.items()}
+
+    def evaluate(folder: Path) -> dict[str, np.ndarray]:
+        model, tokenizer = load_model(folder)
+        with torch.no_grad():
+            other = other_texts(model, tokenizer, debates, config.samples)
+        return evaluate_policy(answer_logp(model, tokenizer, debates), other, debates)
+
+    results = {"reference": [evaluate(REFERENCE)]}
+    methods = list(itertools.product(LOSSES, WEIGHTS, BETAS))
+    for loss, weight, beta in tqdm(methods, desc="policies", unit="setting", disable=None):
+        rows = results.setdefault(method(loss, weight, beta), [])
+        for seed in range(config.seeds):
+            folder = Path(config.out_dir).resolve() / f"{LOSSES[loss]}-{weight}-{beta}-seed{seed}"
+            train_policy(folder, loss, weight, beta, seed)
+            rows.append(evaluate(folder))
+    return results
+
+
+def method(loss: str, weight: str, beta: float) -> str:
+    """Name of a training setting."""
+    return f"{loss} | {weight} | {beta:g}"
+
+
+# ---- results
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -113,47 +255,82 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(error)
 
 
-def print_table(results: dict[str, dict[str, list[float]]]) -> None:
-    """Print the mean of every metric, then its differences to BASELINES within a seed."""
-    rows = dict(results)
-    for label, baseline in BASELINES.items():
-        differences = {k: np.subtract(results[label][k], results[baseline][k]).tolist() for k in METRICS}
-        rows[f"{label} - {baseline}"] = differences
-    print(f"{'':31}", *(f"{title:>18}" for title in METRICS.values()))
-    for label, row in rows.items():
-        cells = ("{:9.4f} ± {:.4f}".format(*mean_and_error(row[name])).rjust(18) for name in METRICS)
-        print(f"{label:31}", *cells)
+def over_debates(rows: list[dict[str, np.ndarray]], name: str) -> list[float]:
+    """A metric's mean over debates for each seed."""
+    return [float(np.nanmean(row[name])) for row in rows]
 
 
-def draw(results: dict[str, dict[str, list[float]]]) -> None:
-    """Plot utility against the KL to the reference, and against the distance to the raters' favourites."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharey=True)
-    for axis, metric in zip(axes, ("kl", "distance"), strict=True):
-        dpo = [results[label] for label in METHODS if METHODS[label][0].startswith("dpo")]
-        line = [(np.mean(row[metric]), 100 * np.mean(row["utility"])) for row in dpo]
-        axis.plot(*zip(*line, strict=True), color="0.6", linewidth=1, zorder=0)
-        for label, (_, _, marker, fill) in METHODS.items():
-            (x, dx), (y, dy) = (mean_and_error(results[label][name]) for name in (metric, "utility"))
-            style = {"marker": marker, "ls": "", "ms": 8, "color": "0.2", "mfc": fill, "capsize": 2}
-            name = "DPO, β = 0.1, 0.2, 0.3" if label == "DPO" else None if "β" in label else label
-            axis.errorbar(x, 100 * y, 100 * dy, dx, label=name, **style)
+def print_table(results: dict[str, list[dict[str, np.ndarray]]]) -> None:
+    """Print the mean of every metric, then what each weight changes within a seed."""
+    print(f"{'loss | weight | beta':38}", *(f"{title:>18}" for title in METRICS.values()))
+    for label, rows in results.items():
+        cells = ("{:9.4f} ± {:.4f}".format(*mean_and_error(over_debates(rows, name))) for name in METRICS)
+        print(f"{label:38}", *(f"{cell:>18}" for cell in cells))
+    print("\nchange by the weight, within a seed")
+    for loss, weight, beta in itertools.product(LOSSES, WEIGHTS[1:], BETAS):
+        pair = (results[method(loss, w, beta)] for w in (weight, "none"))
+        ours, base = ({name: over_debates(rows, name) for name in METRICS} for rows in pair)
+        cells = (
+            "{:+9.4f} ± {:.4f}".format(*mean_and_error(np.subtract(ours[name], base[name])))
+            for name in METRICS
+        )
+        print(f"{method(loss, weight, beta):38}", *(f"{cell:>18}" for cell in cells))
+
+
+def draw(results: dict[str, list[dict[str, np.ndarray]]], path: Path) -> None:
+    """Plot utility against KL and entropy, and each debate's entropy against its dispersion."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    for axis, metric in zip(axes, ("kl", "entropy"), strict=False):
+        for loss, weight in itertools.product(LOSSES, WEIGHTS):
+            rows = [results[method(loss, weight, beta)] for beta in BETAS]
+            (x, dx), (y, dy) = (
+                np.array([mean_and_error(over_debates(row, name)) for row in rows]).T
+                for name in (metric, "utility")
+            )
+            style = {
+                "marker": MARKERS[loss],
+                "ms": 7,
+                "color": "0.2",
+                "mfc": FILLS[weight],
+                "lw": 0.8,
+                "capsize": 2,
+            }
+            axis.errorbar(x, 100 * y, 100 * dy, dx, label=f"{loss}, weight: {weight}", **style)
+        axis.set_ylabel("preferred to the reference's answer, %")
+    axes[0].set_xlabel("KL(policy || reference), nats")
+    axes[1].set_xlabel("entropy of the policy, nats")
+    axes[1].axvline(np.mean(results["reference"][0]["entropy"]), color="0.7", lw=1)
+    axes[1].legend(frameon=False, fontsize=8)
+    debates = json.loads(WORLD.read_text())["debates"]
+    phis = np.array([debate["phi"] for debate in debates.values()])
+    mean_c = -np.log(phis).mean()
+    lines = {"none": np.ones_like(phis), "true": -np.log(phis) / mean_c}
+    axes[2].plot(phis, results["reference"][0]["entropy"], color="0.75", lw=5, label="reference")
+    for (weight, c), style in zip(lines.items(), (":", "-"), strict=True):
+        rows = np.mean([row["entropy"] for row in results[method("DPO", weight, 0.1)]], axis=0)
+        axes[2].plot(
+            phis, rows, "o", ms=6, color="0.2", mfc=FILLS[weight], label=f"DPO, weight: {weight}, trained"
+        )
+        best = [tabular_optimum(d, "theta", w, 0.1) for d, w in zip(debates.values(), c, strict=True)]
+        best = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in best]
+        axes[2].plot(phis, best, style, color="0.2", lw=1.5, label=f"DPO, weight: {weight}, optimum")
+    axes[2].set(xlabel="dispersion φ of the debate's raters", ylabel="entropy of the policy, nats (β = 0.1)")
+    axes[2].legend(frameon=False, fontsize=8)
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_xlabel("KL(policy || reference) of six outcomes, a lower bound, nats")
-    axes[0].set_ylabel("preferred to the reference's answer, %")
-    axes[1].set_xlabel("total variation to the raters' favourites")
-    axes[0].legend(frameon=False, fontsize=9, loc="lower left")
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, dpi=150)
-    print(f"wrote {PICTURE}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    print(f"wrote {path}")
 
 
 def main() -> None:
-    """Train what is missing, evaluate, print the table and draw assets/weighting.png."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=Help).parse_args()
-    results = make_results()
-    write_json(OUT / "weighting.json", results)
+    """Train what is missing, evaluate, print the table and draw the picture."""
+    config = parse(WeightingConfig, __doc__)
+    results = make_results(config)
+    as_lists = {k: [{n: v.tolist() for n, v in row.items()} for row in rows] for k, rows in results.items()}
+    write_json(Path(config.out_dir) / "weighting.json", as_lists)
     print_table(results)
-    draw(results)
+    draw(results, Path(config.out_file))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Small tokenizers of the kinds in use and a random model, made on the spot: nothing is downloaded."""
 
+import gzip
+import importlib
 import json
 import os
 import shutil
@@ -182,3 +184,21 @@ def adapter(finished_run, tmp_path):
 def model(tiny_model_folder, tmp_path):
     """A copy of the tiny model, to damage."""
     return shutil.copytree(tiny_model_folder, tmp_path / "model")
+
+
+def first_pairs(name, count, path):
+    """Write the first pairs of one of the society's files to `path`."""
+    rows = gzip.decompress((ROOT / f"data/society/{name}.jsonl.gz").read_bytes()).splitlines(keepends=True)
+    path.write_bytes(b"".join(rows[:count]))
+    return path
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """A stand-in for experiments.doctor.run that starts no new process."""
+
+    def run(script, *flags):
+        monkeypatch.setattr("sys.argv", [script, *map(str, flags)])
+        importlib.import_module(script.removesuffix(".py")).main()
+
+    return run

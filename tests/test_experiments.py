@@ -1,22 +1,20 @@
 """The experiments: each part against an independent calculation, and a short run of each script."""
 
-import gzip
-import importlib
 import itertools
 import json
 import math
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import first_pairs
 from scipy.stats import chisquare
 
 from data.society.truth import list_stories, story_distributions
 from evaluate import WORLD
-from experiments import bandit, dispersion, doctor, pareto, temperature, weighting
+from experiments import bandit, dispersion, doctor, pareto, temperature
 from metrics import entropy_bits
 from model import Stats
 from train_dpl import dpl_loss
@@ -75,14 +73,15 @@ def test_entropy_of_a_hand_counted_sample():
 
 def test_dispersion_runs_and_its_estimate_follows_the_truth(tmp_path, monkeypatch):
     out, picture = tmp_path / "dispersion.json", tmp_path / "dispersion.png"
-    flags = ["--rankings", "2000", "--out_file", str(out), "--picture", str(picture)]
-    monkeypatch.setattr("sys.argv", ["dispersion.py", *flags])
+    links = tmp_path / "links.png"
+    flags = ["--rankings", 2000, "--out_file", out, "--picture", picture, "--links", links]
+    monkeypatch.setattr("sys.argv", ["dispersion.py", *map(str, flags)])
     dispersion.main()
     results = json.loads(out.read_text())["mallows"]
     assert set(results) == {"5", "10", "100"}
     assert all(result["correlation"] > 0.98 for result in results.values())
     assert np.mean(results["10"]["estimate"]) == pytest.approx(np.mean(results["10"]["truth"]))
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(b"\x89PNG") and links.read_bytes().startswith(b"\x89PNG")
 
 
 # ---- the bandit
@@ -188,24 +187,6 @@ def test_bandit_refuses_too_few_steps(monkeypatch):
 # ---- the society: short runs of the scripts, in this process
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """A stand-in for experiments.doctor.run that starts no new process."""
-
-    def run(script, *flags):
-        monkeypatch.setattr("sys.argv", [script, *map(str, flags)])
-        importlib.import_module(script.removesuffix(".py")).main()
-
-    return run
-
-
-def first_pairs(name, count, path):
-    """Write the first pairs of one of the society's files to `path`."""
-    rows = gzip.decompress(Path(f"data/society/{name}.jsonl.gz").read_bytes()).splitlines(keepends=True)
-    path.write_bytes(b"".join(rows[:count]))
-    return path
-
-
 def test_doctor_runs(tmp_path, monkeypatch, capsys, in_process):
     data = first_pairs("train", 32, tmp_path / "pairs.jsonl")
     short = ["--data", data, "--eval_data", data, "--batch_size", 16, "--max_steps", 1]
@@ -267,39 +248,6 @@ def test_temperature_names_the_policy_it_lacks(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["temperature.py", "--policies", str(tmp_path)])
     with pytest.raises(temperature.InputError, match=r"--policies: no folder .*dpo; experiments/doctor.py"):
         temperature.main()
-
-
-def test_weighting_runs(tmp_path, monkeypatch, capsys, in_process):
-    data = first_pairs("debates", 32, tmp_path / "pairs.jsonl")
-    short = ["--data", data, "--batch_size", 16, "--max_steps", 1]
-    monkeypatch.setattr(weighting, "run", in_process)
-    monkeypatch.setattr(weighting, "OUT", tmp_path / "weighting")
-    monkeypatch.setattr(weighting, "PICTURE", tmp_path / "weighting.png")
-    monkeypatch.setattr(weighting, "SEEDS", (0, 1))
-    monkeypatch.setattr(weighting, "TRAIN", [*weighting.TRAIN, *short])
-    methods = {label: weighting.METHODS[label] for label in ("DPO", "MallowsPO-θ")}
-    monkeypatch.setattr(weighting, "METHODS", methods)
-    monkeypatch.setattr(weighting, "BASELINES", {"MallowsPO-θ": "DPO"})
-    monkeypatch.setattr("sys.argv", ["weighting.py"])
-    weighting.main()
-    results = json.loads((tmp_path / "weighting/weighting.json").read_text())
-    assert {len(values) for values in results["DPO"].values()} == {2}
-    assert "\nMallowsPO-θ - DPO " in capsys.readouterr().out
-    assert (tmp_path / "weighting.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_reference_is_no_distance_from_itself():
-    debates = json.loads(WORLD.read_text())["debates"]
-    result = weighting.evaluate_policy(weighting.answer_logp(weighting.REFERENCE, debates), debates)
-    assert result["utility"] == pytest.approx(0.5, abs=1e-4) and result["kl"] == pytest.approx(0, abs=1e-4)
-    # of the answers alone, the reference's distance to the raters' favourites, written down again
-    gaps = []
-    for debate in debates.values():
-        p = np.exp(debate["reference_logp"])
-        favourites = debate["phi"] ** np.arange(5) / (debate["phi"] ** np.arange(5)).sum()
-        gaps.append(abs(p - favourites).sum() / 2 + (1 - p.sum()) / 2)
-    assert result["distance"] == pytest.approx(np.mean(gaps), abs=1e-4)
-    assert result["dispersed"] == pytest.approx(np.mean(gaps[10:]), abs=1e-4)
 
 
 # ---- diversity against quality

@@ -16,7 +16,7 @@ from reference import reference_stats
 from train_mallows import (
     LOSSES,
     MallowsConfig,
-    _log_link,
+    log_link,
     main,
     mallows_dpl_loss,
     neg_log_dispersion,
@@ -191,7 +191,7 @@ def test_objective_does_what_its_flags_say(loss, dispersion, length_normalize):
         alpha, beta = 0.3 if loss == "dpl" else 0.2, 0.0 if loss == "simpo" else 0.2
         margin = alpha * (p[0] - p[1]) - beta * (r[0] - r[1])
         if loss == "phi":  # the link is held to brute force in test_mallows_losses.py
-            link = _log_link(torch.tensor(margin), math.exp(-c), "polynomial", "auto")
+            link = log_link(torch.tensor(margin), math.exp(-c), "polynomial", "auto")
             expected = -link.item()
         elif loss == "ipo":
             expected = (c * margin / 0.2 - 1 / (2 * 0.2)) ** 2

@@ -1,0 +1,298 @@
+"""evaluate.py answers: how often one of N samples solves a problem (DPL paper, section 4.2 and appendix C).
+
+Each policy samples n completions per problem. c of them have the right final answer. Then
+
+    best-of-N        1 - C(n-c, N) / C(n, N), the mean over all subsets of N of the n samples   (N = 1..n)
+    chosen           the same when a reward model chooses one of the N, and only that one counts
+    unique answers   number of different answers among N samples / N; answers that cannot be read do not count
+
+as means over problems. The first file of --samples is what the others are compared with; give it DPO's
+samples. Problems are rows of GSM8K or MATH. A sample belongs to the problem whose question is in its prompt.
+They are split into easy, medium and hard: MATH by its levels 1, 3 and 5, GSM8K by how many of --base_samples
+it takes to solve them: up to 4, up to 64, more.
+
+    python sample.py --prompts gsm8k.jsonl --prompt_template data/prompts/gsm8k.txt --stop Q: ...
+    python evaluate.py answers --problems gsm8k.jsonl --samples dpo.jsonl dpl.jsonl --picture best_of_n.png
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+import metrics
+from answers import answer_key, answers_equal, gsm8k_answer, math_answer
+from files import InputError, atomic_write, flag, read_rows, require, write_json
+from formats import Sample, read_question, read_samples, transcript
+from tables import sample_rewards
+
+LEVELS = {1: "easy", 3: "medium", 5: "hard"}  # of MATH
+EASY, MEDIUM = 4, 64  # most samples of the base model that it takes to solve such a problem of GSM8K
+MARKERS = "osv^Dx+*"
+
+
+@dataclass
+class AnswersConfig:
+    """Flags of evaluate.py answers."""
+
+    problems: str | None = flag(None, "Rows of GSM8K (question, answer) or MATH (problem, solution, level).")
+    samples: list[str] | None = flag(None, "Files that sample.py wrote, one per policy, DPO's first.")
+    base_samples: str | None = flag(None, "A base model's samples, to split GSM8K by difficulty.")
+    reward_model: str | None = flag(None, "Also let this reward model choose one of the N samples.")
+    chat: bool = flag(False, "Put string prompts through the reward model's chat template.")
+    out_file: str | None = flag(None, "Also write all results to this file, as JSON.")
+    picture: str | None = flag(None, "Also draw them into this file, .png or .pdf.")
+    overwrite: bool = flag(False, "Replace --out_file and --picture.")
+    seed: int = flag(0, "Seed of the bootstrap over problems.")
+
+    def __post_init__(self) -> None:
+        require(self, "problems", self.problems is not None, "given")
+        require(self, "samples", bool(self.samples), "given: one file or more")
+        names = [Path(path).stem for path in self.samples]
+        require(self, "samples", len(set(names)) == len(names), "files of different names")
+        for name in ("out_file", "picture"):
+            path = getattr(self, name)
+            if path and Path(path).exists() and not self.overwrite:
+                raise InputError(f"--{name} {path}: exists; --overwrite replaces it")
+
+
+class Problem(NamedTuple):
+    """A problem, its right answer, how to read a text's answer, and MATH's level if the row has one."""
+
+    question: str
+    gold: str
+    read_answer: Callable[[str], str | None]
+    level: int | None
+
+
+def read_problems(path: str) -> list[Problem]:
+    """Problems of a file. Raises InputError naming the row whose question or right answer cannot be read."""
+    problems = []
+    for where, row in read_rows(path):
+        question = read_question(row, where)
+        is_math = isinstance(row.get("solution"), str)
+        text, read_answer = (row["solution"], math_answer) if is_math else (row.get("answer"), gsm8k_answer)
+        gold = read_answer(text) if isinstance(text, str) else None
+        if gold is None:
+            raise InputError(
+                f"{where}: needs an 'answer' with a number, or a 'solution' with a \\boxed answer"
+            )
+        digits = "".join(filter(str.isdigit, str(row.get("level", ""))))  # "Level 5" or 5
+        problems.append(Problem(question, gold, read_answer, int(digits) if digits else None))
+    return problems
+
+
+def match_samples(path: str, problems: list[Problem]) -> dict[int, list[Sample]]:
+    """{index of the problem: its samples}. Raises InputError for a prompt that holds no problem's question."""
+    by_problem: dict[int, list[Sample]] = {}
+    for samples in read_samples(path, allow_empty=True).values():
+        prompt = transcript(samples[0].prompt)
+        matches = [i for i, problem in enumerate(problems) if problem.question.strip() in prompt]
+        if not matches:
+            raise InputError(f"{path}: the prompt {prompt[-60:]!r} holds no question of --problems")
+        best = max(matches, key=lambda i: len(problems[i].question))  # one question may contain another
+        by_problem.setdefault(best, []).extend(samples)
+    return by_problem
+
+
+@cache
+def is_right(gold: str, answer: str | None) -> bool:
+    """Whether an answer is the right one; None is not."""
+    return answer is not None and answers_equal(gold, answer)
+
+
+class Graded(NamedTuple):
+    """One policy's samples of the problems, in the order of the problems; n samples each."""
+
+    correct: np.ndarray  # (problems, n)
+    answers: list[list[str | None]]  # keys of the answers, None if unreadable
+
+
+def grade(samples: dict[int, list[Sample]], problems: list[Problem], name: str) -> Graded:
+    """Read and grade the answers of all samples, {index of the problem: n samples}."""
+    correct, keys = [], []
+    for index, group in tqdm(samples.items(), desc=f"grading {name}", unit="problem", disable=None):
+        problem = problems[index]
+        found = [problem.read_answer(sample.text) for sample in group]
+        correct.append([is_right(problem.gold, answer) for answer in found])
+        keys.append([None if answer is None else answer_key(answer) for answer in found])
+    return Graded(np.array(correct, dtype=float), keys)
+
+
+def split_problems(
+    indices: list[int], problems: list[Problem], base: dict[int, list[Sample]] | None
+) -> dict[str, np.ndarray]:
+    """{"all", "easy", "medium", "hard": positions in `indices`}, empty splits left out.
+
+    `base` holds the base model's samples. A problem that it has not solved is hard if it tried more than
+    MEDIUM times, and otherwise in no split.
+    """
+    splits: dict[str, list[int]] = {"all": list(range(len(indices))), "easy": [], "medium": [], "hard": []}
+    for position, index in enumerate(indices):
+        problem = problems[index]
+        if base is not None and problem.read_answer is gsm8k_answer:
+            rights = [
+                is_right(problem.gold, problem.read_answer(sample.text)) for sample in base.get(index, [])
+            ]
+            tries = rights.index(True) + 1 if True in rights else math.inf
+            if tries < math.inf or len(rights) >= MEDIUM:
+                splits["easy" if tries <= EASY else "medium" if tries <= MEDIUM else "hard"].append(position)
+        elif problem.level in LEVELS:
+            splits[LEVELS[problem.level]].append(position)
+    return {name: np.array(positions) for name, positions in splits.items() if positions}
+
+
+def unique_answers(answers: list[str | None], k: int) -> float:
+    """Expected number of different answers among k of the samples, divided by k. (DPL paper, Figure 10)
+
+    Value a, found in c_a of the n samples, is among k of them with the chance pass_at_k(n, c_a, k).
+    """
+    counts = Counter(answer for answer in answers if answer is not None)
+    return sum(metrics.pass_at_k(len(answers), c, k) for c in counts.values()) / k
+
+
+def compute_curves(graded: Graded, rewards: np.ndarray | None) -> dict[str, np.ndarray]:
+    """{metric: (problems, n)}, column k - 1 for k samples; `rewards` is (problems, n)."""
+    n = graded.correct.shape[1]
+    counts = graded.correct.sum(1).astype(int)
+    ks = range(1, n + 1)
+    curves = {
+        "best-of-N": np.array([[metrics.pass_at_k(n, c, k) for k in ks] for c in counts.tolist()]),
+        "unique answers": np.array([[unique_answers(row, k) for k in ks] for row in graded.answers]),
+    }
+    if rewards is not None:
+        pairs = list(zip(graded.correct, rewards, strict=True))
+        curves["chosen by reward"] = np.array([[metrics.best_of_n(*pair, k) for k in ks] for pair in pairs])
+    return curves
+
+
+def samples_needed(curve: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """For each N, how many samples the policy of `curve` needs for target[N-1]; (n,), inf if n do not do.
+
+    Both are best-of-N rates for N = 1..n, (n,), and do not fall; `curve` is interpolated linearly. A rate
+    below that of one sample needs 1. (DPL paper, Figure 9)
+    """
+    ks = np.arange(1, len(curve) + 1)
+    rises = np.concatenate([[True], np.diff(curve) > 0])
+    return np.interp(target, curve[rises], ks[rises], right=math.inf)
+
+
+def compare(curves: dict[str, dict[str, np.ndarray]], split: np.ndarray, seed: int) -> dict[str, Any]:
+    """Results of a split for every policy; {policy: {metric: list over N}}, means over its problems.
+
+    "low" and "high" end a 95% bootstrap interval over problems of best-of-N, at N = 1, 2, 4, ... and n.
+    "relative" is best-of-N divided by the first policy's (Figure 8), "needed" is samples_needed (Figure 9).
+    "best here" is the share of problems, of those that any policy solved, at which the policy has the highest
+    success rate (Figure 6); policies that tie share a problem.
+    """
+    rates = np.array([policy["best-of-N"][split, 0] for policy in curves.values()])  # (policies, problems)
+    solved = rates[:, rates.max(0) > 0]
+    wins = solved == solved.max(0) if solved.size else solved
+    best = (wins / wins.sum(0)).mean(1) if solved.size else np.full(len(curves), math.nan)
+    first = next(iter(curves.values()))["best-of-N"][split].mean(0)
+    results = {}
+    for (name, policy), share in zip(curves.items(), best, strict=True):
+        means = {metric: values[split].mean(0) for metric, values in policy.items()}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            means["relative"] = means["best-of-N"] / first
+        means["needed"] = samples_needed(means["best-of-N"], first)
+        row = {metric: values.tolist() for metric, values in means.items()} | {"best here": float(share)}
+        row["intervals"] = {
+            k: metrics.bootstrap(policy["best-of-N"][split, k - 1], np.mean, seed) for k in powers(len(first))
+        }
+        results[name] = row
+    return results
+
+
+def powers(n: int) -> list[int]:
+    """1, 2, 4, ... below n, and n."""
+    return [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
+
+
+def print_results(results: dict[str, dict[str, Any]], sizes: dict[str, int], n: int) -> None:
+    """Print a table for each split: rows are policies and metrics, columns numbers of samples."""
+    for split, rows in results.items():
+        print(f"\n{split}: {sizes[split]} problems" + "".join(f"{f'N = {k}':>22}" for k in powers(n)))
+        for name, row in rows.items():
+            cells = [
+                f"{row['best-of-N'][k - 1]:.3f} [{low:.3f}, {high:.3f}]"
+                for k, (low, high) in row["intervals"].items()
+            ]
+            print(f"{name[:20]:20}" + "".join(f"{cell:>22}" for cell in cells))
+            for metric in ("chosen by reward", "unique answers", "relative", "needed"):
+                if metric in row:
+                    line = "".join(f"{row[metric][k - 1]:22.3f}" for k in powers(n))
+                    print(f"  {metric:18}{line}")
+            print(f"  best at {row['best here']:.0%} of the problems that any policy solves")
+
+
+def draw(results: dict[str, dict[str, Any]], rates: dict[str, np.ndarray], n: int, path: str) -> None:
+    """Draw the DPL paper's Figures 3 and 7 to 10; `rates` is {policy: (problems,)}, success of one sample."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--picture: needs matplotlib: pip install matplotlib") from None
+    ks, shown = np.arange(1, n + 1), next(reversed(results))
+    panels = [(f"best-of-N, {split}", split, "best-of-N") for split in results]
+    panels += [(f"relative to the first policy, {shown}", shown, "relative")]
+    panels += [(f"samples needed for the first's rate, {shown}", shown, "needed")]
+    panels += [("unique answers / N, all", "all", "unique answers")]
+    columns = (len(panels) + 2) // 2
+    figure = Figure(figsize=(4 * columns, 7), layout="constrained")
+    axes = figure.subplots(2, columns, squeeze=False).ravel()
+    for axis, (title, split, metric) in zip(axes, panels, strict=False):
+        for i, (name, row) in enumerate(results[split].items()):
+            grey, marks = str(0.65 * i / max(1, len(rates) - 1)), [k - 1 for k in powers(n)]
+            axis.plot(ks, row[metric], color=grey, marker=MARKERS[i % 8], markevery=marks, ms=5, label=name)
+        axis.set_xscale("log", base=2)
+        axis.set(title=title, xlabel="N, samples")
+    axes[0].legend(frameon=False)
+    p, closed = np.linspace(0, 1, 200), axes[len(panels)]
+    for k, style in zip((1, 4, 16, 64), ("-", "--", "-.", ":"), strict=True):
+        closed.plot(p, 1 - (1 - p) ** k, style, color="0.4", label=f"1 − (1 − p)^{k}")
+    values = next(iter(rates.values()))
+    closed.plot(values, np.zeros_like(values) - 0.04, "|", color="black", label="problems, first policy")
+    closed.set(title="success against p", xlabel="p, success rate of one sample", ylabel="best-of-N")
+    closed.legend(frameon=False, fontsize=8)
+    for axis in axes[len(panels) + 1 :]:
+        axis.remove()
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=120)
+    print(f"wrote {path}")
+
+
+def answers(config: AnswersConfig) -> None:
+    """Best-of-N of several policies on problems with a right answer, by difficulty (DPL paper, 4.2 and C)."""
+    problems = read_problems(config.problems)
+    files = {Path(path).stem: match_samples(path, problems) for path in config.samples}
+    base = match_samples(config.base_samples, problems) if config.base_samples else None
+    indices = sorted(set.intersection(*map(set, files.values())))
+    if not indices:
+        raise InputError("--samples: the files have no problem in common")
+    n = min(len(samples[index]) for samples in files.values() for index in indices)
+    graded, rewards = {}, dict.fromkeys(files)
+    for name, samples in files.items():
+        files[name] = {index: samples[index][:n] for index in indices}
+        graded[name] = grade(files[name], problems, name)
+        missing = np.mean([answer is None for row in graded[name].answers for answer in row])
+        print(
+            f"{name}: {len(indices)} problems, {n} samples each, {missing:.1%} of answers could not be read"
+        )
+    if config.reward_model:
+        groups = [{str(index): some for index, some in samples.items()} for samples in files.values()]
+        scores = sample_rewards(groups, config.reward_model, config.chat)
+        rewards = {name: x.reshape(-1, n) for name, x in zip(files, scores, strict=True)}
+    curves = {name: compute_curves(graded[name], rewards[name]) for name in files}
+    splits = split_problems(indices, problems, base)
+    results = {name: compare(curves, split, config.seed) for name, split in splits.items()}
+    print_results(results, {name: len(split) for name, split in splits.items()}, n)
+    if config.out_file:
+        write_json(config.out_file, {"flags": asdict(config), "results": results})
+    if config.picture:
+        draw(results, {name: curve["best-of-N"][:, 0] for name, curve in curves.items()}, n, config.picture)

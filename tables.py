@@ -1,0 +1,113 @@
+"""Samples by prompt, and tables of means over prompts: what the subcommands of evaluate.py share.
+
+A metric is computed for each prompt from that prompt's samples. finish() prints its mean over prompts with a
+95% bootstrap interval, beside the baseline's and the difference of the two, taken prompt by prompt.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import metrics
+from checks import check_packable
+from files import InputError, error_prefix, flag, write_json
+from formats import Sample, read_samples, to_texts
+from parallel import get_device, get_dtype
+from train_reward import load_reward_model, score_texts
+
+Groups = dict[str, list[Sample]]  # a file's samples by prompt
+Columns = dict[str, np.ndarray]  # metric: its value for each prompt, nan where it is not defined
+
+
+@dataclass
+class SamplesConfig:
+    """Flags of the subcommands that read samples of prompts."""
+
+    samples: str = flag("out/dpl/samples.jsonl", "File that sample.py wrote, in any --format.")
+    baseline: str | None = flag(None, "Another policy's samples of the same prompts, to compare with.")
+    out_file: str | None = flag(None, "Also write all results to this file, as JSON.")
+    overwrite: bool = flag(False, "Replace --out_file.")
+    chat: bool = flag(False, "Put string prompts through the chat template of the models below.")
+    seed: int = flag(0, "Seed of the bootstrap.")
+
+
+def read_files(config: SamplesConfig) -> list[Groups]:
+    """The samples and, if given, the baseline's, both of the prompts that are in both files.
+
+    Raises InputError if there are none, and if --out_file cannot be written.
+    """
+    may_replace = config.overwrite or getattr(config, "resume", False)
+    if config.out_file and Path(config.out_file).exists() and not may_replace:
+        raise InputError(f"--out_file {config.out_file}: exists; --overwrite replaces it")
+    paths = [path for path in (config.samples, config.baseline) if path]
+    files = [read_samples(path) for path in paths]
+    shared = [prompt for prompt in files[0] if prompt in files[-1]]
+    if not shared:
+        raise InputError(f"{paths[1]}: has no prompt in common with {paths[0]}")
+    for path, groups in zip(paths, files, strict=True):
+        if left := len(groups) - len(shared):
+            print(f"warning: {path}: {left} prompts are not in the other file: left out", file=sys.stderr)
+    return [{prompt: groups[prompt] for prompt in shared} for groups in files]
+
+
+def finish(config: SamplesConfig, columns: list[Columns], files: list[Groups]) -> None:
+    """Print means over prompts, their intervals and what the files hold; write --out_file."""
+    heads = ("samples", "baseline", "difference") if len(columns) == 2 else ("samples",)
+    print(f"{'mean over prompts [95% interval]':36}" + "".join(f"{head:>26}" for head in heads) + "  prompts")
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for name in columns[0]:
+        values = [column[name] for column in columns]
+        values += [values[0] - values[-1]] * (len(columns) - 1)
+        line, row = f"{name:36}", result.setdefault(name, {})
+        for head, x in zip(heads, values, strict=True):
+            if len(x := x[~np.isnan(x)]):
+                low, high = metrics.bootstrap(x, np.mean, config.seed)
+                row[head] = {"mean": x.mean(), "low": low, "high": high, "prompts": len(x)}
+            cell = "{mean:.3g} [{low:.3g}, {high:.3g}]".format(**row[head]) if head in row else "-"
+            line += f" {cell:>25}"
+        print(line + f"{min((cell['prompts'] for cell in row.values()), default=0):9}")
+    for path, groups in zip((config.samples, config.baseline), files, strict=False):
+        ends = [sample.finish for group in groups.values() for sample in group]
+        cut = f"{ends.count('length') / len(ends):.1%}" if any(ends) else "an unknown share"
+        print(f"{path}: {len(ends):,} samples of {len(groups)} prompts, {cut} cut at the length limit")
+    if config.out_file:
+        write_json(config.out_file, {"flags": asdict(config), "metrics": result})
+
+
+def flatten(groups: Groups) -> list[Sample]:
+    """All samples, prompt by prompt."""
+    return [sample for group in groups.values() for sample in group]
+
+
+def texts_by_prompt(groups: Groups) -> list[list[str]]:
+    """The texts of each prompt's samples."""
+    return [[sample.text for sample in group] for group in groups.values()]
+
+
+def split(values: Sequence[float], groups: Groups) -> list[np.ndarray]:
+    """Values of flatten(groups), as one array per prompt."""
+    ends = np.cumsum([len(group) for group in groups.values()])
+    return np.split(np.asarray(values, dtype=float), ends[:-1])
+
+
+def prompt_means(values: Sequence[float], groups: Groups) -> np.ndarray:
+    """Mean over each prompt of values of flatten(groups), nan left out; nan if nothing is left."""
+    parts = [part[~np.isnan(part)] for part in split(values, groups)]
+    return np.array([part.mean() if len(part) else math.nan for part in parts])
+
+
+def sample_rewards(files: list[Groups], path: str, chat: bool) -> list[np.ndarray]:
+    """The reward of every sample, in the order of flatten(groups), for each file."""
+    with error_prefix("--reward_model"):
+        model, tokenizer = load_reward_model(path, str(get_device()), get_dtype())
+        if not model.score.weight.any():
+            raise InputError(f"{path}: is a language model without a reward head; see train_reward.py")
+        check_packable(model, path)
+        samples = [sample for groups in files for sample in flatten(groups)]
+        rewards = score_texts(model, tokenizer, *to_texts(samples, chat))
+    return np.split(rewards, np.cumsum([len(flatten(groups)) for groups in files])[:-1])

@@ -1,0 +1,389 @@
+"""evaluate.py answers from rows to tables, the templates of sample.py, and .csv files."""
+
+import json
+import math
+import sys
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHATML, ROOT, lines, train_tokenizer
+from transformers import AutoModelForSequenceClassification
+
+import evaluate
+import sample as sample_file
+from answers import gsm8k_answer, math_answer
+from best_of_n import (
+    Problem,
+    compare,
+    grade,
+    match_samples,
+    read_problems,
+    samples_needed,
+    split_problems,
+    unique_answers,
+)
+from files import InputError, fill, read_rows
+from formats import Sample
+from train_reward import load_reward_model
+
+EGGS = {"question": "Ann has 2 eggs and lays 3. How many?", "answer": "2 + 3 = 5, <<2+3=5>>5.\n#### 5"}
+CATS = {"question": "Bo has 1,000 cats and sells 400. How many?", "answer": "He keeps 600.\n#### 600"}
+ROOTS = {
+    "problem": "Solve $x^{2}=\\frac{1}{4}$.",
+    "solution": "So $x=\\boxed{\\frac{1}{2}}$.",
+    "level": "Level 5",
+}
+SHOT = "Q: What is 1 + 1?\nA: #### 2\n\nQ: "
+
+
+def rows(problem, texts):
+    return [{"prompt": f"{SHOT}{problem['question']}\nA:", "completion": text} for text in texts]
+
+
+# ---- rows
+
+
+def test_read_problems(tmp_path):
+    levels = ["Level 5", 5, "5", None, "Level ?"]
+    (tmp_path / "a.jsonl").write_bytes(lines(EGGS, CATS, *(ROOTS | {"level": level} for level in levels)))
+    eggs, cats, *roots = read_problems(tmp_path / "a.jsonl")
+    assert eggs == (EGGS["question"], "5", gsm8k_answer, None) and cats.gold == "600"
+    assert {(p.question, p.gold, p.read_answer) for p in roots} == {
+        (ROOTS["problem"], "\\frac{1}{2}", math_answer)
+    }
+    assert [problem.level for problem in roots] == [5, 5, 5, None, None]
+
+
+@pytest.mark.parametrize(
+    ("row", "fragment"),
+    [
+        ({"answer": "#### 5"}, "'question'"),
+        (EGGS | {"question": " "}, "'question'"),
+        (EGGS | {"answer": "five"}, "'answer'"),
+        (EGGS | {"answer": 5}, "'answer'"),
+        ({"question": "Why?"}, "'answer'"),
+        (ROOTS | {"solution": "It is 5."}, "boxed"),
+        ({"problem": "Why?", "solution": None}, "'solution'"),
+    ],
+)
+def test_bad_problems_are_named(row, fragment, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(EGGS, row))
+    with pytest.raises(InputError, match=rf"a\.jsonl:2: .*{fragment}"):
+        read_problems(tmp_path / "a.jsonl")
+
+
+def match(tmp_path, questions, prompts):
+    """Index of the problem that each prompt belongs to."""
+    samples = [{"prompt": prompt, "completion": str(i)} for i, prompt in enumerate(prompts)]
+    (tmp_path / "s.jsonl").write_bytes(lines(*samples))
+    problems = [Problem(question, "1", gsm8k_answer, None) for question in questions]
+    matched = match_samples(tmp_path / "s.jsonl", problems)
+    found = {int(sample.text): index for index, group in matched.items() for sample in group}
+    return [found[i] for i in range(len(prompts))]
+
+
+def test_samples_belong_to_the_problem_whose_question_is_asked(tmp_path):
+    inner, outer = "How many?", "Bo has 3 cats. How many? Give half of them."
+    message = [{"role": "system", "content": "Count."}, {"role": "user", "content": f"Q: {outer}"}]
+    prompts = [f"{SHOT}{inner}\nA:", f"{SHOT}{outer}\nA:", inner, [message[1]], message]
+    assert match(tmp_path, [inner, outer], prompts) == [0, 1, 0, 1, 1]
+    assert match(tmp_path, [f" {outer}\n", inner], prompts) == [1, 0, 1, 0, 0]
+    assert match(tmp_path, ["many?", "How many?"], ["Q: How many?"]) == [1]  # both end at the same place
+
+
+def test_a_question_of_the_examples_is_not_the_one_asked(tmp_path):
+    """The first examples of a few-shot prompt may be problems of the file, and longer than the question."""
+    example, question = "What is the sum of all the numbers from 1 to 4?", "What is 1 + 1?"
+    prompts = [f"Q: {example}\nA: 10\n\nQ: {question}\nA:", f"Q: {question}\nA: 2\n\nQ: {example}\nA:"]
+    assert match(tmp_path, [example, question], prompts) == [1, 0]
+
+
+def test_a_prompt_without_a_question_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"s\.jsonl: the prompt 'Q: Who\?' holds no question"):
+        match(tmp_path, ["How many?"], ["Q: How many?", "Q: Who?"])
+
+
+# ---- splits
+
+
+def test_math_is_split_by_level():
+    problems = [Problem("q", "1", math_answer, level) for level in (5, 3, 1, 2, 5, None)]
+    splits = split_problems([0, 1, 3, 4, 5], problems, None)
+    assert {k: v.tolist() for k, v in splits.items()} == {
+        "all": [0, 1, 2, 3, 4],
+        "medium": [1],
+        "hard": [0, 3],
+    }
+
+
+def test_gsm8k_is_split_by_the_samples_that_the_base_model_needs():
+    solved_at = [1, 4, 5, 64, 65, None, None, None]  # of tries samples
+    tries = [1, 64, 5, 64, 65, 64, 10, 0]
+    base = {
+        i: [Sample("q", "#### 1" if j == at else "#### 2") for j in range(1, n + 1)]
+        for i, (at, n) in enumerate(zip(solved_at, tries, strict=True))
+        if n
+    }
+    problems = [Problem("q", "1", gsm8k_answer, None) for _ in tries]
+    splits = split_problems(list(range(8)), problems, base)
+    expected = {"all": list(range(8)), "easy": [0, 1], "medium": [2, 3], "hard": [4, 5]}
+    assert {k: v.tolist() for k, v in splits.items()} == expected
+    assert split_problems([7, 2], problems, base)["medium"].tolist() == [1]  # a position, not an index
+    assert [*split_problems(list(range(8)), problems, None)] == ["all"]
+
+
+# ---- metrics
+
+
+def test_grade_reads_and_compares_answers():
+    problems = [Problem("q", "5", gsm8k_answer, None), Problem("q", r"\frac{1}{2}", math_answer, 1)]
+    texts = {1: [r"\boxed{0.5}", r"\boxed{\dfrac12}", "0.5"], 0: ["#### $5.00", "6 or 5", "none"]}
+    graded = grade({i: [Sample("q", t) for t in group] for i, group in texts.items()}, problems, "dpl")
+    assert graded.correct.tolist() == [[1, 1, 0], [1, 1, 0]]
+    assert graded.answers == [["0.5", "1/2", None], ["5", "5", None]]
+
+
+@pytest.mark.parametrize("answers", [["1", "1", "2", None, "3"], [None] * 3, ["1"], [*"112233", None]])
+def test_unique_answers_is_the_mean_over_all_subsets(answers):
+    for k in range(1, len(answers) + 1):
+        shares = [len({*subset} - {None}) / k for subset in combinations(answers, k)]
+        assert unique_answers(answers, k) == pytest.approx(np.mean(shares))
+
+
+def test_samples_needed():
+    curve, ks = np.array([0.2, 0.5, 0.7, 0.8]), np.arange(1.0, 5)
+    assert samples_needed(curve, curve).tolist() == [1, 2, 3, 4]
+    assert samples_needed(curve, np.array([0.1, 0.35, 0.5, 0.81])) == pytest.approx([1, 1.5, 2, math.inf])
+    # a flat stretch is reached at its start
+    flat = np.array([0.5, 0.5, 1, 1])
+    assert samples_needed(flat, np.array([0.5, 0.75, 1, 1])) == pytest.approx([1, 2, 3, 3])
+    assert samples_needed(np.zeros(4), np.array([0, 0.1, 0.2, 0.3])).tolist() == [1, *[math.inf] * 3]
+    assert samples_needed(np.ones(4), ks / 4).tolist() == [1] * 4
+
+
+def test_compare():
+    solved = {"dpo": [[1, 0], [1, 1], [0, 0], [0, 0]], "dpl": [[1, 0], [0, 0], [0, 1], [0, 0]]}
+    curves = {name: {"best-of-N": np.array([[np.mean(x), max(x)] for x in c])} for name, c in solved.items()}
+    results = compare(curves, np.arange(4), seed=0)
+    dpo, dpl = results.values()
+    assert dpo["best-of-N"] == [3 / 8, 1 / 2] and dpl["best-of-N"] == [1 / 4, 1 / 2]
+    assert dpo["relative"] == [1, 1] and dpl["relative"] == pytest.approx([2 / 3, 1])
+    assert dpo["needed"] == [1, 2] and dpl["needed"] == pytest.approx([1.5, 2])
+    # problem 0: both, 1: dpo, 2: dpl, 3: nobody
+    assert dpo["best here"] == dpl["best here"] == 1.5 / 3
+    for row in results.values():
+        assert [*row["intervals"]] == [1, 2]
+        for k, (low, high) in row["intervals"].items():
+            assert low < row["best-of-N"][k - 1] < high
+    part = compare(curves, np.array([0, 1]), seed=0)
+    assert part["dpo"]["best-of-N"] == [3 / 4, 1] and part["dpl"]["best here"] == 0.25
+    nobody = compare(curves, np.array([3]), seed=0)
+    assert math.isnan(nobody["dpo"]["best here"]) and math.isnan(nobody["dpo"]["relative"][0])
+
+
+# ---- evaluate.py answers
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Samples of two policies, of which n = 3 for each of the two problems in both are compared."""
+    (tmp_path / "problems.jsonl").write_bytes(lines(EGGS, CATS, EGGS | {"question": "Zoë has 5. How many?"}))
+    dpo = rows(EGGS, ["2 + 3 = 5\n#### 5", "#### 5", "#### 6"]) + rows(CATS, ["#### 500", "#### 500", "None"])
+    dpl = rows(CATS, ["#### 600.00", "#### 400", "#### 500"]) + rows(
+        EGGS, ["", "It is 5", "#### 7", "#### 5"]
+    )
+    dpl += rows({"question": "Zoë has 5. How many?"}, ["#### 5"] * 3)  # not in the other file
+    base = rows(EGGS, ["#### 4", "#### 5"]) + rows(CATS, ["#### 1"] * 64)
+    for name, samples in (("dpo", dpo), ("dpl", dpl), ("base", base)):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(*samples))
+    return tmp_path
+
+
+@pytest.fixture
+def run(files, monkeypatch, capsys):
+    """A function that runs evaluate.py answers; returns its results and what it printed."""
+
+    def run(*flags):
+        words = ["answers", "--problems", files / "problems.jsonl", "--out_file", files / "out.json"]
+        words += ["--samples", files / "dpo.jsonl", files / "dpl.jsonl", *flags]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        evaluate.main()
+        return json.loads((files / "out.json").read_text())["results"], capsys.readouterr().out
+
+    return run
+
+
+def test_answers_of_two_policies(files, run):
+    result, printed = run("--base_samples", files / "base.jsonl", "--picture", files / "picture.png")
+    assert {split: [*rows] for split, rows in result.items()} == {
+        split: ["dpo", "dpl"] for split in ("all", "easy", "hard")
+    }
+    dpo, dpl = result["all"].values()
+    assert dpo["best-of-N"] == pytest.approx([1 / 3, 1 / 2, 1 / 2])  # 2 of 3 are right, and none of 3
+    assert dpl["best-of-N"] == pytest.approx([1 / 3, 2 / 3, 1])  # 1 of 3, twice
+    assert dpl["relative"] == pytest.approx([1, 4 / 3, 2])
+    assert dpl["needed"] == pytest.approx([1, 1.5, 1.5])
+    assert dpo["unique answers"] == pytest.approx([5 / 6, (5 / 3 + 1) / 4, (2 + 1) / 6])
+    assert dpl["unique answers"] == pytest.approx([5 / 6, (4 / 3 + 2) / 4, (2 + 3) / 6])
+    assert [row["best here"] for row in (dpo, dpl)] == [1 / 2, 1 / 2]
+    assert result["easy"]["dpo"]["best-of-N"] == pytest.approx([2 / 3, 1, 1])
+    assert result["hard"]["dpl"]["best-of-N"] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert (files / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert "dpl: 2 problems, 3 samples each, 16.7% of answers could not be read" in printed
+    assert "all: 2 problems" in printed and "easy: 1 problems" in printed and "0.667 [" in printed
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tiny_model_folder, tmp_path_factory):
+    """Folder of a random reward model whose tokenizer has a chat template."""
+    folder, tokenizer = tmp_path_factory.mktemp("reward"), train_tokenizer("bytes")
+    model, _ = load_reward_model(str(tiny_model_folder))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(folder)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def test_answers_chosen_by_a_reward_model(files, run, reward_folder):
+    result, printed = run("--reward_model", reward_folder)
+    model = AutoModelForSequenceClassification.from_pretrained(reward_folder).eval()
+    tokenizer = train_tokenizer("bytes")
+    rights = {"dpo": [[1, 1, 0], [0, 0, 0]], "dpl": [[0, 1, 0], [1, 0, 0]]}
+    for name, correct in rights.items():
+        expected = []
+        samples = [row for _, row in read_rows(files / f"{name}.jsonl")]
+        for problem, right in zip((EGGS, CATS), correct, strict=True):
+            texts = [row for row in samples if problem["question"] in row["prompt"]][:3]
+            ids = [tokenizer(x["prompt"]).input_ids + tokenizer(x["completion"]).input_ids for x in texts]
+            rewards = [model(torch.tensor([row + [tokenizer.eos_token_id]])).logits.item() for row in ids]
+            assert max(rewards) - min(rewards) > 1e-3
+            expected.append(
+                [
+                    np.mean(
+                        [right[max(subset, key=rewards.__getitem__)] for subset in combinations(range(3), k)]
+                    )
+                    for k in (1, 2, 3)
+                ]
+            )
+        assert result["all"][name]["chosen by reward"] == pytest.approx(np.mean(expected, axis=0))
+    assert "chosen by reward" in printed
+
+
+def test_an_empty_answer_has_a_reward_after_a_chat_template(run, reward_folder):
+    result, _ = run("--reward_model", reward_folder, "--chat")
+    assert 0 <= result["all"]["dpl"]["chosen by reward"][2] <= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragment"),
+    [
+        ({"--problems": None}, "--problems"),
+        ({"--samples": None}, "--samples"),
+        ({"--problems": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"--problems": "dpo.jsonl"}, "dpo.jsonl:1: needs a 'question'"),
+        ({"--samples": "problems.jsonl"}, "problems.jsonl:1: needs string 'prompt'"),
+        ({"--samples": "stranger.jsonl"}, "stranger.jsonl: the prompt 'Who?' holds no question"),
+        ({"--samples": "eggs.jsonl cats.jsonl"}, "no problem in common"),
+        ({"--samples": "dpo.jsonl more/dpo.jsonl"}, "different names"),
+        ({"--base_samples": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"--reward_model": "none"}, "--reward_model: "),
+        ({"--out_file": "dpo.jsonl"}, "dpo.jsonl: exists; --overwrite"),
+        ({"--picture": "old.png"}, "old.png: exists; --overwrite"),
+        ({"--picture": "picture.doc"}, "--picture"),
+    ],
+)
+def test_bad_flags_end_in_one_line(flags, fragment, files, refused, monkeypatch):
+    monkeypatch.chdir(files)
+    (files / "old.png").write_bytes(b"\x89PNG")
+    (files / "stranger.jsonl").write_bytes(lines({"prompt": "Who?", "completion": "I."}))
+    for name, problem in (("eggs", EGGS), ("cats", CATS)):
+        (files / f"{name}.jsonl").write_bytes(lines(*rows(problem, ["5"])))
+    flags = {"--problems": "problems.jsonl", "--samples": "dpo.jsonl dpl.jsonl"} | flags
+    words = [word for flag, value in flags.items() if value for word in (flag, *value.split())]
+    refused(evaluate, ["answers", *words], fragment)
+
+
+# ---- sample.py --prompt_template
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math", None])
+def test_prompts_are_the_filled_template(name, tiny_model_folder, tmp_path, monkeypatch):
+    path = ROOT / f"data/prompts/{name}.txt" if name else tmp_path / "template.txt"
+    if not name:
+        path.write_text("\\boxed{answer} {{x}} {question}\nÉ {options}: {question}", encoding="utf-8")
+    questions = [ROOTS["problem"], "What is {question} in \\frac{1}{2} \\\\ \\1 \\g<0>, {options}?"]
+    (tmp_path / "rows.jsonl").write_bytes(lines({"problem": questions[0]}, {"question": questions[1]}))
+    flags = {
+        "model": tiny_model_folder,
+        "prompts": tmp_path / "rows.jsonl",
+        "out_file": tmp_path / "out.jsonl",
+    }
+    flags |= {"num_samples": 2, "max_new_tokens": 2, "prompt_template": path}
+    monkeypatch.setattr(sys, "argv", ["sample.py", *(f"--{k}={v}" for k, v in flags.items())])
+    sample_file.main()
+    before, *rest = path.read_text(encoding="utf-8").split("{question}")
+    assert rest
+    expected = [before + "".join(question + part for part in rest) for question in questions for _ in "12"]
+    assert [row["prompt"] for _, row in read_rows(tmp_path / "out.jsonl")] == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "fragment"),
+    [
+        ("{problem}", EGGS, "template.txt: the placeholder {question} is missing"),
+        ("", EGGS, "template.txt: the placeholder {question} is missing"),
+        ("\xff {question}", EGGS, "template.txt: not UTF-8 text"),
+        (None, EGGS, "template.txt: no such file"),
+        ("{question}", {"prompt": "Who?"}, "rows.jsonl:2: needs a 'question' or a 'problem'"),
+        ("{question}", {"question": 5}, "rows.jsonl:2: needs a 'question' or a 'problem'"),
+        ("{question}", {"problem": " \n"}, "rows.jsonl:2: needs a 'question' or a 'problem'"),
+    ],
+)
+def test_bad_templates_end_in_one_line(template, row, fragment, refused, tiny_model_folder, tmp_path):
+    if template is not None:
+        (tmp_path / "template.txt").write_text(template, encoding="latin-1")
+    (tmp_path / "rows.jsonl").write_bytes(lines(ROOTS, row))
+    words = ["--model", tiny_model_folder, "--prompt_template", tmp_path / "template.txt"]
+    words += ["--out_file", tmp_path / "out.jsonl"]
+    refused(sample_file, [*words, "--prompts", tmp_path / "rows.jsonl"], fragment)
+    refused(sample_file, [*words, "--prompt", "Who?"], "--prompt_template")
+
+
+def test_fill_replaces_every_placeholder_once():
+    assert fill("{a}{b}{c}{a}", a="{b}", b="{a}\\1") == "{b}{a}\\1{c}{b}"
+
+
+# ---- .csv files
+
+
+def test_rows_of_a_csv_file(tmp_path):
+    text = 'id,text,"a, b"\n1,"He said ""fig"",\r\nthen left",\n2,café,"x\n\ny"\n'
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "a.csv").write_bytes(text.encode(encoding))
+        assert [*read_rows(tmp_path / "a.csv")] == [
+            (f"{tmp_path}/a.csv:1", {"id": "1", "text": 'He said "fig",\r\nthen left', "a, b": ""}),
+            (f"{tmp_path}/a.csv:2", {"id": "2", "text": "café", "a, b": "x\n\ny"}),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("data", "fragment"),
+    [
+        (b"", "the file is empty"),
+        (b"a,b\n", "the file is empty"),
+        ("a,b\n1,é\n".encode("latin-1"), "not UTF-8"),
+        (b'a,b\n1,"2\n', "not readable as csv"),
+        (b'a,b\n1,"2"3\n', "not readable as csv"),
+        (b"a,b\n1," + b"2" * 200_000, "not readable as csv"),
+    ],
+)
+def test_bad_csv_files_are_named(data, fragment, tmp_path):
+    (tmp_path / "a.csv").write_bytes(data)
+    with pytest.raises(InputError, match=rf"a\.csv.*{fragment}"):
+        list(read_rows(tmp_path / "a.csv"))
