@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 import metrics
 from answers import answer_key, answers_equal, gsm8k_answer, math_answer
-from files import InputError, atomic_write, flag, read_rows, require, write_json
+from files import InputError, flag, read_rows, require, require_new, write_json
 from formats import Sample, read_question, read_samples, transcript
-from tables import sample_rewards
+from tables import new_figure, sample_rewards, save_figure
 
 LEVELS = {1: "easy", 3: "medium", 5: "hard"}  # of MATH
 EASY, MEDIUM = 4, 64  # most samples of the base model that it takes to solve such a problem of GSM8K
@@ -54,12 +54,17 @@ class AnswersConfig:
     def __post_init__(self) -> None:
         require(self, "problems", self.problems is not None, "given")
         require(self, "samples", bool(self.samples), "given: one file or more")
-        names = [Path(path).stem for path in self.samples]
+        names = self.names()
         require(self, "samples", len(set(names)) == len(names), "files of different names")
-        for name in ("out_file", "picture"):
-            path = getattr(self, name)
-            if path and Path(path).exists() and not self.overwrite:
-                raise InputError(f"--{name} {path}: exists; --overwrite replaces it")
+        is_picture = self.picture is None or self.picture.endswith((".png", ".pdf"))
+        require(self, "picture", is_picture, "a .png or .pdf file")
+        require_new(self, "out_file", "picture")
+
+    def names(self) -> list[str]:
+        """What results call each file of --samples: its folder if all have the same name, as sample.py's."""
+        paths = [Path(path).resolve() for path in self.samples]
+        same = len({path.name for path in paths}) < len(paths)
+        return [path.parent.name if same else path.stem for path in paths]
 
 
 class Problem(NamedTuple):
@@ -89,15 +94,16 @@ def read_problems(path: str) -> list[Problem]:
 
 
 def match_samples(path: str, problems: list[Problem]) -> dict[int, list[Sample]]:
-    """{index of the problem: its samples}. Raises InputError for a prompt that holds no problem's question."""
+    """{index of the problem: its samples}. Raises InputError for a prompt without a problem's question."""
     by_problem: dict[int, list[Sample]] = {}
+    questions = [problem.question.strip() for problem in problems]
     for samples in read_samples(path, allow_empty=True).values():
         prompt = transcript(samples[0].prompt)
-        matches = [i for i, problem in enumerate(problems) if problem.question.strip() in prompt]
-        if not matches:
+        # examples come first; and one question may contain another
+        ends = [(prompt.rfind(q) + len(q), len(q), -i) for i, q in enumerate(questions) if q in prompt]
+        if not ends:
             raise InputError(f"{path}: the prompt {prompt[-60:]!r} holds no question of --problems")
-        best = max(matches, key=lambda i: len(problems[i].question))  # one question may contain another
-        by_problem.setdefault(best, []).extend(samples)
+        by_problem.setdefault(-max(ends)[2], []).extend(samples)
     return by_problem
 
 
@@ -186,7 +192,7 @@ def samples_needed(curve: np.ndarray, target: np.ndarray) -> np.ndarray:
 def compare(curves: dict[str, dict[str, np.ndarray]], split: np.ndarray, seed: int) -> dict[str, Any]:
     """Results of a split for every policy; {policy: {metric: list over N}}, means over its problems.
 
-    "low" and "high" end a 95% bootstrap interval over problems of best-of-N, at N = 1, 2, 4, ... and n.
+    "low" and "high" end a 95% bootstrap interval over problems of best-of-N, at N = 1, 4, 16, ... and n.
     "relative" is best-of-N divided by the first policy's (Figure 8), "needed" is samples_needed (Figure 9).
     "best here" is the share of problems, of those that any policy solved, at which the policy has the highest
     success rate (Figure 6); policies that tie share a problem.
@@ -211,8 +217,8 @@ def compare(curves: dict[str, dict[str, np.ndarray]], split: np.ndarray, seed: i
 
 
 def powers(n: int) -> list[int]:
-    """1, 2, 4, ... below n, and n."""
-    return [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
+    """1, 4, 16, ... below n, and n."""
+    return [4**i for i in range(n.bit_length()) if 4**i < n] + [n]
 
 
 def print_results(results: dict[str, dict[str, Any]], sizes: dict[str, int], n: int) -> None:
@@ -234,23 +240,20 @@ def print_results(results: dict[str, dict[str, Any]], sizes: dict[str, int], n: 
 
 def draw(results: dict[str, dict[str, Any]], rates: dict[str, np.ndarray], n: int, path: str) -> None:
     """Draw the DPL paper's Figures 3 and 7 to 10; `rates` is {policy: (problems,)}, success of one sample."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--picture: needs matplotlib: pip install matplotlib") from None
     ks, shown = np.arange(1, n + 1), next(reversed(results))
     panels = [(f"best-of-N, {split}", split, "best-of-N") for split in results]
     panels += [(f"relative to the first policy, {shown}", shown, "relative")]
     panels += [(f"samples needed for the first's rate, {shown}", shown, "needed")]
     panels += [("unique answers / N, all", "all", "unique answers")]
     columns = (len(panels) + 2) // 2
-    figure = Figure(figsize=(4 * columns, 7), layout="constrained")
+    figure = new_figure(4 * columns, 7)
     axes = figure.subplots(2, columns, squeeze=False).ravel()
     for axis, (title, split, metric) in zip(axes, panels, strict=False):
         for i, (name, row) in enumerate(results[split].items()):
             grey, marks = str(0.65 * i / max(1, len(rates) - 1)), [k - 1 for k in powers(n)]
             axis.plot(ks, row[metric], color=grey, marker=MARKERS[i % 8], markevery=marks, ms=5, label=name)
         axis.set_xscale("log", base=2)
+        axis.set_xticks(powers(n), list(map(str, powers(n))))
         axis.set(title=title, xlabel="N, samples")
     axes[0].legend(frameon=False)
     p, closed = np.linspace(0, 1, 200), axes[len(panels)]
@@ -259,18 +262,17 @@ def draw(results: dict[str, dict[str, Any]], rates: dict[str, np.ndarray], n: in
     values = next(iter(rates.values()))
     closed.plot(values, np.zeros_like(values) - 0.04, "|", color="black", label="problems, first policy")
     closed.set(title="success against p", xlabel="p, success rate of one sample", ylabel="best-of-N")
-    closed.legend(frameon=False, fontsize=8)
+    closed.legend(frameon=False, fontsize=8, loc="center right")
     for axis in axes[len(panels) + 1 :]:
         axis.remove()
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=120)
-    print(f"wrote {path}")
+    save_figure(figure, path)
 
 
 def answers(config: AnswersConfig) -> None:
     """Best-of-N of several policies on problems with a right answer, by difficulty (DPL paper, 4.2 and C)."""
     problems = read_problems(config.problems)
-    files = {Path(path).stem: match_samples(path, problems) for path in config.samples}
+    paths = zip(config.names(), config.samples, strict=True)
+    files = {name: match_samples(path, problems) for name, path in paths}
     base = match_samples(config.base_samples, problems) if config.base_samples else None
     indices = sorted(set.intersection(*map(set, files.values())))
     if not indices:

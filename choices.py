@@ -32,13 +32,13 @@ import metrics
 from checks import check_packable, max_positions
 from files import (
     InputError,
-    atomic_write,
     error_prefix,
     fill,
     flag,
     read_rows,
     read_template,
     require,
+    require_new,
     write_json,
 )
 from formats import message
@@ -46,6 +46,7 @@ from model import load_model
 from parallel import get_device, get_dtype
 from preferences import encode_continuations, encode_prompts
 from reference import score_completions
+from tables import new_figure, save_figure
 
 LETTERS = "ABCDEFGHIJ"
 TEMPLATE = "data/prompts/choices.txt"
@@ -73,10 +74,9 @@ class ChoicesConfig:
         require(self, "questions", self.questions is not None, "given")
         require(self, "models", bool(self.models), "given: one or more")
         require(self, "limit", self.limit >= 0, "0 or more")
-        for name in ("out_file", "picture"):
-            path = getattr(self, name)
-            if path and Path(path).exists() and not self.overwrite:
-                raise InputError(f"--{name} {path}: exists; --overwrite replaces it")
+        is_picture = self.picture is None or self.picture.endswith((".png", ".pdf"))
+        require(self, "picture", is_picture, "a .png or .pdf file")
+        require_new(self, "out_file", "picture")
 
 
 class Question(NamedTuple):
@@ -90,17 +90,20 @@ class Question(NamedTuple):
 def read_questions(path: str, binary: bool, seed: int) -> list[Question]:
     """Questions of a file. Raises InputError naming the row that cannot be read."""
     return [
-        read_choices(row, where, binary, random.Random(f"{seed} {where}")) for where, row in read_rows(path)
+        read_choices(row, where, binary, random.Random(f"{seed} {number}"))
+        for number, (where, row) in enumerate(read_rows(path), 1)
     ]
 
 
 def read_choices(row: dict[str, Any], where: str, binary: bool, rng: random.Random) -> Question:
     """The question of a row; `rng` shuffles TruthfulQA's options. Raises InputError with `where`."""
     if "Best Answer" in row:  # TruthfulQA
-        text, best = str(row.get("Question")), str(row["Best Answer"]).strip()
+        text, best = (str(row.get(key) or "").strip() for key in ("Question", "Best Answer"))
+        if not (text and best):
+            raise InputError(f"{where}: needs a 'Question' and a 'Best Answer'")
         wrong = [part.strip() for part in str(row.get("Incorrect Answers") or "").split(";") if part.strip()]
         if binary and row.get("Best Incorrect Answer"):  # newer versions of the file have it
-            wrong = [row["Best Incorrect Answer"].strip()]
+            wrong = [str(row["Best Incorrect Answer"]).strip()]
         options = [best, *rng.sample(wrong, min(1 if binary else 3, len(wrong)))]
         rng.shuffle(options)
         right = options.index(best)
@@ -176,11 +179,7 @@ def summarize(values: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, f
 
 def draw(tables: dict[str, dict[str, np.ndarray]], path: str) -> None:
     """Draw a reliability diagram per model: accuracy against confidence, and how many questions a bin has."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--picture: needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(3.6 * len(tables), 3.8), layout="constrained")
+    figure = new_figure(3.6 * len(tables), 3.8)
     for axis, (name, values) in zip(
         figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True
     ):
@@ -197,9 +196,7 @@ def draw(tables: dict[str, dict[str, np.ndarray]], path: str) -> None:
         axis.set(title=name, xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, fontsize=8)
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=120)
-    print(f"wrote {path}")
+    save_figure(figure, path)
 
 
 def choices(config: ChoicesConfig) -> None:

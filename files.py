@@ -1,8 +1,8 @@
 """Flags, rows of data, atomic writes and digests; every bad input ends in one line on stderr.
 
-Rows are read from .jsonl, .jsonl.gz, .json, .parquet, .csv and .txt files. Files are written atomically: under
-a temporary name that is then renamed, so that a reader never sees half a file and an interrupted run leaves
-the old file as it was.
+Rows are read from .jsonl[.gz], .json, .parquet, .csv and .txt files. Files are written atomically: under a
+temporary name that is then renamed, so that a reader never sees half a file and an interrupted run leaves the
+old file as it was.
 """
 
 import argparse
@@ -78,6 +78,14 @@ def require(config: Any, name: str, condition: bool, wanted: str) -> None:
     """Raise InputError("--name value: must be `wanted`") unless `condition` is true."""
     if not condition:
         raise InputError(f"--{name} {getattr(config, name)}: must be {wanted}")
+
+
+def require_new(config: Any, *names: str) -> None:
+    """Raise InputError if a file that one of the flags `names` names exists, unless --overwrite is given."""
+    for name in names:
+        path = getattr(config, name)
+        if path and Path(path).exists() and not config.overwrite:
+            raise InputError(f"--{name} {path}: exists; --overwrite replaces it")
 
 
 def require_same(flags: dict[str, Any], saved: dict[str, Any], may_change: set[str]) -> None:
@@ -242,7 +250,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write one JSON document, atomically."""
+    """Write one JSON document, atomically. NaN and infinity become null: JSON has no such numbers."""
+    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
     with atomic_write(path) as file:
         file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 

@@ -236,8 +236,8 @@ def encode_answers(
             conversation = _apply_template([*prompt, *answer], tokenizer, generate=False)
             if not conversation.startswith(opened):
                 raise InputError("the chat template does not extend its own prompt; use rows of strings")
-            text, content = conversation[len(opened) :], answer[-1]["content"]
-            after_content = text.partition(content.strip() or content)[2].rstrip()  # formats.py: never empty
+            text, content = conversation[len(opened) :], answer[-1]["content"].strip()
+            after_content = (text.partition(content)[2] if content else text).rstrip()
             has_end = after_content.endswith(special)  # the template closes the turn with a special token
             if has_end:  # the model never writes the template's newline after <|im_end|>
                 text = text.rstrip()

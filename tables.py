@@ -15,7 +15,7 @@ import numpy as np
 
 import metrics
 from checks import check_packable
-from files import InputError, error_prefix, flag, write_json
+from files import InputError, atomic_write, error_prefix, flag, require_new, write_json
 from formats import Sample, read_samples, to_texts
 from parallel import get_device, get_dtype
 from train_reward import load_reward_model, score_texts
@@ -41,9 +41,8 @@ def read_files(config: SamplesConfig) -> list[Groups]:
 
     Raises InputError if there are none, and if --out_file cannot be written.
     """
-    may_replace = config.overwrite or getattr(config, "resume", False)
-    if config.out_file and Path(config.out_file).exists() and not may_replace:
-        raise InputError(f"--out_file {config.out_file}: exists; --overwrite replaces it")
+    if not getattr(config, "resume", False):
+        require_new(config, "out_file")
     paths = [path for path in (config.samples, config.baseline) if path]
     files = [read_samples(path) for path in paths]
     shared = [prompt for prompt in files[0] if prompt in files[-1]]
@@ -111,3 +110,22 @@ def sample_rewards(files: list[Groups], path: str, chat: bool) -> list[np.ndarra
         samples = [sample for groups in files for sample in flatten(groups)]
         rewards = score_texts(model, tokenizer, *to_texts(samples, chat))
     return np.split(rewards, np.cumsum([len(flatten(groups)) for groups in files])[:-1])
+
+
+# ---- pictures
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, in inches. Raises InputError if matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--picture: needs matplotlib: pip install matplotlib") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, path: str) -> None:
+    """Write a figure as .png or .pdf, by the name of the file; atomically."""
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format=Path(path).suffix[1:], dpi=120)
+    print(f"wrote {path}")

@@ -295,9 +295,10 @@ def draw_coverage(results: dict[str, Any], path: Path) -> None:
     )
     for axis in axes.flat[:5]:
         axis.set_xscale("log", base=2)
+        axis.set_xticks(marks, list(map(str, marks)))
         axis.set_xlabel(axis.get_xlabel() or "N, samples")
     p = np.linspace(0, 1, 300)
-    for k, style in zip((1, 8, 64), ("-", "--", ":"), strict=True):
+    for k, style in zip((1, 4, 64), ("-", "--", ":"), strict=True):
         axes[1, 2].plot(p, 1 - (1 - p) ** k, style, color="0.5", label=f"1 − (1 − p)^{k}")
         for name, (alpha, t, marker) in COVERED.items():
             probs = (

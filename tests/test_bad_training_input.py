@@ -105,7 +105,7 @@ def test_bad_rows(train_refused, tmp_path, text, fragments):
     ("name", "text", "fragment"),
     [
         ("missing.jsonl", None, "missing.jsonl: no such file"),
-        ("rows.csv", b"a,b\n", "rows.csv: unknown format"),
+        ("rows.doc", b"a,b\n", "rows.doc: unknown format"),
         (
             "cut.jsonl.gz",
             gzip.compress(lines(*PAIRS))[:-9],

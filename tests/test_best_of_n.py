@@ -15,6 +15,7 @@ import evaluate
 import sample as sample_file
 from answers import gsm8k_answer, math_answer
 from best_of_n import (
+    AnswersConfig,
     Problem,
     compare,
     grade,
@@ -290,7 +291,7 @@ def test_an_empty_answer_has_a_reward_after_a_chat_template(run, reward_folder):
         ({"--samples": "problems.jsonl"}, "problems.jsonl:1: needs string 'prompt'"),
         ({"--samples": "stranger.jsonl"}, "stranger.jsonl: the prompt 'Who?' holds no question"),
         ({"--samples": "eggs.jsonl cats.jsonl"}, "no problem in common"),
-        ({"--samples": "dpo.jsonl more/dpo.jsonl"}, "different names"),
+        ({"--samples": "dpo.jsonl dpo.jsonl"}, "different names"),
         ({"--base_samples": "none.jsonl"}, "none.jsonl: no such file"),
         ({"--reward_model": "none"}, "--reward_model: "),
         ({"--out_file": "dpo.jsonl"}, "dpo.jsonl: exists; --overwrite"),
@@ -387,3 +388,9 @@ def test_bad_csv_files_are_named(data, fragment, tmp_path):
     (tmp_path / "a.csv").write_bytes(data)
     with pytest.raises(InputError, match=rf"a\.csv.*{fragment}"):
         list(read_rows(tmp_path / "a.csv"))
+
+
+def test_files_of_the_same_name_are_called_by_their_folders():
+    config = AnswersConfig(problems="p.jsonl", samples=["out/dpo/samples.jsonl", "out/dpl/samples.jsonl"])
+    assert config.names() == ["dpo", "dpl"]
+    assert AnswersConfig(problems="p.jsonl", samples=["a/dpo.jsonl", "b/dpl.jsonl"]).names() == ["dpo", "dpl"]

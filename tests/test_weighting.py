@@ -27,13 +27,13 @@ def test_weighting_runs(tmp_path, monkeypatch, capsys, in_process):
     short = ["--data", data, "--batch_size", 16, "--max_steps", 1, "--epochs", 1]
     monkeypatch.setattr(weighting, "run", in_process)
     monkeypatch.setattr(weighting, "TRAIN", [*weighting.TRAIN, *short])
-    monkeypatch.setattr(weighting, "LOSSES", {"DPO": "theta", "φ link": "phi"})
+    monkeypatch.setattr(weighting, "LOSSES", {"DPO": "theta"})
     monkeypatch.setattr(weighting, "BETAS", (0.1,))
     flags = ["--seeds", 2, "--samples", 8, "--out_dir", tmp_path / "w", "--out_file", tmp_path / "w.png"]
     monkeypatch.setattr("sys.argv", ["weighting.py", *map(str, flags)])
     weighting.main()
     results = json.loads((tmp_path / "w/weighting.json").read_text())
-    assert len(results) == 1 + 2 * 3 and {len(rows) for rows in results.values()} == {1, 2}
+    assert len(results) == 1 + 3 and {len(rows) for rows in results.values()} == {1, 2}
     assert "change by the weight, within a seed\nDPO | estimate | 0.1" in capsys.readouterr().out
     assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
     # the true weights spread from -log 0.95 to -log 0.05, the estimated ones hardly
