@@ -13,7 +13,7 @@ way to write stories:
 Three curves show what could be reached: the exact optimum of DPL's objective, DPO^(1/tau) over well-formed
 stories, and DPO at global temperature tau by Sequential Monte Carlo after min-p 0.01, without training.
 
-    python experiments/pareto.py        # 70 minutes on two cores; what is finished is kept
+    python experiments/pareto.py        # 45 minutes on two cores; what is finished is kept
 """
 
 import json

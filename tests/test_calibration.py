@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import brier_score_loss
 
 from metrics import (
     best_of_n,
@@ -177,14 +178,14 @@ def test_confidences_outside_the_unit_interval_are_refused(confidence):
 
 
 def test_brier_score_is_that_of_scikit_learn():
-    """Values of scikit-learn 1.9's brier_score_loss, scale_by_half=False for the three options."""
-    probs = [[0.7, 0.2, 0.1], [0.3, 0.3, 0.4], [0, 0.05, 0.95], [1 / 3, 1 / 3, 1 / 3]]
-    assert brier_score(np.array(probs), np.array([0, 1, 2, 2])) == pytest.approx(
-        0.3879166666666667, abs=1e-12
+    probs = np.array([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4], [0, 0.05, 0.95], [1 / 3, 1 / 3, 1 / 3]])
+    labels = np.array([0, 1, 2, 2])
+    assert brier_score(probs, labels) == pytest.approx(
+        brier_score_loss(labels, probs, scale_by_half=False), abs=1e-12
     )
-    p = np.array([0.1, 0.8, 0.35, 1, 0.6])
-    binary = brier_score(np.stack([1 - p, p], 1), np.array([0, 1, 1, 1, 0]))
-    assert binary == pytest.approx(2 * 0.1665, abs=1e-12)
+    p, is_one = np.array([0.1, 0.8, 0.35, 1, 0.6]), np.array([0, 1, 1, 1, 0])
+    binary = brier_score(np.stack([1 - p, p], 1), is_one)
+    assert binary == pytest.approx(2 * brier_score_loss(is_one, p), abs=1e-12)
 
 
 @given(st.lists(st.lists(st.integers(1, 9), min_size=4, max_size=4), min_size=1, max_size=8), st.data())
