@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 import evaluate
 import metrics
+from formats import read_samples, transcript
 from model import load_model
 from train_reward import load_reward_model
 
@@ -389,9 +390,9 @@ def test_message_prompts_are_grouped_by_the_whole_conversation(tmp_path):
         for text in TEXTS
     ]
     (tmp_path / "samples.jsonl").write_bytes(lines(*rows))
-    groups = evaluate.read_samples(tmp_path / "samples.jsonl")
+    groups = read_samples(tmp_path / "samples.jsonl")
     assert [len(group) for group in groups.values()] == [4, 4]
-    prompts = [evaluate.transcript(group[0].prompt) for group in groups.values()]
+    prompts = [transcript(group[0].prompt) for group in groups.values()]
     assert prompts == ["Best fruit?", "user: Hi\n\nassistant: Yes?\n\nuser: Best fruit?"]
 
 
