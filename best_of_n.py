@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 import metrics
 from answers import answer_key, answers_equal, gsm8k_answer, math_answer
-from files import InputError, flag, read_rows, require, require_new, write_json
+from files import InputError, flag, read_rows, require, write_json
 from formats import Sample, read_question, read_samples, transcript
-from tables import new_figure, sample_rewards, save_figure
+from tables import check_outputs, new_figure, sample_rewards, save_figure
 
 LEVELS = {1: "easy", 3: "medium", 5: "hard"}  # of MATH
 EASY, MEDIUM = 4, 64  # most samples of the base model that it takes to solve such a problem of GSM8K
@@ -56,9 +56,7 @@ class AnswersConfig:
         require(self, "samples", bool(self.samples), "given: one file or more")
         names = self.names()
         require(self, "samples", len(set(names)) == len(names), "files of different names")
-        is_picture = self.picture is None or self.picture.endswith((".png", ".pdf"))
-        require(self, "picture", is_picture, "a .png or .pdf file")
-        require_new(self, "out_file", "picture")
+        check_outputs(self)
 
     def names(self) -> list[str]:
         """What results call each file of --samples: its folder if all have the same name, as sample.py's."""

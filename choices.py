@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 import metrics
 from checks import check_packable, max_positions
@@ -38,7 +39,6 @@ from files import (
     read_rows,
     read_template,
     require,
-    require_new,
     write_json,
 )
 from formats import message
@@ -46,7 +46,7 @@ from model import load_model
 from parallel import get_device, get_dtype
 from preferences import encode_continuations, encode_prompts
 from reference import score_completions
-from tables import new_figure, save_figure
+from tables import check_outputs, new_figure, save_figure
 
 LETTERS = "ABCDEFGHIJ"
 TEMPLATE = "data/prompts/choices.txt"
@@ -74,9 +74,7 @@ class ChoicesConfig:
         require(self, "questions", self.questions is not None, "given")
         require(self, "models", bool(self.models), "given: one or more")
         require(self, "limit", self.limit >= 0, "0 or more")
-        is_picture = self.picture is None or self.picture.endswith((".png", ".pdf"))
-        require(self, "picture", is_picture, "a .png or .pdf file")
-        require_new(self, "out_file", "picture")
+        check_outputs(self)
 
 
 class Question(NamedTuple):
@@ -140,7 +138,7 @@ def choice_probs(
     rows = [(prompt, ids[x]) for prompt, some in zip(encoded, letters, strict=True) for x in some]
     logp = score_completions(model, *zip(*rows, strict=True), max_tokens=2048)
     parts = np.split(logp, np.cumsum([len(some) for some in letters])[:-1])
-    return [np.exp(part - part.max()) / np.exp(part - part.max()).sum() for part in parts]
+    return [torch.from_numpy(part).softmax(0).numpy() for part in parts]
 
 
 def calibration(probs: list[np.ndarray], right: list[int]) -> dict[str, np.ndarray]:

@@ -309,7 +309,7 @@ def fetch_embeddings(
 # ---- questions and answers
 
 
-def read_question(config: JudgeConfig, name: str, *placeholders: str) -> str:
+def read_judge_prompt(config: JudgeConfig, name: str, *placeholders: str) -> str:
     """Text of <name>.txt in --judge_prompts. Raises InputError if the file or a placeholder is missing."""
     is_default = config.judge_prompts == PROMPT_FILES
     folder = (Path(__file__).parent if is_default else Path()) / config.judge_prompts
@@ -338,7 +338,7 @@ def pool_prompts(prompts: Texts, groups: Sequence[Texts], config: JudgeConfig) -
     """
     questions = []
     for metric, size in DIVERSITY.items():
-        template = read_question(config, metric, "prompt", "responses")
+        template = read_judge_prompt(config, metric, "prompt", "responses")
         for index, (prompt, samples) in enumerate(zip(prompts, groups, strict=True)):
             for start in range(0, len(samples) - size + 1, size):
                 pool = enumerate(samples[start : start + size], 1)
@@ -368,7 +368,7 @@ def rate_pools(prompts: Texts, groups: list[Texts], config: JudgeConfig) -> tupl
 
 def pair_prompts(prompts: Texts, first: Texts, second: Texts, config: JudgeConfig) -> list[str]:
     """The questions of compare(): all with `first` as answer A, then all with `second` as answer A."""
-    template = read_question(config, "pairwise", "prompt", "answer_a", "answer_b")
+    template = read_judge_prompt(config, "pairwise", "prompt", "answer_a", "answer_b")
     return [
         fill(template, prompt=prompt, answer_a=a, answer_b=b)
         for answers in ((first, second), (second, first))

@@ -278,9 +278,8 @@ def best_of_n(correct: Sequence[float], reward: Sequence[float], k: int) -> floa
 
         sum_i correct_(i) C(i-1, k-1) / C(n, k),  samples (1), ..., (n) in ascending order of reward
 
-    C(i-1, k-1) subsets of k have sample (i) as their best. Samples with equal rewards are equally likely to
-    be chosen. This is the mean over all subsets, so it is unbiased. Range 0 to 1. Raises ValueError unless
-    the lists are equally long and 1 <= k <= n.
+    C(i-1, k-1) subsets of k have sample (i) as their best; samples of equal reward are chosen equally often.
+    Unbiased, range 0 to 1. Raises ValueError unless the lists are equally long and 1 <= k <= n.
     """
     correct, reward = np.asarray(correct, dtype=float), np.asarray(reward, dtype=float)
     n = len(correct)
@@ -317,9 +316,8 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, edges: np.ndarray) 
     if not ((confidence >= 0) & (confidence <= 1)).all():
         raise ValueError("a confidence is outside [0, 1]")
     index = np.maximum(np.searchsorted(edges, confidence) - 1, 0)
-    counts, totals, hits = (
-        np.bincount(index, weights, len(edges) - 1) for weights in (None, confidence, correct)
-    )
+    bins = len(edges) - 1
+    counts, totals, hits = (np.bincount(index, w, bins) for w in (None, confidence, correct))
     with np.errstate(invalid="ignore"):
         return np.stack([counts, totals / counts, hits / counts], 1)
 
@@ -330,9 +328,8 @@ def expected_calibration_error(
     """Mean over values of |share correct - mean confidence| of their bin. (Guo et al. 2017)
 
     `confidence` (n,) in [0, 1], `correct` (n,) 0 or 1. Bins are (lo, hi], see calibration_edges. Range 0 to
-    1, 0 = calibrated as far as the bins can tell. Biased upwards for few values: a bin of m correct answers
-    of a calibrated model still differs from its confidence by about sqrt(conf (1 - conf) / m). Raises
-    ValueError for no values and for confidences outside [0, 1].
+    1. Biased upwards: a bin of m answers of a calibrated model still differs from its confidence by about
+    sqrt(conf (1 - conf) / m). Raises ValueError for no values and for confidences outside [0, 1].
     """
     if not len(confidence):
         raise ValueError("the calibration error needs at least one value")
@@ -344,8 +341,8 @@ def expected_calibration_error(
 def brier_score(probs: np.ndarray, labels: np.ndarray) -> float:
     """Mean over questions of sum_k (p_k - [k is the label])^2; `probs` (n, K), `labels` (n,). (Brier 1950)
 
-    Range 0 to 2; a uniform guess among K options has 1 - 1/K. Some authors divide by K, and for two options
-    scikit-learn's brier_score_loss is half of this. Raises ValueError unless each row of `probs` sums to 1.
+    Range 0 to 2; a uniform guess among K options has 1 - 1/K. (Some authors divide by K.) Raises ValueError
+    unless each row of `probs` sums to 1.
     """
     probs, labels = np.asarray(probs, dtype=float), np.asarray(labels)
     if not np.allclose(probs.sum(1), 1, atol=1e-4):

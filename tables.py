@@ -15,7 +15,7 @@ import numpy as np
 
 import metrics
 from checks import check_packable
-from files import InputError, atomic_write, error_prefix, flag, require_new, write_json
+from files import InputError, atomic_write, error_prefix, flag, require, require_new, write_json
 from formats import Sample, read_samples, to_texts
 from parallel import get_device, get_dtype
 from train_reward import load_reward_model, score_texts
@@ -113,6 +113,13 @@ def sample_rewards(files: list[Groups], path: str, chat: bool) -> list[np.ndarra
 
 
 # ---- pictures
+
+
+def check_outputs(config: Any) -> None:
+    """Raise InputError if --out_file or --picture exists without --overwrite, or --picture is no picture."""
+    is_picture = config.picture is None or config.picture.endswith((".png", ".pdf"))
+    require(config, "picture", is_picture, "a .png or .pdf file")
+    require_new(config, "out_file", "picture")
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -150,8 +150,9 @@ def make_results(config: PopulationConfig) -> dict[str, Any]:
 
 
 def mean_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the first axis, which is seeds, and its standard error."""
-    return values.mean(0), values.std(0, ddof=1) / math.sqrt(len(values))
+    """Mean over the first axis, which is seeds, and its standard error, which is 0 for a single seed."""
+    single = len(values) == 1
+    return values.mean(0), values.std(0, ddof=0 if single else 1) / math.sqrt(len(values))
 
 
 def scores(probs: np.ndarray, shares: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -175,20 +176,30 @@ def print_tables(results: dict[str, Any]) -> None:
         share = (probs / probs.sum(-1, keepdims=True)).mean((0, 1))
         line = f"{label:34}" + "".join(f"{x:10.3f}" for x in share)
         for name in ("tv", "ece", "brier", "outside"):
-            values = np.array([evaluate_probs(p, shares)[name] for p in probs])
-            error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0
-            line += f"  {values.mean():.3f} ± {error:.3f}"
+            mean, error = scores(probs[:, None], shares, name)
+            line += f"  {mean[0]:.3f} ± {error[0]:.3f}"
         print(line)
     for opinion, title in [
         (None, "a person drawn from the population"),
         (3, "a person of the rarest opinion"),
     ]:
         print(f"\ncoverage of {title}, exact (measured)" + "".join(f"{f'N = {k}':>16}" for k in powers(MOST)))
-        for name, measured in results["measured"].items():
-            exact, seen = coverage(results, name, opinion)[:, np.array(powers(MOST)) - 1], measured.mean(1)
-            seen = np.einsum("sok,o->sk", seen, shares if opinion is None else np.eye(4)[opinion])
+        for name in COVERED:
+            exact = coverage(results, name, opinion)[:, np.array(powers(MOST)) - 1]
+            seen = over_people(results["measured"][name], shares, opinion)
             cells = (f"{a:.3f} ({b:.3f})" for a, b in zip(exact.mean(0), seen.mean(0), strict=True))
             print(f"  {name:48}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+def covered_probs(results: dict[str, Any], name: str) -> np.ndarray:
+    """Opinion probabilities of a policy of COVERED, (seeds, polls, 4)."""
+    alpha, t, _ = COVERED[name]
+    return results["DPL"][:, ALPHAS.index(alpha)] if t == 1 else results["DPO"][:, TEMPERATURES.index(t)]
+
+
+def over_people(values: np.ndarray, shares: np.ndarray, opinion: int | None) -> np.ndarray:
+    """Mean of (seeds, polls, 4, n) over polls, for one opinion or a person drawn from the population."""
+    return values.mean(1).swapaxes(1, 2) @ (shares if opinion is None else np.eye(len(shares))[opinion])
 
 
 def coverage(results: dict[str, Any], name: str, opinion: int | None) -> np.ndarray:
@@ -196,11 +207,8 @@ def coverage(results: dict[str, Any], name: str, opinion: int | None) -> np.ndar
 
     The person holds opinion number `opinion`, or is drawn from the population.
     """
-    alpha, t, _ = COVERED[name]
-    probs = results["DPL"][:, ALPHAS.index(alpha)] if t == 1 else results["DPO"][:, TEMPERATURES.index(t)]
-    hit = 1 - (1 - probs[..., None]) ** np.arange(1, MOST + 1)  # (seeds, polls, 4, MOST)
-    weights = results["shares"] if opinion is None else np.eye(4)[opinion]
-    return np.einsum("spon,o->sn", hit, weights) / probs.shape[1]
+    hit = 1 - (1 - covered_probs(results, name)[..., None]) ** np.arange(1, MOST + 1)
+    return over_people(hit, results["shares"], opinion)
 
 
 def draw_shares(results: dict[str, Any], path: Path) -> None:
@@ -266,13 +274,8 @@ def draw_coverage(results: dict[str, Any], path: Path) -> None:
     panels = [("a person drawn from the population", None)]
     panels += [(f"a person of the {shares[o]:.0%} opinion", o) for o in (0, 3)]
     for axis, (title, opinion) in zip(axes.flat, panels, strict=False):
-        weights = shares if opinion is None else np.eye(4)[opinion]
         for i, (name, (_, _, marker)) in enumerate(COVERED.items()):
-            seen = (
-                np.einsum("spok,o->sk", results["measured"][name], weights)
-                / results["measured"][name].shape[1]
-            )
-            mean, error = mean_error(seen)
+            mean, error = mean_error(over_people(results["measured"][name], shares, opinion))
             axis.plot(ks, coverage(results, name, opinion).mean(0), color=str(0.2 * i), lw=1)
             axis.errorbar(marks, mean, error, fmt=marker, color=str(0.2 * i), ms=5, capsize=2, label=name)
         axis.set(title=title, ylabel="finds the own opinion among N")
@@ -300,11 +303,8 @@ def draw_coverage(results: dict[str, Any], path: Path) -> None:
     p = np.linspace(0, 1, 300)
     for k, style in zip((1, 4, 64), ("-", "--", ":"), strict=True):
         axes[1, 2].plot(p, 1 - (1 - p) ** k, style, color="0.5", label=f"1 − (1 − p)^{k}")
-        for name, (alpha, t, marker) in COVERED.items():
-            probs = (
-                results["DPL"][:, ALPHAS.index(alpha)] if t == 1 else results["DPO"][:, TEMPERATURES.index(t)]
-            )
-            seen = results["measured"][name][..., marks.index(k)]
+        for name, (_, _, marker) in COVERED.items():
+            probs, seen = covered_probs(results, name), results["measured"][name][..., marks.index(k)]
             axes[1, 2].plot(probs.ravel(), seen.ravel(), marker, color="black", ms=3, mfc="none")
     axes[1, 2].set(title="measured over the closed form (Figure 7)", xlabel="p, the opinion's probability")
     axes[1, 2].legend(frameon=False)

@@ -136,9 +136,10 @@ def answer_logp(model: Any, tokenizer: Any, debates: dict[str, dict]) -> np.ndar
     return np.array([exact_logp(model, tokenizer, prompt, d["ranking"]) for prompt, d in debates.items()])
 
 
-def other_texts(model: Any, tokenizer: Any, debates: dict[str, dict], samples: int) -> np.ndarray:
+def other_texts(
+    model: Any, tokenizer: Any, reference: Any, debates: dict[str, dict], samples: int
+) -> np.ndarray:
     """Means over samples of [the text is no answer] times log pi and log pi_ref of it, (debates, 2), nats."""
-    reference, _ = load_model(REFERENCE)
     rows = []
     for prompt, debate in debates.items():
         [ids] = encode_prompts([prompt], tokenizer)
@@ -197,9 +198,8 @@ def tabular_optimum(debate: dict[str, Any], loss: str, weight: float, beta: floa
     share = logp[index].sum(1).exp() * torch.tensor(p_win, dtype=torch.float64)
     share /= share.sum()
     reference = Stats(logp[index], torch.ones(len(pairs), 2))
-    change = (
-        -0.1 / beta * torch.arange(len(logp), dtype=torch.float64)
-    )  # log pi - log pi_ref; 0 is a kink of phi
+    # log pi - log pi_ref; not 0, where the phi link jumps
+    change = -0.1 / beta * torch.arange(len(logp), dtype=torch.float64)
     change.requires_grad_(True)
     optimizer = torch.optim.LBFGS(
         [change], max_iter=500, line_search_fn="strong_wolfe", tolerance_change=1e-12
@@ -223,11 +223,12 @@ def tabular_optimum(debate: dict[str, Any], loss: str, weight: float, beta: floa
 def make_results(config: WeightingConfig) -> dict[str, list[dict[str, np.ndarray]]]:
     """Train what is missing; returns {method(): [evaluate_policy() of each seed]}."""
     debates = json.loads(WORLD.read_text())["debates"]
+    reference, _ = load_model(REFERENCE)
 
     def evaluate(folder: Path) -> dict[str, np.ndarray]:
         model, tokenizer = load_model(folder)
         with torch.no_grad():
-            other = other_texts(model, tokenizer, debates, config.samples)
+            other = other_texts(model, tokenizer, reference, debates, config.samples)
         return evaluate_policy(answer_logp(model, tokenizer, debates), other, debates)
 
     results = {"reference": [evaluate(REFERENCE)]}

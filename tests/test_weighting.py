@@ -61,7 +61,7 @@ def test_the_true_dispersion_takes_the_place_of_the_estimate():
 def test_the_reference_is_no_distance_from_itself():
     model, tokenizer = load_model(weighting.REFERENCE)
     logp = weighting.answer_logp(model, tokenizer, DEBATES)
-    other = weighting.other_texts(model, tokenizer, DEBATES, 200)
+    other = weighting.other_texts(model, tokenizer, model, DEBATES, 200)
     assert other[:, 0] == pytest.approx(other[:, 1], abs=1e-4)  # under itself twice
     result = {name: np.nanmean(x) for name, x in weighting.evaluate_policy(logp, other, DEBATES).items()}
     assert result["utility"] == pytest.approx(0.5, abs=1e-4) and result["kl"] == pytest.approx(0, abs=1e-4)
