@@ -53,10 +53,11 @@ UNICODE = str.maketrans({"−": "-", "–": "-", "－": "-", "°": r"^\circ ", "
 def gsm8k_answer(text: str) -> str | None:
     r"""The final number of a GSM8K solution in one fixed spelling: "1000" for "#### $1,000.00 dollars".
 
-    Takes the text. The answer is the first number after the first "####" and on its line, because a model may
-    go on with another question; in a text without "####" it is the last number. Signs, decimals, thousands
+    The answer is the first number on the line of the first "####", because a model may go on with another
+    question; in a text without "####" it is the last number of the text. Signs, decimals, thousands
     commas and exponents (1e3) are read. Currency, units and zeros that change nothing are dropped. A fraction
-    of integers stays a fraction, "1/2". The - of "3-4" and of dates is not a sign.
+    of integers stays a fraction, "1/2". The - of "3-4" and of dates is not a sign. Of a mixed
+    number only a part is read: "#### 5 1/2" gives 5.
 
     Returns None if there is no number, or none on the line of "####". (Cobbe et al. 2021)
     """
@@ -66,13 +67,13 @@ def gsm8k_answer(text: str) -> str | None:
         return None
     number = numbers[0 if mark else -1]
     sign = "-" if number["minus"] or number["inner_minus"] else ""
-    return _number(sign, number["whole"], number["decimals"], number["exponent"], number["below"])
+    return _spell_number(sign, number["whole"], number["decimals"], number["exponent"], number["below"])
 
 
-def _number(
+def _spell_number(
     sign: str, whole: str | None, decimals: str | None, exponent: str | None, below: str | None
 ) -> str:
-    """One spelling for each number, made from strings: int() refuses more than 4300 digits."""
+    """One spelling for each number, from strings: int() refuses more than 4300 digits."""
     whole, decimals = (whole or "").replace(",", ""), decimals or ""
     digits, point = whole + decimals, len(whole) + int(exponent or 0)
     digits = "0" * -point + digits + "0" * (point - len(digits))
@@ -84,7 +85,7 @@ def _number(
 def math_answer(text: str) -> str | None:
     r"""The LaTeX in the last \boxed{} or \fbox{} of a text.
 
-    Takes the text. Braces inside the box are matched; \{ and \} are not counted. "\boxed 5" has no braces:
+    Braces inside the box are matched; \{ and \} are not counted. "\boxed 5" has no braces:
     its answer ends at the next $, \), \] or line end, as in the MATH authors' code. Of two nested boxes,
     \boxed{x=\boxed{5}}, the inner one is the last.
 
@@ -119,13 +120,13 @@ PLAIN_RULES = [  # (pattern, replacement) in this order; a backslash pair, the e
     (r"(\d) (\d+) ?/ ?(\d+)", r"\1\\frac{\2}{\3}"),  # 1 1/2 would become 11/2 without its space
     (r"(?<!\.)\. ?$", ""),
 ]
-KEY_RULES = [
+KEY_RULES = [  # after PLAIN_RULES, to compare strings; math-verify still gets %, units and \text{}
     (r"\\?%", ""),
     # a unit after a number: "5\text{ cm}^2", but not the time "5\text{ p.m.}"
     (rf"^((?:(?!{TEXT}\{{).)*[\d}})]) ?{TEXT}\{{(?!\W*[ap]\W*m\b)[^{{}}]*\}}(?:\^\{{?\d\}}?)?$", r"\1"),
     (r"(?<=\d) ?(?:dollars?|cents?|degrees?|units?|percent)$", ""),
     (rf"{TEXT}\{{([^{{}}]*)\}}", r"\1"),
-    (r"\s+", ""),
+    (r"(?<!\d) | (?!\d)|(?<=\d) (?=\d{3}(?!\d))", ""),  # 10 000 is 10000, but 1 2 is not 12
     (r"\\frac(\w)", r"\\frac{\1}"),
     (r"\\frac(\{[^{}]*\})(\w)", r"\\frac\1{\2}"),
     (r"\\sqrt(\w)", r"\\sqrt{\1}"),
@@ -134,27 +135,29 @@ KEY_RULES = [
     (r"^\(([A-Za-z])\)$", r"\1"),  # multiple choice: (A)
 ]
 PLAIN_NUMBER = r"[+-]?(?:[0-9]+/0*[1-9][0-9]*|[0-9]+\.?[0-9]*|\.[0-9]+)"
-MARKS = r"(?<=\d)(?:_\{?(\d+)|([ap])\.?m)"  # the base in 1011_2, a.m. and p.m.: math-verify ignores them
+# the base in 1011_2, a.m. and p.m., which math-verify ignores
+BASE_OR_AMPM = r"(?<=\d)(?:_\{?(\d+)|([ap])\.?m)"
 
 
 def answer_key(answer: str | None) -> str:
     r"""An answer in one spelling, to count different answers: equal keys mean equal answers.
 
     Takes LaTeX or plain text. White space, $, %, degrees, \left, \right, \text{}, units after a number,
-    thousands commas and zeros that change nothing are dropped, \frac12 becomes \frac{1}{2}, and words become
-    lower case. Equal answers can still have different keys: x+1 and 1+x.
+    thousands commas and zeros that change nothing are dropped, \frac12 becomes \frac{1}{2}, and words
+    that are not all capitals become lower case. Equal answers can still have different keys: x+1 and 1+x.
 
     Returns "" for None and for an empty answer. (Most rules are those of the MATH authors' code.)
     """
     key = _apply(KEY_RULES, _plain(answer or ""))
     number = re.fullmatch(r"([+-]?)([0-9]*)\.?([0-9]*)(?:/(0*[1-9][0-9]*))?", key)
     if number and (number[2] or number[3]):
-        return _number(number[1].strip("+"), number[2], number[3], None, number[4])
-    return key.casefold() if key.isalpha() else key
+        return _spell_number(number[1].strip("+"), number[2], number[3], None, number[4])
+    is_name = len(key) == 1 or key.isupper()  # the variable x is not X, the segment AB is not ab
+    return key.casefold() if key.isalpha() and not is_name else key
 
 
 def _plain(answer: str) -> str:
-    """The answer without what only changes how LaTeX looks."""
+    r"""The answer for math-verify: without \left, \right, spacing commands, $, degrees, thousands commas."""
     return _apply(PLAIN_RULES, answer.translate(UNICODE)).strip()
 
 
@@ -183,7 +186,7 @@ def answers_equal(gold: str | None, answer: str | None) -> bool:
         return False
     if keys[0] == keys[1]:
         return True
-    marks = [re.findall(MARKS, key.lower()) for key in keys]
+    marks = [re.findall(BASE_OR_AMPM, key.lower()) for key in keys]
     if (all(marks) and marks[0] != marks[1]) or max(len(gold), len(answer)) > MAX_LENGTH:
         return False
     if all(re.fullmatch(PLAIN_NUMBER, key) for key in keys) and ("%" in gold) == ("%" in answer):

@@ -1,21 +1,23 @@
 """evaluate.py answers: how often one of N samples solves a problem (DPL paper, section 4.2 and appendix C).
 
-Each policy samples n completions per problem. c of them have the right final answer. Then
+Each policy samples n completions per problem. All metrics are means over problems:
 
-    best-of-N        1 - C(n-c, N) / C(n, N), the mean over all subsets of N of the n samples   (N = 1..n)
-    chosen           the same when a reward model chooses one of the N, and only that one counts
-    unique answers   number of different answers among N samples / N; answers that cannot be read do not count
+    best-of-N          probability that at least one of N samples is correct           (metrics.pass_at_k)
+    chosen by reward   probability that the sample with the highest reward is correct  (metrics.best_of_n)
+    unique answers     number of different answers among N samples / N; unreadable answers count as none
 
-as means over problems. The first file of --samples is what the others are compared with; give it DPO's
-samples. Problems are rows of GSM8K or MATH. A sample belongs to the problem whose question is in its prompt.
-They are split into easy, medium and hard: MATH by its levels 1, 3 and 5, GSM8K by how many of --base_samples
-it takes to solve them: up to 4, up to 64, more.
+Each is the exact mean over all subsets of N of the n samples. Give DPO's samples first: the other policies
+are compared with the first file. A sample belongs to the problem whose question its prompt asks. Problems
+are rows of GSM8K or MATH, split into easy, medium and hard: MATH by level (1, 3, 5), GSM8K by the number of
+samples that the model of --base_samples needs to solve the problem (at most 4, at most 64, more).
 
     python sample.py --prompts gsm8k.jsonl --prompt_template data/prompts/gsm8k.txt --stop Q: ...
     python evaluate.py answers --problems gsm8k.jsonl --samples dpo.jsonl dpl.jsonl --picture best_of_n.png
 """
 
 import math
+import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -33,7 +35,7 @@ from formats import Sample, read_question, read_samples, transcript
 from tables import check_outputs, new_figure, sample_rewards, save_figure
 
 LEVELS = {1: "easy", 3: "medium", 5: "hard"}  # of MATH
-EASY, MEDIUM = 4, 64  # most samples of the base model that it takes to solve such a problem of GSM8K
+EASY, MEDIUM = 4, 64  # GSM8K: easy if the base model solves it within 4 samples, medium within 64
 MARKERS = "osv^Dx+*"
 
 
@@ -55,11 +57,11 @@ class AnswersConfig:
         require(self, "problems", self.problems is not None, "given")
         require(self, "samples", bool(self.samples), "given: one file or more")
         names = self.names()
-        require(self, "samples", len(set(names)) == len(names), "files of different names")
+        require(self, "samples", len(set(names)) == len(names), "files that differ in name or in folder")
         check_outputs(self)
 
     def names(self) -> list[str]:
-        """What results call each file of --samples: its folder if all have the same name, as sample.py's."""
+        """Name of each policy in the results: its file's name, or its folder's if two files share a name."""
         paths = [Path(path).resolve() for path in self.samples]
         same = len({path.name for path in paths}) < len(paths)
         return [path.parent.name if same else path.stem for path in paths]
@@ -86,8 +88,8 @@ def read_problems(path: str) -> list[Problem]:
             raise InputError(
                 f"{where}: needs an 'answer' with a number, or a 'solution' with a \\boxed answer"
             )
-        digits = "".join(filter(str.isdigit, str(row.get("level", ""))))  # "Level 5" or 5
-        problems.append(Problem(question, gold, read_answer, int(digits) if digits else None))
+        level = re.search("[0-9]+", str(row.get("level", "")))  # "Level 5", 5 or 5.0
+        problems.append(Problem(question, gold, read_answer, int(level[0]) if level else None))
     return problems
 
 
@@ -97,7 +99,7 @@ def match_samples(path: str, problems: list[Problem]) -> dict[int, list[Sample]]
     questions = [problem.question.strip() for problem in problems]
     for samples in read_samples(path, allow_empty=True).values():
         prompt = transcript(samples[0].prompt)
-        # examples come first; and one question may contain another
+        # the question asked comes last, after the examples; if two end there, the longer one is meant
         ends = [(prompt.rfind(q) + len(q), len(q), -i) for i, q in enumerate(questions) if q in prompt]
         if not ends:
             raise InputError(f"{path}: the prompt {prompt[-60:]!r} holds no question of --problems")
@@ -134,8 +136,8 @@ def split_problems(
 ) -> dict[str, np.ndarray]:
     """{"all", "easy", "medium", "hard": positions in `indices`}, empty splits left out.
 
-    `base` holds the base model's samples. A problem that it has not solved is hard if it tried more than
-    MEDIUM times, and otherwise in no split.
+    `base` holds the base model's samples. A problem without a correct one is hard if there are MEDIUM samples
+    or more; with fewer, its difficulty is unknown and it is in no split.
     """
     splits: dict[str, list[int]] = {"all": list(range(len(indices))), "easy": [], "medium": [], "hard": []}
     for position, index in enumerate(indices):
@@ -177,10 +179,10 @@ def compute_curves(graded: Graded, rewards: np.ndarray | None) -> dict[str, np.n
 
 
 def samples_needed(curve: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """For each N, how many samples the policy of `curve` needs for target[N-1]; (n,), inf if n do not do.
+    """Number of samples with which `curve` reaches target[N-1], for each N; (n,), inf if n are not enough.
 
-    Both are best-of-N rates for N = 1..n, (n,), and do not fall; `curve` is interpolated linearly. A rate
-    below that of one sample needs 1. (DPL paper, Figure 9)
+    Both are best-of-N rates for N = 1..n, which do not fall. `curve` is interpolated linearly; a target below
+    curve[0] needs 1 sample. (DPL paper, Figure 9)
     """
     ks = np.arange(1, len(curve) + 1)
     rises = np.concatenate([[True], np.diff(curve) > 0])
@@ -190,27 +192,34 @@ def samples_needed(curve: np.ndarray, target: np.ndarray) -> np.ndarray:
 def compare(curves: dict[str, dict[str, np.ndarray]], split: np.ndarray, seed: int) -> dict[str, Any]:
     """Results of a split for every policy; {policy: {metric: list over N}}, means over its problems.
 
-    "low" and "high" end a 95% bootstrap interval over problems of best-of-N, at N = 1, 4, 16, ... and n.
     "relative" is best-of-N divided by the first policy's (Figure 8), "needed" is samples_needed (Figure 9).
-    "best here" is the share of problems, of those that any policy solved, at which the policy has the highest
-    success rate (Figure 6); policies that tie share a problem.
+    "intervals" maps each metric but "needed" to {N: 95% bootstrap interval over problems}, N = 1, 4, 16, ...,
+    n; that of "relative" is nan if a resample has no problem that the first policy solves.
+    "share best": among the problems that some policy solves, the share on which this policy has the highest
+    success rate of one sample (Figure 6). Ties are split equally.
     """
     rates = np.array([policy["best-of-N"][split, 0] for policy in curves.values()])  # (policies, problems)
     solved = rates[:, rates.max(0) > 0]
     wins = solved == solved.max(0) if solved.size else solved
     best = (wins / wins.sum(0)).mean(1) if solved.size else np.full(len(curves), math.nan)
-    first = next(iter(curves.values()))["best-of-N"][split].mean(0)
+    first = next(iter(curves.values()))["best-of-N"][split]
+
+    def ratio(rows: np.ndarray) -> float:
+        ours, firsts = rows.mean(0)
+        return ours / firsts if firsts > 0 else math.nan
+
     results = {}
     for (name, policy), share in zip(curves.items(), best, strict=True):
-        means = {metric: values[split].mean(0) for metric, values in policy.items()}
-        with np.errstate(divide="ignore", invalid="ignore"):
-            means["relative"] = means["best-of-N"] / first
-        means["needed"] = samples_needed(means["best-of-N"], first)
-        row = {metric: values.tolist() for metric, values in means.items()} | {"best here": float(share)}
-        row["intervals"] = {
-            k: metrics.bootstrap(policy["best-of-N"][split, k - 1], np.mean, seed) for k in powers(len(first))
-        }
-        results[name] = row
+        statistics = {metric: (values[split], np.mean) for metric, values in policy.items()}
+        statistics["relative"] = (np.stack([policy["best-of-N"][split], first], 2), ratio)
+        row, row_intervals = {"share best": float(share)}, {}
+        for metric, (values, statistic) in statistics.items():  # values (problems, n), or (problems, n, 2)
+            row[metric] = [float(statistic(column)) for column in values.swapaxes(0, 1)]
+            row_intervals[metric] = {
+                k: metrics.bootstrap(values[:, k - 1], statistic, seed) for k in powers(first.shape[1])
+            }
+        row["needed"] = samples_needed(np.array(row["best-of-N"]), first.mean(0)).tolist()
+        results[name] = row | {"intervals": row_intervals}
     return results
 
 
@@ -224,44 +233,50 @@ def print_results(results: dict[str, dict[str, Any]], sizes: dict[str, int], n: 
     for split, rows in results.items():
         print(f"\n{split}: {sizes[split]} problems" + "".join(f"{f'N = {k}':>22}" for k in powers(n)))
         for name, row in rows.items():
-            cells = [
-                f"{row['best-of-N'][k - 1]:.3f} [{low:.3f}, {high:.3f}]"
-                for k, (low, high) in row["intervals"].items()
-            ]
-            print(f"{name[:20]:20}" + "".join(f"{cell:>22}" for cell in cells))
-            for metric in ("chosen by reward", "unique answers", "relative", "needed"):
-                if metric in row:
-                    line = "".join(f"{row[metric][k - 1]:22.3f}" for k in powers(n))
-                    print(f"  {metric:18}{line}")
-            print(f"  best at {row['best here']:.0%} of the problems that any policy solves")
+            for metric, cells in row["intervals"].items():
+                values = (
+                    f"{row[metric][k - 1]:.3f} [{low:.3f}, {high:.3f}]" for k, (low, high) in cells.items()
+                )
+                label = name[:20] if metric == "best-of-N" else f"  {metric}"
+                print(f"{label:20}" + "".join(f"{value:>22}" for value in values))
+            print(f"{'  needed':20}" + "".join(f"{row['needed'][k - 1]:22.1f}" for k in powers(n)))
+            if not math.isnan(row["share best"]):
+                print(f"  best at {row['share best']:.0%} of the problems that any policy solves")
 
 
 def draw(results: dict[str, dict[str, Any]], rates: dict[str, np.ndarray], n: int, path: str) -> None:
-    """Draw the DPL paper's Figures 3 and 7 to 10; `rates` is {policy: (problems,)}, success of one sample."""
+    """Draw the DPL paper's Figures 3 and 6 to 10; `rates` is {policy: (problems,)}, success of one sample."""
     ks, shown = np.arange(1, n + 1), next(reversed(results))
+    greys = [str(0.65 * i / max(1, len(rates) - 1)) for i in range(len(rates))]
     panels = [(f"best-of-N, {split}", split, "best-of-N") for split in results]
     panels += [(f"relative to the first policy, {shown}", shown, "relative")]
-    panels += [(f"samples needed for the first's rate, {shown}", shown, "needed")]
+    panels += [(f"samples to match the first policy, {shown}", shown, "needed")]
     panels += [("unique answers / N, all", "all", "unique answers")]
-    columns = (len(panels) + 2) // 2
+    columns = (len(panels) + 3) // 2
     figure = new_figure(4 * columns, 7)
     axes = figure.subplots(2, columns, squeeze=False).ravel()
     for axis, (title, split, metric) in zip(axes, panels, strict=False):
         for i, (name, row) in enumerate(results[split].items()):
-            grey, marks = str(0.65 * i / max(1, len(rates) - 1)), [k - 1 for k in powers(n)]
-            axis.plot(ks, row[metric], color=grey, marker=MARKERS[i % 8], markevery=marks, ms=5, label=name)
+            marks = {"marker": MARKERS[i % len(MARKERS)], "markevery": [k - 1 for k in powers(n)], "ms": 5}
+            axis.plot(ks, row[metric], color=greys[i], label=name, **marks)
         axis.set_xscale("log", base=2)
         axis.set_xticks(powers(n), list(map(str, powers(n))))
         axis.set(title=title, xlabel="N, samples")
     axes[0].legend(frameon=False)
-    p, closed = np.linspace(0, 1, 200), axes[len(panels)]
+    best, places = axes[len(panels)], np.arange(len(results))
+    for i, name in enumerate(rates):
+        shares = [100 * rows[name]["share best"] for rows in results.values()]
+        best.bar(places + 0.8 * i / len(rates), shares, 0.8 / len(rates), align="edge", color=greys[i])
+    best.set_xticks(places + 0.4, list(results))
+    best.set(title="highest success rate of one sample", ylabel="share of the solved problems, %")
+    p, closed = np.linspace(0, 1, 200), axes[len(panels) + 1]
     for k, style in zip((1, 4, 16, 64), ("-", "--", "-.", ":"), strict=True):
         closed.plot(p, 1 - (1 - p) ** k, style, color="0.4", label=f"1 − (1 − p)^{k}")
     values = next(iter(rates.values()))
     closed.plot(values, np.zeros_like(values) - 0.04, "|", color="black", label="problems, first policy")
     closed.set(title="success against p", xlabel="p, success rate of one sample", ylabel="best-of-N")
     closed.legend(frameon=False, fontsize=8, loc="center right")
-    for axis in axes[len(panels) + 1 :]:
+    for axis in axes[len(panels) + 2 :]:
         axis.remove()
     save_figure(figure, path)
 
@@ -276,23 +291,29 @@ def answers(config: AnswersConfig) -> None:
     if not indices:
         raise InputError("--samples: the files have no problem in common")
     n = min(len(samples[index]) for samples in files.values() for index in indices)
-    graded, rewards = {}, dict.fromkeys(files)
-    for name, samples in files.items():
-        files[name] = {index: samples[index][:n] for index in indices}
-        graded[name] = grade(files[name], problems, name)
-        missing = np.mean([answer is None for row in graded[name].answers for answer in row])
-        print(
-            f"{name}: {len(indices)} problems, {n} samples each, {missing:.1%} of answers could not be read"
-        )
+    used = {name: {index: samples[index][:n] for index in indices} for name, samples in files.items()}
+    rewards = dict.fromkeys(files)
     if config.reward_model:
-        groups = [{str(index): some for index, some in samples.items()} for samples in files.values()]
+        groups = [{str(index): some for index, some in samples.items()} for samples in used.values()]
         scores = sample_rewards(groups, config.reward_model, config.chat)
         rewards = {name: x.reshape(-1, n) for name, x in zip(files, scores, strict=True)}
+    graded, unreadable = {}, {}
+    for name, samples in files.items():
+        if left := len(samples) - len(indices):
+            print(f"warning: {name}: {left} problems are not in all files: left out", file=sys.stderr)
+        if (most := max(len(samples[index]) for index in indices)) > n:
+            print(f"warning: {name}: {n} of up to {most} samples per problem are used", file=sys.stderr)
+        graded[name] = grade(used[name], problems, name)
+        unreadable[name] = float(np.mean([key is None for row in graded[name].answers for key in row]))
+        share = f"{unreadable[name]:.1%} of answers could not be read"
+        print(f"{name}: {len(indices)} problems, {n} samples each, {share}")
     curves = {name: compute_curves(graded[name], rewards[name]) for name in files}
     splits = split_problems(indices, problems, base)
     results = {name: compare(curves, split, config.seed) for name, split in splits.items()}
-    print_results(results, {name: len(split) for name, split in splits.items()}, n)
+    sizes = {name: len(split) for name, split in splits.items()}
+    print_results(results, sizes, n)
     if config.out_file:
-        write_json(config.out_file, {"flags": asdict(config), "results": results})
+        what = {"flags": asdict(config), "problems": sizes, "samples": n, "unreadable": unreadable}
+        write_json(config.out_file, what | {"results": results})
     if config.picture:
         draw(results, {name: curve["best-of-N"][:, 0] for name, curve in curves.items()}, n, config.picture)

@@ -8,14 +8,14 @@ its letter, normalised over the options:
 A letter is scored as a whole continuation. After a plain prompt it is " A", which may be two tokens; after a
 chat template it is "A". The question is computed once for all its options.
 
-    confidence  largest p_k; it is calibrated if 70% of the choices made with confidence 70% are right
+    confidence  the largest p_k. A policy is calibrated if 70% of its choices with confidence 70% are right
     ECE         mean distance of confidence and accuracy, in ten bins (lo, hi] of equal width or equal mass
     Brier       mean of sum_k (p_k - [k is right])^2, 0 to 2
     NLL         mean of -log p of the right option, nats
 
-Questions are rows as MMLU's on the hub (question, choices, answer: an index or a letter), or TruthfulQA's
-csv: its best answer and up to three of its incorrect ones, or one with --binary. The right answer's place is
-shuffled there, so that a policy which always says "A" gains nothing.
+Questions are rows of MMLU as on the hub (question, choices, answer: index or letter), or TruthfulQA's csv.
+TruthfulQA: the best answer and up to three incorrect ones (one with --binary), in shuffled order, so that a
+policy that always says "A" gains nothing.
 
     python evaluate.py choices --questions mmlu.jsonl --models REFERENCE out/dpo out/dpl --picture mmlu.png
 """
@@ -97,14 +97,17 @@ def read_choices(row: dict[str, Any], where: str, binary: bool, rng: random.Rand
     """The question of a row; `rng` shuffles TruthfulQA's options. Raises InputError with `where`."""
     if "Best Answer" in row:  # TruthfulQA
         text, best = (str(row.get(key) or "").strip() for key in ("Question", "Best Answer"))
-        if not (text and best):
-            raise InputError(f"{where}: needs a 'Question' and a 'Best Answer'")
-        wrong = [part.strip() for part in str(row.get("Incorrect Answers") or "").split(";") if part.strip()]
+        parts = map(str.strip, str(row.get("Incorrect Answers") or "").split(";"))
+        wrong = list(dict.fromkeys(filter(None, parts)))  # some rows repeat one
         if binary and row.get("Best Incorrect Answer"):  # newer versions of the file have it
             wrong = [str(row["Best Incorrect Answer"]).strip()]
+        if not (text and best and wrong):
+            raise InputError(f"{where}: needs a 'Question', a 'Best Answer' and 'Incorrect Answers'")
         options = [best, *rng.sample(wrong, min(1 if binary else 3, len(wrong)))]
         rng.shuffle(options)
         right = options.index(best)
+    elif binary:
+        raise InputError(f"{where}: --binary is for TruthfulQA's rows, and this one has no 'Best Answer'")
     else:
         text, options, right = row.get("question"), row.get("choices"), row.get("answer")
         if isinstance(right, str) and len(right.strip()) == 1:
@@ -128,16 +131,14 @@ def choice_probs(
         prompts.append(message("user", text) if chat else text)
         letters.append(LETTERS[: len(question.options)])
     encoded = encode_prompts(prompts, tokenizer)
-    used = sorted({x for some in letters for x in some})
-    ids = dict(
-        zip(used, encode_continuations([x if chat else f" {x}" for x in used], tokenizer), strict=True)
-    )
-    longest = max(map(len, encoded)) + max(map(len, ids.values())) - 1
+    continuations = encode_continuations([x if chat else f" {x}" for x in LETTERS], tokenizer)
+    ids = dict(zip(LETTERS, continuations, strict=True))
+    longest = max(map(len, encoded)) + max(map(len, continuations)) - 1  # the last token is no input
     if longest > max_positions(model):
         raise InputError(f"a question has {longest} tokens, and the model {max_positions(model)} positions")
-    rows = [(prompt, ids[x]) for prompt, some in zip(encoded, letters, strict=True) for x in some]
+    rows = [(prompt, ids[x]) for prompt, own in zip(encoded, letters, strict=True) for x in own]
     logp = score_completions(model, *zip(*rows, strict=True), max_tokens=2048)
-    parts = np.split(logp, np.cumsum([len(some) for some in letters])[:-1])
+    parts = np.split(logp, np.cumsum([len(own) for own in letters])[:-1])
     return [torch.from_numpy(part).softmax(0).numpy() for part in parts]
 
 
@@ -154,7 +155,11 @@ def calibration(probs: list[np.ndarray], right: list[int]) -> dict[str, np.ndarr
 
 
 def summarize(values: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, float]]:
-    """{metric: {"mean", "low", "high"}} with 95% bootstrap intervals over questions."""
+    """{metric: {"mean", "low", "high"}} with 95% bootstrap intervals over questions.
+
+    A resample adds its own sampling noise to the bins, which raises its ECE above that of the data. The
+    intervals of ECE are therefore basic ones: they reflect the quantiles at the estimate.
+    """
     pairs = np.stack([values["confidence"], values["accuracy"]], 1)
 
     def ece(rows: np.ndarray, equal_mass: bool = False) -> float:
@@ -170,8 +175,10 @@ def summarize(values: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, f
     }
     result = {}
     for name, (rows, statistic) in statistics.items():
-        low, high = metrics.bootstrap(rows, statistic, seed, 1000)
-        result[name] = {"mean": float(statistic(rows)), "low": low, "high": high}
+        mean, (low, high) = float(statistic(rows)), metrics.bootstrap(rows, statistic, seed, 1000)
+        if statistic is not np.mean:
+            low, high = (max(0.0, 2 * mean - x) for x in (high, low))
+        result[name] = {"mean": mean, "low": low, "high": high}
     return result
 
 
@@ -191,7 +198,7 @@ def draw(tables: dict[str, dict[str, np.ndarray]], path: str) -> None:
         axis.errorbar(
             confidence, accuracy, error, fmt="o-", color="black", ms=4, capsize=2, label="accuracy ± 1 se"
         )
-        axis.set(title=name, xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
+        axis.set(title=name, xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, fontsize=8)
     save_figure(figure, path)
@@ -202,8 +209,10 @@ def choices(config: ChoicesConfig) -> None:
     questions = read_questions(config.questions, config.binary, config.seed)
     if 0 < config.limit < len(questions):
         questions = random.Random(config.seed).sample(questions, config.limit)
-    folder = Path(__file__).parent if config.template == TEMPLATE else Path()
-    template = read_template(folder / config.template, "question", "options").rstrip("\n")
+    folder = (
+        Path(__file__).parent if config.template == TEMPLATE else Path()
+    )  # the default is beside this file
+    template = read_template(folder / config.template, "question", "options")
     right, tables, results = [question.right for question in questions], {}, {}
     for path in config.models:
         model, tokenizer = load_model(path, str(get_device()), get_dtype())
@@ -213,11 +222,14 @@ def choices(config: ChoicesConfig) -> None:
         tables[path] = calibration(probs, right)
         results[path] = summarize(tables[path], config.seed)
         del model
-    print(f"{f'{len(questions):,} questions':28}" + "".join(f"{name[-26:]:>28}" for name in tables))
+    title = f"{len(questions):,} questions"
+    print(f"{title:28}" + "".join(f"{name[-26:]:>28}" for name in tables))
     for metric in next(iter(results.values())):
         cells = ("{mean:.3f} [{low:.3f}, {high:.3f}]".format(**row[metric]) for row in results.values())
         print(f"{metric:28}" + "".join(f"{cell:>28}" for cell in cells))
     if config.out_file:
-        write_json(config.out_file, {"flags": asdict(config), "metrics": results})
+        write_json(
+            config.out_file, {"flags": asdict(config), "questions": len(questions), "metrics": results}
+        )
     if config.picture:
         draw(tables, config.picture)

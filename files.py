@@ -161,10 +161,10 @@ def require_file(path: str | Path) -> None:
 
 
 def read_template(path: str | Path, *placeholders: str) -> str:
-    """A text file with {placeholders}. Raises InputError if it or a placeholder is missing."""
+    """A text file with {placeholders}, without its last newline. Raises InputError if one is missing."""
     require_file(path)
     try:
-        template = Path(path).read_text(encoding="utf-8")
+        template = Path(path).read_text(encoding="utf-8").rstrip("\n")
     except UnicodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
     for placeholder in placeholders:

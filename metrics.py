@@ -7,7 +7,7 @@ over prompts: texts of different prompts differ anyway.
     vendi_score        number of equally frequent, unrelated texts that would be as diverse, 1..N
     distinct_n, ead    share of n-grams that are new; ead divides by what chance would give
     self_bleu          overlap of each text with all others; here HIGH means alike
-    unique_share       share of texts that differ from one another at all
+    unique_share       number of different texts / number of texts
 
 Three traps:
 - N. Only cosine_diversity(distinct=True) estimates the same number for every N. Equation 44 compares each
@@ -17,8 +17,12 @@ Three traps:
   Self-BLEU depends on length too. First apply cut_words with one budget to all texts; report their lengths.
 - Quality. Random words score as diverse. Report a measure of quality beside every measure of diversity.
 
-How often does one of k samples solve a problem? pass_at_k counts any, best_of_n the one with the highest
-reward. Is a confidence of 70% right 70% of the time? expected_calibration_error and brier_score.
+Problems with a right answer, and multiple choice:
+
+    pass_at_k                    probability that at least one of k samples is correct
+    best_of_n                    probability that the sample with the highest reward of k is correct
+    expected_calibration_error   mean |accuracy - confidence| over bins of confidence
+    brier_score                  squared distance of the probabilities from the right answer
 
 Is model A better than model B? win_rate averages a judge's answers over both orders of showing the two texts.
 How far can chance move a mean over prompts? bootstrap gives a 95% interval.
@@ -150,9 +154,7 @@ def ead(texts: Sequence[str], n: int, vocabulary: int) -> float:
     """
     counts = count_ngrams(texts, n)
     if not vocabulary >= max(1, len(counts)):
-        raise ValueError(
-            f"vocabulary {vocabulary}: must be at least 1 and the {len(counts)} n-grams in the texts"
-        )
+        raise ValueError(f"vocabulary {vocabulary}: must be at least the texts' {len(counts)} n-grams, and 1")
     if not counts:
         return math.nan
     if vocabulary == 1:
@@ -214,10 +216,7 @@ def _bleu(matches: list[int], length: int, reference_length: int) -> float:
 
 
 def unique_share(texts: Sequence[str]) -> float:
-    """Number of different texts / number of texts, after NFC and with white space collapsed to single spaces.
-
-    Range 1/N to 1; nan for no texts. Falls as N grows.
-    """
+    """Number of different texts, but for white space, / number of texts; nan for none. Falls as N grows."""
     different = {" ".join(unicodedata.normalize("NFC", text).split()) for text in texts}
     return len(different) / len(texts) if texts else math.nan
 
@@ -248,9 +247,7 @@ def win_rate(first_order: Sequence[str], swapped_order: Sequence[str]) -> float:
     Raises ValueError for unequal lengths, empty lists and other answers.
     """
     if len(first_order) != len(swapped_order) or not first_order:
-        raise ValueError(
-            f"need two equally long lists of judgements, found {len(first_order)} and {len(swapped_order)}"
-        )
+        raise ValueError("need two lists of judgements, equally long and not empty")
     return sum(map(pair_score, first_order, swapped_order)) / len(first_order)
 
 
@@ -258,7 +255,7 @@ def win_rate(first_order: Sequence[str], swapped_order: Sequence[str]) -> float:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that at least one of k samples is correct, from n samples with c correct. (Chen et al. 2021)
+    """Estimated probability that one of k samples is correct, if c of n samples are. (Chen et al. 2021)
 
         1 - C(n-c, k) / C(n, k)  =  1 - prod_{i=n-c+1..n} (1 - k/i)
 
@@ -274,17 +271,17 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def best_of_n(correct: Sequence[float], reward: Sequence[float], k: int) -> float:
-    """Chance that the sample with the highest reward of k samples is correct, from n >= k samples.
+    """Estimated probability that the sample with the highest reward of k is correct, from n >= k samples.
 
         sum_i correct_(i) C(i-1, k-1) / C(n, k),  samples (1), ..., (n) in ascending order of reward
 
     C(i-1, k-1) subsets of k have sample (i) as their best; samples of equal reward are chosen equally often.
-    Unbiased, range 0 to 1. Raises ValueError unless the lists are equally long and 1 <= k <= n.
+    Unbiased, range 0 to 1. Raises ValueError for lists of different lengths, a reward of nan, or k > n.
     """
     correct, reward = np.asarray(correct, dtype=float), np.asarray(reward, dtype=float)
     n = len(correct)
-    if not (len(reward) == n and 1 <= k <= n):
-        raise ValueError(f"need 1 <= k <= n and n rewards, found n = {n}, k = {k}, {len(reward)} rewards")
+    if not (len(reward) == n and 1 <= k <= n) or np.isnan(reward).any():
+        raise ValueError(f"need 1 <= k <= n and n rewards, found n = {n}, k = {k}, rewards {reward}")
     # C(i-1, k-1) / C(n, k) is k/n for i = n, and (i-k)/(i-1) times as much for i - 1 as for i
     ratios = [(i - k) / (i - 1) for i in range(n, 1, -1)]
     weights = k / n * np.cumprod([1.0, *ratios])[::-1]
@@ -308,9 +305,10 @@ def calibration_edges(confidence: np.ndarray, bins: int = 10, equal_mass: bool =
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Per bin (lo, hi] its number of values, mean confidence and share correct, (bins, 3); nan if empty.
+    """For each bin (lo, hi]: number of values, mean confidence, share correct; (bins, 3).
 
-    A confidence of exactly 0 belongs to the first bin. Raises ValueError for confidences outside [0, 1].
+    The last two are nan for an empty bin. A confidence of exactly 0 belongs to the first bin. Raises
+    ValueError for confidences outside [0, 1].
     """
     confidence, correct = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
     if not ((confidence >= 0) & (confidence <= 1)).all():
@@ -325,11 +323,11 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, edges: np.ndarray) 
 def expected_calibration_error(
     confidence: np.ndarray, correct: np.ndarray, bins: int = 10, equal_mass: bool = False
 ) -> float:
-    """Mean over values of |share correct - mean confidence| of their bin. (Guo et al. 2017)
+    """sum over bins of n_bin / n * |share correct - mean confidence|. (Guo et al. 2017)
 
     `confidence` (n,) in [0, 1], `correct` (n,) 0 or 1. Bins are (lo, hi], see calibration_edges. Range 0 to
-    1. Biased upwards: a bin of m answers of a calibrated model still differs from its confidence by about
-    sqrt(conf (1 - conf) / m). Raises ValueError for no values and for confidences outside [0, 1].
+    1. Biased upwards: even for a calibrated model, the share correct of a bin with m answers differs from its
+    confidence by about sqrt(conf (1 - conf) / m). Raises ValueError for no values or any outside [0, 1].
     """
     if not len(confidence):
         raise ValueError("the calibration error needs at least one value")
@@ -341,13 +339,13 @@ def expected_calibration_error(
 def brier_score(probs: np.ndarray, labels: np.ndarray) -> float:
     """Mean over questions of sum_k (p_k - [k is the label])^2; `probs` (n, K), `labels` (n,). (Brier 1950)
 
-    Range 0 to 2; a uniform guess among K options has 1 - 1/K. (Some authors divide by K.) Raises ValueError
-    unless each row of `probs` sums to 1.
+    Range 0 to 2; a uniform guess among K options has 1 - 1/K. For two options half of it is (p - y)^2, the
+    scale from 0 to 1. Raises ValueError unless rows of `probs` are distributions and labels are 0 to K - 1.
     """
     probs, labels = np.asarray(probs, dtype=float), np.asarray(labels)
-    if not np.allclose(probs.sum(1), 1, atol=1e-4):
-        raise ValueError("the probabilities of a question do not sum to 1")
     one_hot = labels[:, None] == np.arange(probs.shape[1])
+    if not (np.allclose(probs.sum(1), 1, atol=1e-4) and (probs >= 0).all() and one_hot.any(1).all()):
+        raise ValueError("a row of probabilities is no distribution, or a label is outside 0 to K - 1")
     return float(np.square(probs - one_hot).sum(1).mean())
 
 

@@ -39,7 +39,7 @@ class SamplesConfig:
 def read_files(config: SamplesConfig) -> list[Groups]:
     """The samples and, if given, the baseline's, both of the prompts that are in both files.
 
-    Raises InputError if there are none, and if --out_file cannot be written.
+    Raises InputError if there are none, and if --out_file exists without --overwrite.
     """
     if not getattr(config, "resume", False):
         require_new(config, "out_file")
@@ -61,7 +61,8 @@ def finish(config: SamplesConfig, columns: list[Columns], files: list[Groups]) -
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for name in columns[0]:
         values = [column[name] for column in columns]
-        values += [values[0] - values[-1]] * (len(columns) - 1)
+        if len(values) == 2:
+            values.append(values[0] - values[1])
         line, row = f"{name:36}", result.setdefault(name, {})
         for head, x in zip(heads, values, strict=True):
             if len(x := x[~np.isnan(x)]):
@@ -116,14 +117,19 @@ def sample_rewards(files: list[Groups], path: str, chat: bool) -> list[np.ndarra
 
 
 def check_outputs(config: Any) -> None:
-    """Raise InputError if --out_file or --picture exists without --overwrite, or --picture is no picture."""
+    """Raise InputError if --out_file or --picture exists without --overwrite, or --picture cannot be drawn.
+
+    That needs matplotlib and a name that ends in .png or .pdf.
+    """
     is_picture = config.picture is None or config.picture.endswith((".png", ".pdf"))
     require(config, "picture", is_picture, "a .png or .pdf file")
     require_new(config, "out_file", "picture")
+    if config.picture:
+        new_figure(1, 1)
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, in inches. Raises InputError if matplotlib is missing."""
+    """An empty matplotlib figure of width x height inches. Raises InputError if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -47,7 +47,7 @@ from sample import sample
 BETA, ALPHAS = 0.1, (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # token temperatures of DPO
 TRAIN = ["@recipes/society.txt", "--data", "data/society/polls.jsonl.gz", "--lora_rank", 0]
-TRAIN += ["--lr", 5e-4, "--batch_size", 128, "--epochs", 3]
+TRAIN += ["--lr", 5e-4, "--batch_size", 64, "--epochs", 8]
 COVERED = {  # policies of the third picture: (alpha, token temperature, marker)
     "DPO": (0.1, 1.0, "o"),
     "DPL, α/β = 2": (0.2, 1.0, "s"),

@@ -153,6 +153,7 @@ def test_math_answer(text, answer):
         ("5", " 5. "),
         ("1000", "1,000"),
         ("10000", "10{,}000"),
+        ("10000", r"10\,000"),
         ("11111111100", r"11,\! 111,\! 111,\! 100"),
         (r"\$32,\!348", "32348"),
         ("-1,000,000", "−1000000"),
@@ -214,6 +215,9 @@ def test_an_empty_answer_equals_nothing(no_child, empty):
         ("$1,000.00$", "1000"),
         ("1, 000", "1,000"),  # two numbers
         (r"\text{Very Good}", "verygood"),
+        ("AB", "AB"),  # a segment
+        ("ab", "ab"),  # a product
+        ("X", "X"),
         (r"6\text{ p.m.}", "6p.m."),
         (r"2\text{ or }3", "2or3"),
         ("0.333...", "0.333..."),
@@ -288,6 +292,7 @@ def test_equal_mathematics(gold, answer):
         (r"\{1,2\}", r"\{1,3\}"),
         ("5,6", "6"),
         ("3, 100", "3100"),
+        ("12", "1 2"),
         ("(1,200)", "1200"),
         (r"1\pm\sqrt{2}", r"1+\sqrt{2}"),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),

@@ -47,14 +47,14 @@ def rows(problem, texts):
 
 
 def test_read_problems(tmp_path):
-    levels = ["Level 5", 5, "5", None, "Level ?"]
+    levels = ["Level 5", 5, "5", 5.0, None, "Level ²"]
     (tmp_path / "a.jsonl").write_bytes(lines(EGGS, CATS, *(ROOTS | {"level": level} for level in levels)))
     eggs, cats, *roots = read_problems(tmp_path / "a.jsonl")
     assert eggs == (EGGS["question"], "5", gsm8k_answer, None) and cats.gold == "600"
     assert {(p.question, p.gold, p.read_answer) for p in roots} == {
         (ROOTS["problem"], "\\frac{1}{2}", math_answer)
     }
-    assert [problem.level for problem in roots] == [5, 5, 5, None, None]
+    assert [problem.level for problem in roots] == [5, 5, 5, 5, None, None]
 
 
 @pytest.mark.parametrize(
@@ -173,15 +173,19 @@ def test_compare():
     assert dpo["relative"] == [1, 1] and dpl["relative"] == pytest.approx([2 / 3, 1])
     assert dpo["needed"] == [1, 2] and dpl["needed"] == pytest.approx([1.5, 2])
     # problem 0: both, 1: dpo, 2: dpl, 3: nobody
-    assert dpo["best here"] == dpl["best here"] == 1.5 / 3
+    assert dpo["share best"] == dpl["share best"] == 1.5 / 3
     for row in results.values():
-        assert [*row["intervals"]] == [1, 2]
-        for k, (low, high) in row["intervals"].items():
+        assert [*row["intervals"]] == ["best-of-N", "relative"]
+        for k, (low, high) in row["intervals"]["best-of-N"].items():
             assert low < row["best-of-N"][k - 1] < high
     part = compare(curves, np.array([0, 1]), seed=0)
-    assert part["dpo"]["best-of-N"] == [3 / 4, 1] and part["dpl"]["best here"] == 0.25
+    assert part["dpo"]["intervals"]["relative"] == {1: (1, 1), 2: (1, 1)}  # a ratio to itself
+    low, high = part["dpl"]["intervals"]["relative"][2]
+    assert 0 <= low < part["dpl"]["relative"][1] == 0.5 < high <= 1
+    assert math.isnan(dpl["intervals"]["relative"][1][0])  # some resample has no problem that dpo solves
+    assert part["dpo"]["best-of-N"] == [3 / 4, 1] and part["dpl"]["share best"] == 0.25
     nobody = compare(curves, np.array([3]), seed=0)
-    assert math.isnan(nobody["dpo"]["best here"]) and math.isnan(nobody["dpo"]["relative"][0])
+    assert math.isnan(nobody["dpo"]["share best"]) and math.isnan(nobody["dpo"]["relative"][0])
 
 
 # ---- evaluate.py answers
@@ -211,7 +215,7 @@ def run(files, monkeypatch, capsys):
         words += ["--samples", files / "dpo.jsonl", files / "dpl.jsonl", *flags]
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
         evaluate.main()
-        return json.loads((files / "out.json").read_text())["results"], capsys.readouterr().out
+        return json.loads((files / "out.json").read_text())["results"], capsys.readouterr()
 
     return run
 
@@ -228,11 +232,15 @@ def test_answers_of_two_policies(files, run):
     assert dpl["needed"] == pytest.approx([1, 1.5, 1.5])
     assert dpo["unique answers"] == pytest.approx([5 / 6, (5 / 3 + 1) / 4, (2 + 1) / 6])
     assert dpl["unique answers"] == pytest.approx([5 / 6, (4 / 3 + 2) / 4, (2 + 3) / 6])
-    assert [row["best here"] for row in (dpo, dpl)] == [1 / 2, 1 / 2]
+    assert [row["share best"] for row in (dpo, dpl)] == [1 / 2, 1 / 2]
     assert result["easy"]["dpo"]["best-of-N"] == pytest.approx([2 / 3, 1, 1])
     assert result["hard"]["dpl"]["best-of-N"] == pytest.approx([1 / 3, 2 / 3, 1])
     assert (files / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert "dpl: 2 problems, 3 samples each, 16.7% of answers could not be read" in printed
+    assert "dpl: 2 problems, 3 samples each, 16.7% of answers could not be read" in printed.out
+    warnings = printed.err.splitlines()
+    assert "warning: dpl: 1 problems are not in all files: left out" in warnings
+    assert "warning: dpl: 3 of up to 4 samples per problem are used" in warnings
+    printed = printed.out
     assert "all: 2 problems" in printed and "easy: 1 problems" in printed and "0.667 [" in printed
 
 
@@ -273,7 +281,7 @@ def test_answers_chosen_by_a_reward_model(files, run, reward_folder):
                 ]
             )
         assert result["all"][name]["chosen by reward"] == pytest.approx(np.mean(expected, axis=0))
-    assert "chosen by reward" in printed
+    assert "chosen by reward" in printed.out
 
 
 def test_an_empty_answer_has_a_reward_after_a_chat_template(run, reward_folder):
@@ -291,7 +299,7 @@ def test_an_empty_answer_has_a_reward_after_a_chat_template(run, reward_folder):
         ({"--samples": "problems.jsonl"}, "problems.jsonl:1: needs string 'prompt'"),
         ({"--samples": "stranger.jsonl"}, "stranger.jsonl: the prompt 'Who?' holds no question"),
         ({"--samples": "eggs.jsonl cats.jsonl"}, "no problem in common"),
-        ({"--samples": "dpo.jsonl dpo.jsonl"}, "different names"),
+        ({"--samples": "dpo.jsonl dpo.jsonl"}, "differ in name"),
         ({"--base_samples": "none.jsonl"}, "none.jsonl: no such file"),
         ({"--reward_model": "none"}, "--reward_model: "),
         ({"--out_file": "dpo.jsonl"}, "dpo.jsonl: exists; --overwrite"),
@@ -328,7 +336,7 @@ def test_prompts_are_the_filled_template(name, tiny_model_folder, tmp_path, monk
     flags |= {"num_samples": 2, "max_new_tokens": 2, "prompt_template": path}
     monkeypatch.setattr(sys, "argv", ["sample.py", *(f"--{k}={v}" for k, v in flags.items())])
     sample_file.main()
-    before, *rest = path.read_text(encoding="utf-8").split("{question}")
+    before, *rest = path.read_text(encoding="utf-8").rstrip("\n").split("{question}")
     assert rest
     expected = [before + "".join(question + part for part in rest) for question in questions for _ in "12"]
     assert [row["prompt"] for _, row in read_rows(tmp_path / "out.jsonl")] == expected

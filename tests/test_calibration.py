@@ -84,6 +84,11 @@ def test_best_of_n_refuses_impossible_numbers(correct, reward, k):
         best_of_n(correct, reward, k)
 
 
+def test_best_of_n_refuses_a_reward_of_nan():
+    with pytest.raises(ValueError, match="nan"):
+        best_of_n([1, 0], [1, float("nan")], 1)
+
+
 # ---- calibration
 
 
@@ -204,5 +209,10 @@ def test_brier_score_of_certain_answers_and_of_no_probabilities():
     certain = np.eye(3)
     assert brier_score(certain, np.array([0, 1, 2])) == 0
     assert brier_score(certain, np.array([1, 2, 0])) == 2
-    with pytest.raises(ValueError, match="sum to 1"):
+    for label in (-1, 3):  # a label counted from 1, for example
+        with pytest.raises(ValueError, match="label"):
+            brier_score(certain, np.array([0, 1, label]))
+    with pytest.raises(ValueError, match="distribution"):
+        brier_score(np.array([[1.5, -0.5]]), np.array([0]))
+    with pytest.raises(ValueError, match="distribution"):
         brier_score(np.array([[0.5, 0.4]]), np.array([0]))

@@ -193,7 +193,7 @@ def test_bad_rows_are_named(change, fragment):
 @pytest.mark.parametrize("change", [{"Incorrect Answers": " ; "}, {"Question": None}, {"Best Answer": None}])
 def test_bad_rows_of_truthfulqa_are_named(change):
     """A row of a .csv file with too few fields has None in the others."""
-    with pytest.raises(InputError, match=r"^rows\.jsonl:7: "):
+    with pytest.raises(InputError, match=r"^rows\.jsonl:7: needs a 'Question'"):
         read(TRUTHFUL | change)
 
 
@@ -223,6 +223,9 @@ def test_summary_by_hand():
     assert result["ECE, equal mass"]["mean"] == pytest.approx(mass)
     for row in result.values():
         assert row["low"] <= row["mean"] <= row["high"] and row["low"] < row["high"]
+    calibrated = {"confidence": np.full(500, 0.7), "accuracy": np.repeat([1.0, 0.0], [350, 150])}
+    ece = summarize(values | calibrated, seed=0)["ECE, equal width"]
+    assert 0 <= ece["low"] <= ece["mean"] + 1e-9 and ece["mean"] < 1e-9  # resamples alone are above 0.01
     assert summarize(values, seed=0) == result != summarize(values, seed=1)
 
 
@@ -291,6 +294,7 @@ def test_a_csv_file_of_truthfulqa(run, tmp_path):
         ({"--out_file": "mmlu.jsonl"}, "mmlu.jsonl: exists; --overwrite"),
         ({"--picture": "old.png"}, "old.png: exists; --overwrite"),
         ({"--picture": "picture.doc"}, "--picture"),
+        ({"--binary": ""}, "mmlu.jsonl:1: --binary"),
         ({"--chat": ""}, "chat template"),
     ],
 )
