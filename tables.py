@@ -113,6 +113,16 @@ def sample_rewards(files: list[Groups], path: str, chat: bool) -> list[np.ndarra
     return np.split(rewards, np.cumsum([len(flatten(groups)) for groups in files])[:-1])
 
 
+def mean_and_error(values: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over the first axis, which is training runs, and its standard error; 0 for a single run.
+
+    Of three runs, 95% of the means lie within 4.3 standard errors of the truth, not 2 (Student's t).
+    """
+    values = np.asarray(values, dtype=float)
+    spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
+    return values.mean(0), spread / math.sqrt(len(values))
+
+
 # ---- pictures
 
 

@@ -42,6 +42,7 @@ from model import load_model
 from preferences import encode_answers, encode_prompts, end_tokens
 from reference import score_completions
 from sample import sample_batch, sample_global_batch
+from tables import mean_and_error
 
 BETA, RATIOS = 0.1, (1, 1.1, 1.2, 1.3, 1.5, 2, 4, 11)  # alpha / beta
 # The two stories of a pair share most of their words, and the loss does not see the shared probability: large
@@ -201,26 +202,21 @@ def gaps(results: list[dict[str, Any]], curve: str, diversity: str, quality: str
 
 def print_tables(results: list[dict[str, Any]]) -> None:
     """Print every curve, mean and standard error over seeds, and DPL's lead at equal diversity."""
-    error = lambda x: x.std(0, ddof=1) / math.sqrt(len(x))  # noqa: E731
     names = [*DIVERSITIES, *QUALITIES]
     for curve in STYLES:
         print(f"\n{curve:36}" + "".join(f"{name:>17}" for name in names))
         for i in range(0, len(results[0][curve]), 1 if "exact" not in curve else 8):
             values = np.array([[curves[curve][i][name] for name in names] for curves in results])
-            cells = (f"{m:9.3f} ± {e:5.3f}" for m, e in zip(values.mean(0), error(values), strict=True))
+            cells = (f"{m:9.3f} ± {e:5.3f}" for m, e in zip(*mean_and_error(values), strict=True))
             print(f"  {results[0][curve][i]['x']:<34.4g}" + "".join(f"{cell:>17}" for cell in cells))
     print("\nDPL's lead in quality at equal diversity, per point of the other curve: + DPL is better by two")
-    print("standard errors, - worse, = neither, . DPL does not have this diversity")
+    print("standard errors (82% sure with 3 seeds), - worse, = neither, . DPL does not have this diversity")
     for curve in SAMPLED:
         for diversity in DIVERSITIES:
             marks = []
             for quality in QUALITIES:
-                lead = gaps(results, curve, diversity, quality)
-                signs = np.select(
-                    [np.isnan(lead).any(0), lead.mean(0) > 2 * error(lead), lead.mean(0) < -2 * error(lead)],
-                    [".", "+", "-"],
-                    "=",
-                )
+                lead, error = mean_and_error(gaps(results, curve, diversity, quality))
+                signs = np.select([np.isnan(lead), lead > 2 * error, lead < -2 * error], [".", "+", "-"], "=")
                 marks.append(f"{quality} {''.join(signs)}")
             print(f"{curve:24} by {diversity:8}", "   ".join(marks))
 
@@ -236,7 +232,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                     continue  # 100% by construction
                 x, y = (np.array([column(c[curve], n) for c in results]) for n in (diversity, quality))
                 y = 100 * y if quality == "well_formed" else y
-                bars = [None if is_exact else v.std(0, ddof=1) / math.sqrt(len(v)) for v in (y, x)]
+                bars = [None if is_exact else mean_and_error(v)[1] for v in (y, x)]
                 options = {
                     "color": grey,
                     "label": curve,

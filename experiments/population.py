@@ -1,24 +1,30 @@
 """Does a policy speak for the population? The DPL paper's corollary 3.1, calibration and best-of-N, on polls.
 
-55, 20, 15 and 10% of the society hold the four opinions of each poll. A policy trained on its preferences has
+Of every 100 people in the society, 55, 20, 15 and 10 hold the four opinions of a poll. DPL trained on their
+preferences ends at
 
-    pi  proportional to  pi_ref^(beta/alpha) * share^(1/alpha)                             (proposition 3.2)
+    pi  proportional to  pi_ref^(beta/alpha) * share^(1/alpha).          (propositions 3.2 and A.1)
 
-so with beta = 0.1, alpha from 0.1 (DPO) up to 1 should lead from a landslide of the majority to the shares.
-Three claims, each with a picture, for DPL and for DPO at a token temperature:
+With beta = 0.1, DPO (alpha = 0.1) gives the majority's opinion nearly always. As alpha rises to 1, each
+opinion should be given as often as it is held. Three claims, each with a picture:
 
-    shares       corollary 3.1: at alpha = 1 the policy's probabilities are the shares
-    calibration  Figure 4: the policy's confidence in an opinion is the share of people who hold it
-    coverage     Figures 3, 7 to 9: a person drawn from the population finds the own opinion in N samples
+    shares       corollary 3.1: at alpha = 1 the policy's probabilities are the shares, times pi_ref^0.1
+    calibration  Figure 4: the policy's confidence in an opinion is the share of people who hold it. (The
+                 paper measures this on facts; here it is about opinions, and the truth is known.)
+    coverage     Figures 3, 7 to 9: draw a person; is the person's opinion among N texts of the policy? For
+                 opinion o the chance is 1 - (1 - pi(o))^N.
 
-A person with opinion o does with the chance 1 - (1 - pi(o))^N. The rarer the opinion, the harder.
-All probabilities are exact; only the measured points of coverage are from samples.
+The other way to more diversity, DPO at a token temperature, stands beside DPL. All probabilities are exact;
+only the measured points of coverage are from samples. Errors are over seeds of training on one set of 4,000
+pairs. Labels are drawn at random, so that set has an optimum of its own: label_optimum() computes it.
 
-    python experiments/population.py       # 18 short runs; finished training runs are kept
+The reference is nearly flat on the polls. Therefore DPO with beta = alpha has almost the same optimum as DPL
+here; what the split into alpha and beta is for, experiments/pareto.py shows.
+
+    python experiments/population.py       # 18 short runs, 17 minutes; finished training runs are kept
 """
 
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,14 +45,17 @@ from evaluate import WORLD
 from experiments.doctor import REFERENCE, run
 from experiments.temperature import story_logits, story_logp
 from files import flag, parse, require, run_command, write_json
-from metrics import brier_score, expected_calibration_error, pass_at_k
+from formats import read_pairs
+from metrics import pass_at_k
 from model import load_model
 from preferences import encode_answers, encode_prompts
 from sample import sample
+from tables import mean_and_error
 
 BETA, ALPHAS = 0.1, (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # token temperatures of DPO
-TRAIN = ["@recipes/society.txt", "--data", "data/society/polls.jsonl.gz", "--lora_rank", 0]
+DATA = "data/society/polls.jsonl.gz"
+TRAIN = ["@recipes/society.txt", "--data", DATA, "--lora_rank", 0]
 TRAIN += ["--lr", 5e-4, "--batch_size", 64, "--epochs", 8]
 COVERED = {  # policies of the third picture: (alpha, token temperature, marker)
     "DPO": (0.1, 1.0, "o"),
@@ -54,6 +63,7 @@ COVERED = {  # policies of the third picture: (alpha, token temperature, marker)
     "DPL, α/β = 10": (1.0, 1.0, "^"),
     "DPO at token temperature 3": (0.1, 3.0, "x"),
 }
+BEST = "DPO at its best token temperature for each N"
 MOST = 128  # samples per person
 
 
@@ -82,37 +92,58 @@ def opinion_probs(model: Any, tokenizer: Any, polls: dict[str, dict], temperatur
 
 
 def evaluate_probs(probs: np.ndarray, shares: np.ndarray) -> dict[str, float]:
-    """Calibration of normalised probabilities (polls, 4) as forecasts of a person's opinion, and `outside`.
+    """How well probabilities (polls, 4), normalised, forecast the opinion of a person; means over polls.
 
-    Every poll is put to 100 people, whose opinions have exactly the shares (4,), whole percents.
+    tv        total variation to the shares (4,)
+    ece       |confidence - accuracy|: largest probability, and the share of people with that opinion
+    brier     mean over people of sum_k (p_k - [k is the person's opinion])^2
+    outside   probability of texts that are none of the opinions
     """
-    people = np.tile(np.repeat(np.arange(len(shares)), np.round(100 * shares).astype(int)), len(probs))
-    forecast = np.repeat(probs / probs.sum(1, keepdims=True), 100, axis=0)
+    p = probs / probs.sum(1, keepdims=True)
     return {
-        "tv": abs(probs / probs.sum(1, keepdims=True) - shares).sum(1).mean() / 2,
-        "ece": expected_calibration_error(forecast.max(1), forecast.argmax(1) == people),
-        "brier": brier_score(forecast, people),
+        "tv": abs(p - shares).sum(1).mean() / 2,
+        "ece": abs(p.max(1) - shares[p.argmax(1)]).mean(),
+        "brier": ((p**2).sum(1) - 2 * p @ shares + 1).mean(),
         "outside": 1 - probs.sum(1).mean(),
     }
 
 
+def label_optimum(polls: dict[str, dict], alpha: float) -> np.ndarray:
+    """The distribution over opinions that minimises the loss on the labelled pairs of DATA, (polls, 4).
+
+    The loss is logistic in the difference of alpha log pi - beta log pi_ref. Its minimum is the Bradley-Terry
+    fit of the labels, found here by its fixed-point iteration (Zermelo, 1929). Pairs with a text that is no
+    opinion are left out: such a text always loses, so it says nothing about the opinions.
+    """
+    rows, policies = read_pairs(ROOT / DATA), []
+    for prompt, poll in polls.items():
+        names = list(poll["shares"])
+        wins = np.zeros((len(names), len(names)))  # wins[i, j]: pairs in which i was preferred to j
+        for row in rows:
+            if row["prompt"] == prompt and {row["chosen"], row["rejected"]} <= set(names):
+                wins[names.index(row["chosen"]), names.index(row["rejected"])] += 1
+        strength = np.ones(len(names))
+        for _ in range(1000):
+            strength = wins.sum(1) / ((wins + wins.T) / (strength[:, None] + strength)).sum(1)
+        policies.append(optimum(np.array(poll["reference_logp"]), np.log(strength), alpha, BETA))
+    return np.array(policies)
+
+
 def measured_coverage(
-    model: Any, tokenizer: Any, polls: dict[str, dict], config: PopulationConfig, temperature: float
+    model: Any,
+    tokenizer: Any,
+    polls: dict[str, dict],
+    config: PopulationConfig,
+    temperature: float,
+    seed: int = 0,
 ) -> np.ndarray:
     """Chance that each opinion is among N samples, (polls, 4, len(powers(MOST))), estimated by pass_at_k."""
     rows = []
+    generator = torch.Generator().manual_seed(seed)
     for prompt, poll in polls.items():
         [ids] = encode_prompts([prompt], tokenizer)
-        generator = torch.Generator().manual_seed(0)
-        drawn = sample(
-            model,
-            ids,
-            config.samples,
-            16,
-            tokenizer.eos_token_id,
-            temperature=temperature,
-            generator=generator,
-        )
+        params = {"temperature": temperature, "generator": generator}
+        drawn = sample(model, ids, config.samples, 16, tokenizer.eos_token_id, **params)
         texts = [decode_continuation(c.tokens[:-1], tokenizer) for c in drawn if c.finish == "eos"]
         counts = [texts.count(opinion) for opinion in poll["shares"]]
         rows.append([[pass_at_k(config.samples, c, k) for k in powers(MOST)] for c in counts])
@@ -120,9 +151,11 @@ def measured_coverage(
 
 
 def make_results(config: PopulationConfig) -> dict[str, Any]:
-    """Train what is missing; returns probabilities {"DPL": (seeds, alphas, polls, 4), "DPO": ..., "optimum"}.
+    """Train what is missing; returns opinion probabilities by policy, each (seeds, settings, polls, 4).
 
-    "DPO" is at each of TEMPERATURES; "measured" maps COVERED to (seeds, polls, 4, numbers of samples).
+    "DPL" is at each of ALPHAS and "DPO" at each of TEMPERATURES. Without the axis of seeds: "optimum" and
+    "label optimum" of DPL, "DPO optimum" with beta = alpha, all (alphas, polls, 4), and "reference" (polls,
+    4). "measured" maps the names of COVERED to (seeds, polls, 4, numbers of samples).
     """
     polls = json.loads(WORLD.read_text())["polls"]
     results: dict[str, Any] = {"DPL": [], "DPO": [], "measured": {name: [] for name in COVERED}}
@@ -137,27 +170,24 @@ def make_results(config: PopulationConfig) -> dict[str, Any]:
             results["DPL"].append([opinion_probs(*models[alpha], polls, 1.0) for alpha in ALPHAS])
             results["DPO"].append([opinion_probs(*models[BETA], polls, t) for t in TEMPERATURES])
             for name, (alpha, t, _) in COVERED.items():
-                results["measured"][name].append(measured_coverage(*models[alpha], polls, config, t))
+                results["measured"][name].append(measured_coverage(*models[alpha], polls, config, t, seed))
     shares = [np.array(list(poll["shares"].values())) for poll in polls.values()]
     logp = [np.array(poll["reference_logp"]) for poll in polls.values()]
-    results["optimum"] = [
-        [optimum(r, np.log(s), alpha, BETA) for r, s in zip(logp, shares, strict=True)] for alpha in ALPHAS
-    ]
+    for name, beta in (("optimum", dict.fromkeys(ALPHAS, BETA)), ("DPO optimum", {a: a for a in ALPHAS})):
+        results[name] = [
+            [optimum(r, np.log(s), alpha, beta[alpha]) for r, s in zip(logp, shares, strict=True)]
+            for alpha in ALPHAS
+        ]
+    results["label optimum"] = [label_optimum(polls, alpha) for alpha in ALPHAS]
     results["reference"] = opinion_probs(*load_model(REFERENCE), polls, 1.0)
     results["shares"] = shares[0]
     results["measured"] = {name: np.array(rows) for name, rows in results["measured"].items()}
     return {name: x if isinstance(x, dict) else np.array(x) for name, x in results.items()}
 
 
-def mean_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the first axis, which is seeds, and its standard error, which is 0 for a single seed."""
-    single = len(values) == 1
-    return values.mean(0), values.std(0, ddof=0 if single else 1) / math.sqrt(len(values))
-
-
 def scores(probs: np.ndarray, shares: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Mean and error over seeds of one of evaluate_probs' values; `probs` is (seeds, settings, polls, 4)."""
-    return mean_error(np.array([[evaluate_probs(p, shares)[name] for p in seed] for seed in probs]))
+    return mean_and_error([[evaluate_probs(p, shares)[name] for p in seed] for seed in probs])
 
 
 def print_tables(results: dict[str, Any]) -> None:
@@ -170,14 +200,15 @@ def print_tables(results: dict[str, Any]) -> None:
         + "       shares      ECE            Brier    outside"
     )
     rows = [(f"DPL, alpha {a:g}", results["DPL"][:, i]) for i, a in enumerate(ALPHAS)]
-    rows += [(f"optimum, alpha {a:g}", results["optimum"][None, i]) for i, a in enumerate(ALPHAS)]
+    for name in ("optimum", "label optimum", "DPO optimum"):
+        rows += [(f"{name}, alpha {a:g}", results[name][None, i]) for i, a in enumerate(ALPHAS)]
     rows += [(f"DPO, token temperature {t:g}", results["DPO"][:, i]) for i, t in enumerate(TEMPERATURES)]
     for label, probs in [("reference", results["reference"][None]), *rows]:
         share = (probs / probs.sum(-1, keepdims=True)).mean((0, 1))
         line = f"{label:34}" + "".join(f"{x:10.3f}" for x in share)
         for name in ("tv", "ece", "brier", "outside"):
             mean, error = scores(probs[:, None], shares, name)
-            line += f"  {mean[0]:.3f} ± {error[0]:.3f}"
+            line += f"  {mean[0]:.3f}" + (f" ± {error[0]:.3f}" if len(probs) > 1 else " " * 8)
         print(line)
     for opinion, title in [
         (None, "a person drawn from the population"),
@@ -189,6 +220,8 @@ def print_tables(results: dict[str, Any]) -> None:
             seen = over_people(results["measured"][name], shares, opinion)
             cells = (f"{a:.3f} ({b:.3f})" for a, b in zip(exact.mean(0), seen.mean(0), strict=True))
             print(f"  {name:48}" + "".join(f"{cell:>16}" for cell in cells))
+        cells = best_temperature(results, opinion)[:, np.array(powers(MOST)) - 1].mean(0)
+        print(f"  {BEST:48}" + "".join(f"{cell:>16.3f}" for cell in cells))
 
 
 def covered_probs(results: dict[str, Any], name: str) -> np.ndarray:
@@ -202,23 +235,36 @@ def over_people(values: np.ndarray, shares: np.ndarray, opinion: int | None) -> 
     return values.mean(1).swapaxes(1, 2) @ (shares if opinion is None else np.eye(len(shares))[opinion])
 
 
-def coverage(results: dict[str, Any], name: str, opinion: int | None) -> np.ndarray:
-    """Exact chance that N samples of a policy of COVERED cover a person, (seeds, MOST), mean over polls.
+def exact_coverage(probs: np.ndarray, shares: np.ndarray, opinion: int | None) -> np.ndarray:
+    """Chance that a person's opinion is among N samples of a policy, (seeds, MOST), from its probabilities.
 
-    The person holds opinion number `opinion`, or is drawn from the population.
+    `probs` is (seeds, polls, 4). The person holds opinion number `opinion`, or is drawn from the population.
     """
-    hit = 1 - (1 - covered_probs(results, name)[..., None]) ** np.arange(1, MOST + 1)
-    return over_people(hit, results["shares"], opinion)
+    return over_people(1 - (1 - probs[..., None]) ** np.arange(1, MOST + 1), shares, opinion)
+
+
+def coverage(results: dict[str, Any], name: str, opinion: int | None) -> np.ndarray:
+    """exact_coverage() of a policy of COVERED."""
+    return exact_coverage(covered_probs(results, name), results["shares"], opinion)
+
+
+def best_temperature(results: dict[str, Any], opinion: int | None) -> np.ndarray:
+    """exact_coverage() of DPO at the best of TEMPERATURES for each N."""
+    by_temperature = results["DPO"].swapaxes(0, 1)
+    return np.max([exact_coverage(p, results["shares"], opinion) for p in by_temperature], axis=0)
 
 
 def draw_shares(results: dict[str, Any], path: Path) -> None:
     """Corollary 3.1: the probability of each opinion against alpha, over the exact optimum."""
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    mean, error = mean_error((results["DPL"] / results["DPL"].sum(-1, keepdims=True)).mean(2))
-    optimum_ = results["optimum"].mean(1)
+    mean, error = mean_and_error((results["DPL"] / results["DPL"].sum(-1, keepdims=True)).mean(2))
+    lines = [("optimum", "-", "exact optimum"), ("label optimum", "--", "optimum for the labels as drawn")]
+    lines += [("DPO optimum", ":", "exact optimum of DPO with β = α")]
     for o, (share, marker) in enumerate(zip(results["shares"], "os^D", strict=True)):
         grey = str(0.15 * o)
-        axis.plot(ALPHAS, 100 * optimum_[:, o], color=grey, lw=1)
+        for name, style, label in lines:
+            label = label if o == 0 else None
+            axis.plot(ALPHAS, 100 * results[name].mean(1)[:, o], style, color=grey, lw=1, label=label)
         label = f"opinion of {share:.0%}"
         axis.errorbar(
             ALPHAS, 100 * mean[:, o], 100 * error[:, o], fmt=marker, color=grey, capsize=2, label=label
@@ -228,8 +274,8 @@ def draw_shares(results: dict[str, Any], path: Path) -> None:
     axis.set_xticks(ALPHAS, [f"{a:g}" for a in ALPHAS], minor=False)
     axis.set_xticks([], minor=True)
     axis.set(xlabel="α (β = 0.1; DPO is α = 0.1)", ylabel="probability of the opinion, %")
-    axis.set_title("Lines: exact optimum. Bars at the right: the population", fontsize=10, loc="left")
-    axis.legend(frameon=False)
+    axis.set_title("Markers: trained. Bars at the right: the population", fontsize=10, loc="left")
+    axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 
@@ -239,7 +285,7 @@ def draw_calibration(results: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
     shares = results["shares"]
     titles = {
-        "ece": "expected calibration error",
+        "ece": "calibration error of the favourite",
         "brier": "Brier score, 0 to 2",
         "outside": "other texts, share",
     }
@@ -275,20 +321,17 @@ def draw_coverage(results: dict[str, Any], path: Path) -> None:
     panels += [(f"a person of the {shares[o]:.0%} opinion", o) for o in (0, 3)]
     for axis, (title, opinion) in zip(axes.flat, panels, strict=False):
         for i, (name, (_, _, marker)) in enumerate(COVERED.items()):
-            mean, error = mean_error(over_people(results["measured"][name], shares, opinion))
+            mean, error = mean_and_error(over_people(results["measured"][name], shares, opinion))
             axis.plot(ks, coverage(results, name, opinion).mean(0), color=str(0.2 * i), lw=1)
             axis.errorbar(marks, mean, error, fmt=marker, color=str(0.2 * i), ms=5, capsize=2, label=name)
-        axis.set(title=title, ylabel="finds the own opinion among N")
+        best = best_temperature(results, opinion).mean(0)
+        axis.plot(ks, best, color="0.8", lw=5, zorder=0, label=BEST)
+        axis.set(title=title, ylabel="their opinion is among N samples")
     first = coverage(results, "DPO", None).mean(0)
-    for i, name in enumerate(COVERED):
+    for i, (name, (_, _, marker)) in enumerate(COVERED.items()):
         curve = coverage(results, name, None).mean(0)
-        axes[1, 0].plot(
-            ks, curve / first, color=str(0.2 * i), marker=COVERED[name][2], markevery=[k - 1 for k in marks]
-        )
-        needed = samples_needed(curve, first)
-        axes[1, 1].plot(
-            ks, needed, color=str(0.2 * i), marker=COVERED[name][2], markevery=[k - 1 for k in marks]
-        )
+        for axis, values in ((axes[1, 0], curve / first), (axes[1, 1], samples_needed(curve, first))):
+            axis.plot(ks, values, color=str(0.2 * i), marker=marker, markevery=[k - 1 for k in marks])
     axes[1, 0].set(title="relative to DPO, population (Figure 8)", ylabel="coverage / DPO's")
     axes[1, 1].set(
         title="samples needed for DPO's coverage (Figure 9)",

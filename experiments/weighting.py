@@ -1,34 +1,41 @@
 """Does weighting by dispersion help? MallowsPO's question, on debates whose truth is known.
 
-The society's debates have five answers each, a central ranking, and raters drawn from a Mallows model with
-dispersion phi between 0.05 (nearly all agree) and 0.95. DPO, the phi link and DPL train on the same pairs at
-three values of beta, with three weights: none, the estimate from the reference's entropies, and the true
--log phi of each debate, scaled to the mean 1. The estimate lies between 0.90 and 1.23 only; the true weight
-between 0.05 and 3.2. Each policy is evaluated exactly on its five answers; for all other texts, which lose
-to every answer, 256 samples of each debate are used.
+The society's debates have five answers each, a central ranking, and raters drawn from a Mallows model. Their
+dispersion phi lies between 0.05 (a settled debate: nearly all raters agree) and 0.95 (a contested one). DPO,
+the phi link and DPL train on the same pairs at three values of beta, with three weights: none, the estimate
+from the reference's entropies, and the true -log phi of each debate, scaled to the mean 1. The estimate lies
+between 0.90 and 1.23 only; the true weight between 0.05 and 3.2.
 
-    utility     P(a rater prefers the policy's text to the reference's), a tie counting half
-    KL          KL(policy || reference) of whole texts, in nats
-    entropy     of the policy's whole texts, in nats: its diversity
-    distance    total variation between the policy and the share of raters whose favourite each answer is
-    outside     the policy's probability of other texts
+The policy's probabilities of the five answers are exact. All other texts lose to every answer; what they add
+to KL and entropy is estimated from 256 samples of each debate.
 
-What an exact weight does. Write d for a difference of ranks and L = -log phi. Mallows-theta raters prefer the
-better of two texts with probability sigmoid(2 L d), so their Bradley-Terry reward is 2 L times the negative
-rank, and the optimum of DPO is pi ~ pi_ref exp(-2 L rank / beta): sharp where people agree, near the
-reference where they do not. MallowsPO-theta fits sigmoid(2 L beta Delta) to the same probability. L cancels:
+    utility          P(a rater prefers the policy's text to the reference's), a tie counting half
+    KL               KL(policy || reference) of whole texts, in nats
+    KL, answers      the same among the five answers: of probabilities that are normalised over them
+    entropy          of the policy's whole texts, in nats
+    entropy, answers of the probabilities normalised over the answers: diversity without broken texts
+    distance         total variation between the policy and the share of raters who favour each answer
+    outside          the policy's probability of other texts
 
-    beta Delta = d,     pi ~ pi_ref exp(-rank / beta)     on every prompt, contested or not.
+What an exact weight does. Write d for a difference of ranks and L = -log phi. Take MallowsPO's corollary 2 at
+its word: raters prefer the better of two texts with probability sigmoid(2 L d). Then their Bradley-Terry
+reward is 2 L times the negative rank, and the optimum of DPO is pi ~ pi_ref exp(-2 L rank / beta): far from
+the reference in settled debates, near it in contested ones. MallowsPO-theta fits sigmoid(2 L beta Delta) to
+the same probability, and L cancels:
 
-The phi link with the true phi does the same for Mallows-phi raters, as in this society. With the theta link
-and such raters, L cancels nearly: the logit of a preference is L for neighbours and between (2d + 1) L / 3
-(phi near 1) and d L - log d (phi near 0) for others. So the exact weight takes away what protects diversity
-in DPO. The right panel shows that, beside the optimum of each loss, found by minimising it over a table.
+    beta Delta = d,     pi ~ pi_ref exp(-rank / beta)     on every prompt, contested or settled.
 
-Runs with one seed see the same batches, so the effect of the weight is the difference within a seed. A mean
-over three seeds of one data set says nothing about differences smaller than its error.
+The phi link does the same for raters of corollary 3, as in this society, if it is given the true phi. (Here
+-log phi is scaled to the mean 1, by 1.08.) With the theta link and such raters L cancels nearly: the logit of
+a preference is L for neighbours and between (2d + 1) L / 3 (phi near 1) and d L - log d (phi near 0) for
+others. In DPO, contested debates stay diverse because their labels say little. An exact weight undoes that.
+The right panel shows it, beside the optimum of each loss, found by minimising it over a table.
 
-    python experiments/weighting.py     # 81 short runs, 45 minutes; finished training runs are kept
+Runs with the same seed see the same batches, so a weighted run is compared with the unweighted run of its
+seed. With three seeds, a difference is beyond chance (95%) from 4.3 standard errors on; and the table has 18
+rows of differences, so look for what all three betas agree on.
+
+    python experiments/weighting.py     # 81 short runs, MINUTES minutes; finished training runs are kept
 """
 
 import itertools
@@ -58,25 +65,26 @@ from model import Stats, load_model
 from preferences import encode_prompts
 from reference import score_completions
 from sample import sample
+from tables import mean_and_error
 from train_mallows import MallowsConfig, fit_dispersion, mallows_dpl_loss, mallows_phi_loss, objective
 from trainer import train
 
 BETAS = (0.1, 0.2, 0.4)
 LOSSES = {"DPO": "theta", "φ link": "phi", "DPL, α = 2β": "dpl"}
 WEIGHTS = ("none", "estimate", "true")
-MARKERS, FILLS = (
-    dict(zip(LOSSES, "o^D", strict=True)),
-    dict(zip(WEIGHTS, ("white", "0.7", "0.1"), strict=True)),
-)
+MARKERS = dict(zip(LOSSES, "o^D", strict=True))
+FILLS = dict(zip(WEIGHTS, ("white", "0.7", "0.1"), strict=True))
 TRAIN = ["--model", REFERENCE, "--data", ROOT / "data/society/debates.jsonl.gz"]
 TRAIN += ["--lora_rank", 0, "--lr", 5e-4, "--epochs", 3]
 RECIPE = f"@{ROOT}/recipes/debates.txt"
 METRICS = {  # key: title
     "utility": "utility",
     "kl": "KL, nats",
+    "answers_kl": "KL, answers",
     "entropy": "entropy, nats",
+    "answers_entropy": "entropy, answers",
+    "contested_entropy": "the same, phi > 0.5",
     "distance": "distance",
-    "dispersed": "where phi > 0.5",
     "outside": "outside",
 }
 
@@ -137,13 +145,12 @@ def answer_logp(model: Any, tokenizer: Any, debates: dict[str, dict]) -> np.ndar
 
 
 def other_texts(
-    model: Any, tokenizer: Any, reference: Any, debates: dict[str, dict], samples: int
+    model: Any, tokenizer: Any, reference: Any, debates: dict[str, dict], samples: int, seed: int = 0
 ) -> np.ndarray:
     """Means over samples of [the text is no answer] times log pi and log pi_ref of it, (debates, 2), nats."""
-    rows = []
+    rows, generator = [], torch.Generator().manual_seed(seed)
     for prompt, debate in debates.items():
         [ids] = encode_prompts([prompt], tokenizer)
-        generator = torch.Generator().manual_seed(0)
         drawn = sample(model, ids, samples, 24, tokenizer.eos_token_id, generator=generator)
         is_answer = [
             c.finish == "eos" and decode_continuation(c.tokens[:-1], tokenizer) in debate["ranking"]
@@ -171,14 +178,17 @@ def evaluate_policy(logp: np.ndarray, other: np.ndarray, debates: dict[str, dict
             wins[j, i] = 1 - wins[i, j]
         reference = np.exp(debate["reference_logp"])
         policy6, reference6 = (np.append(p, 1 - p.sum()) for p in (answers, reference))
-        distance = abs(policy6 - np.append(mallows_favourites(phi, count), 0)).sum() / 2
+        p, q = answers / answers.sum(), reference / reference.sum()
+        entropy = -(p @ np.log(p))
         rows.append(
             {
                 "utility": policy6 @ wins @ reference6,
                 "kl": answers @ np.log(answers / reference) + other_logp - other_ref,
+                "answers_kl": p @ np.log(p / q),
                 "entropy": -(answers @ np.log(answers)) - other_logp,
-                "distance": distance,
-                "dispersed": distance if phi > 0.5 else math.nan,
+                "answers_entropy": entropy,
+                "contested_entropy": entropy if phi > 0.5 else math.nan,
+                "distance": abs(policy6 - np.append(mallows_favourites(phi, count), 0)).sum() / 2,
                 "outside": policy6[count],
             }
         )
@@ -225,20 +235,20 @@ def make_results(config: WeightingConfig) -> dict[str, list[dict[str, np.ndarray
     debates = json.loads(WORLD.read_text())["debates"]
     reference, _ = load_model(REFERENCE)
 
-    def evaluate(folder: Path) -> dict[str, np.ndarray]:
+    def evaluate(folder: Path, seed: int) -> dict[str, np.ndarray]:
         model, tokenizer = load_model(folder)
         with torch.no_grad():
-            other = other_texts(model, tokenizer, reference, debates, config.samples)
+            other = other_texts(model, tokenizer, reference, debates, config.samples, seed)
         return evaluate_policy(answer_logp(model, tokenizer, debates), other, debates)
 
-    results = {"reference": [evaluate(REFERENCE)]}
+    results = {"reference": [evaluate(REFERENCE, 0)]}
     methods = list(itertools.product(LOSSES, WEIGHTS, BETAS))
     for loss, weight, beta in tqdm(methods, desc="policies", unit="setting", disable=None):
         rows = results.setdefault(method(loss, weight, beta), [])
         for seed in range(config.seeds):
             folder = Path(config.out_dir).resolve() / f"{LOSSES[loss]}-{weight}-{beta}-seed{seed}"
             train_policy(folder, loss, weight, beta, seed)
-            rows.append(evaluate(folder))
+            rows.append(evaluate(folder, seed))
     return results
 
 
@@ -248,12 +258,6 @@ def method(loss: str, weight: str, beta: float) -> str:
 
 
 # ---- results
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """The mean over seeds and its standard error, which is 0 for a single seed."""
-    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return float(np.mean(values)), float(error)
 
 
 def over_debates(rows: list[dict[str, np.ndarray]], name: str) -> list[float]:
@@ -281,41 +285,35 @@ def print_table(results: dict[str, list[dict[str, np.ndarray]]]) -> None:
 def draw(results: dict[str, list[dict[str, np.ndarray]]], path: Path) -> None:
     """Plot utility against KL and entropy, and each debate's entropy against its dispersion."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    for axis, metric in zip(axes, ("kl", "entropy"), strict=False):
+    for axis, metric in zip(axes, ("kl", "answers_entropy"), strict=False):
         for loss, weight in itertools.product(LOSSES, WEIGHTS):
             rows = [results[method(loss, weight, beta)] for beta in BETAS]
             (x, dx), (y, dy) = (
                 np.array([mean_and_error(over_debates(row, name)) for row in rows]).T
                 for name in (metric, "utility")
             )
-            style = {
-                "marker": MARKERS[loss],
-                "ms": 7,
-                "color": "0.2",
-                "mfc": FILLS[weight],
-                "lw": 0.8,
-                "capsize": 2,
-            }
-            axis.errorbar(x, 100 * y, 100 * dy, dx, label=f"{loss}, weight: {weight}", **style)
+            style = {"marker": MARKERS[loss], "mfc": FILLS[weight], "ms": 7, "color": "0.2", "lw": 0.8}
+            axis.errorbar(x, 100 * y, 100 * dy, dx, capsize=2, label=f"{loss}, weight: {weight}", **style)
         axis.set_ylabel("preferred to the reference's answer, %")
     axes[0].set_xlabel("KL(policy || reference), nats")
-    axes[1].set_xlabel("entropy of the policy, nats")
-    axes[1].axvline(np.mean(results["reference"][0]["entropy"]), color="0.7", lw=1)
+    axes[1].set_xlabel("entropy among the five answers, nats (line: the reference's)")
+    axes[1].axvline(np.mean(results["reference"][0]["answers_entropy"]), color="0.7", lw=1)
     axes[1].legend(frameon=False, fontsize=8)
     debates = json.loads(WORLD.read_text())["debates"]
     phis = np.array([debate["phi"] for debate in debates.values()])
     mean_c = -np.log(phis).mean()
     lines = {"none": np.ones_like(phis), "true": -np.log(phis) / mean_c}
-    axes[2].plot(phis, results["reference"][0]["entropy"], color="0.75", lw=5, label="reference")
+    axes[2].plot(phis, results["reference"][0]["answers_entropy"], color="0.75", lw=5, label="reference")
     for (weight, c), style in zip(lines.items(), (":", "-"), strict=True):
-        rows = np.mean([row["entropy"] for row in results[method("DPO", weight, 0.1)]], axis=0)
+        rows = np.mean([row["answers_entropy"] for row in results[method("DPO", weight, 0.1)]], axis=0)
         axes[2].plot(
             phis, rows, "o", ms=6, color="0.2", mfc=FILLS[weight], label=f"DPO, weight: {weight}, trained"
         )
         best = [tabular_optimum(d, "theta", w, 0.1) for d, w in zip(debates.values(), c, strict=True)]
         best = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in best]
         axes[2].plot(phis, best, style, color="0.2", lw=1.5, label=f"DPO, weight: {weight}, optimum")
-    axes[2].set(xlabel="dispersion φ of the debate's raters", ylabel="entropy of the policy, nats (β = 0.1)")
+    axes[2].set(xlabel="dispersion φ of the debate's raters", ylabel="entropy among the answers, nats")
+    axes[2].set_title("β = 0.1", fontsize=10)
     axes[2].legend(frameon=False, fontsize=8)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

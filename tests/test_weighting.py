@@ -13,6 +13,7 @@ from data.society.truth import poll_distributions
 from evaluate import WORLD
 from experiments import population, weighting
 from model import Stats, load_model
+from train_dpl import dpl_loss
 from train_mallows import MallowsConfig, neg_log_dispersion
 
 WORLD_JSON = json.loads(WORLD.read_text())
@@ -73,7 +74,11 @@ def test_the_reference_is_no_distance_from_itself():
         gaps.append(abs(p - favourites).sum() / 2 + (1 - p.sum()) / 2)
         bits.append(-(p * np.log(p)).sum())
     assert result["distance"] == pytest.approx(np.mean(gaps), abs=1e-4)
-    assert result["dispersed"] == pytest.approx(np.mean(gaps[10:]), abs=1e-4)
+    p = [np.exp(debate["reference_logp"]) for debate in DEBATES.values()]
+    entropies = [-(x / x.sum() @ np.log(x / x.sum())) for x in p]
+    assert result["answers_entropy"] == pytest.approx(np.mean(entropies), abs=1e-4)
+    assert result["contested_entropy"] == pytest.approx(np.mean(entropies[10:]), abs=1e-4)
+    assert result["answers_kl"] == pytest.approx(0, abs=1e-4)
     assert result["entropy"] == pytest.approx(np.mean(bits) - other[:, 0].mean(), abs=1e-4)
 
 
@@ -86,6 +91,8 @@ def test_kl_and_entropy_of_whole_texts_are_estimated_without_bias():
     p, q = np.array([0.7, 0.1, 0.2]), np.array([0.5, 0.4, 0.1])
     assert result["kl"] == pytest.approx(p @ np.log(p / q))
     assert result["entropy"] == pytest.approx(-(p @ np.log(p)))
+    p, q = p[:2] / 0.8, q[:2] / 0.9
+    assert result["answers_kl"] == pytest.approx(p @ np.log(p / q))
 
 
 @pytest.mark.parametrize("phi", [0.05, 0.5, 0.95])
@@ -133,6 +140,8 @@ def test_population_runs(tmp_path, monkeypatch, capsys, in_process):
     poll = next(iter(WORLD_JSON["polls"].values()))
     target, _ = poll_distributions(poll, 1.0, 0.1)
     assert results["optimum"][2][0] == pytest.approx(list(target.values()))
+    target, _ = poll_distributions(poll, 0.2, 0.2)
+    assert results["DPO optimum"][1][0] == pytest.approx(list(target.values()))
 
 
 def test_opinion_probs_of_the_reference_are_the_shipped_ones():
@@ -154,6 +163,32 @@ def test_scores_of_the_shares_themselves_and_of_a_landslide():
     assert calibrated["outside"] == pytest.approx(0.1)
     landslide = population.evaluate_probs(np.eye(4)[[0, 0, 0, 0]], shares)
     assert landslide["ece"] == pytest.approx(0.45) and landslide["brier"] == pytest.approx(2 * 0.45)
+
+
+def test_label_optimum_minimises_the_loss_on_the_pairs():
+    """Of the first poll, by gradient descent on a table; and it is near the optimum of the raters."""
+    polls = dict(itertools.islice(WORLD_JSON["polls"].items(), 1))
+    [(prompt, poll)] = polls.items()
+    names, reference = list(poll["shares"]), torch.tensor(poll["reference_logp"], dtype=torch.float64)
+    rows = population.read_pairs(population.ROOT / population.DATA)
+    rows = [row for row in rows if row["prompt"] == prompt and {row["chosen"], row["rejected"]} <= set(names)]
+    assert len(rows) > 800
+    index = torch.tensor([[names.index(row[key]) for key in ("chosen", "rejected")] for row in rows])
+    scores = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([scores], max_iter=500, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        policy = Stats(scores.log_softmax(0)[index], torch.ones(len(index), 2))
+        loss = dpl_loss(policy, Stats(reference[index], policy.length), 0.5, 0.1).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    [found] = population.label_optimum(polls, 0.5)
+    assert found == pytest.approx(scores.detach().softmax(0).numpy(), abs=1e-5)
+    target, _ = poll_distributions(poll, 0.5, 0.1)
+    assert 0.001 < abs(found - np.array(list(target.values()))).sum() / 2 < 0.1
 
 
 def test_measured_coverage_agrees_with_the_closed_form():
