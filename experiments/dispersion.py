@@ -6,8 +6,9 @@ loser. With H the entropy of the winners and of the losers over the n items, equ
     -log phi  ~  -phi* log( (H(Y_w) + H(Y_l)) / (2 log n) )
 
 with one scale phi* for all dispersions. The paper does not say which; here it gives estimate and truth the
-same mean. With ten items estimate and truth are nearly proportional; with fewer items the estimate
-exaggerates the differences between dispersions.
+same mean, so the scale is fitted to the truth. With ten items the estimate of -log phi is then right within
+6% from 0.8 on; where people disagree more it is too small (0.09 for 0.2). With five items it exaggerates the
+differences between dispersions, with a hundred it compresses them.
 
 For a language model, train_mallows.py replaces H by the reference's mean token entropy over a completion. The
 society's debates test that: the dispersion of their raters is known. It is a favourable case, because the
