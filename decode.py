@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from files import InputError
-from model import dense, dense_masks
+from model import dense, dense_masks, head_logits
 from preferences import Packed, pack
 
 FINISH = ("", "eos", "stop", "length")  # why a completion ended, by code:
@@ -255,6 +255,9 @@ class Batch:
             raise ValueError("it does not use transformers' attention interface")
         if self.model.config._attn_implementation != "packed":
             self.model.set_attn_implementation("packed")
+        head = self.model.get_output_embeddings()
+        if isinstance(head, nn.Linear):  # float32 logits; caps and scales that the model applies come after
+            head.forward = lambda hidden: head_logits(hidden, head.weight, head.bias)
         logits, size = [], max(1, PREFILL // max(map(len, prompts)))
         for first in range(0, len(prompts), size):
             packed = pack([[prompt] for prompt in prompts[first : first + size]])
