@@ -6,7 +6,7 @@
 The loss is the mean over the pairs of the global batch. Without dropout, the gradient is the same for any
 number of processes and any split into micro-batches. The batch of a step is a slice of an endless stream of
 shuffled epochs, and the seed of dropout is set anew for every step, so a resumed run equals one that was
-never interrupted.
+never interrupted: on the CPU to the bit, on a GPU up to the order in which its kernels add.
 
 A loss is a function (see `Objective` below); train_dpl.py is a complete script.
 
