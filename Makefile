@@ -8,6 +8,9 @@ demo: .venv/core
 test: .venv/dev
 	$(BIN)/python -m pytest -q -n 2
 
+gpu: .venv/core  # everything that needs a GPU, checked and timed
+	$(BIN)/python bench/gpu.py
+
 world: .venv/core  # make data/society anew
 	$(BIN)/python data/society/make_world.py
 
@@ -20,4 +23,4 @@ world: .venv/core  # make data/society anew
 	$(BIN)/pip install -q -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test world
+.PHONY: demo gpu test world

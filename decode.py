@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from files import InputError
-from model import dense, dense_masks
+from model import dense, dense_masks, head_logits
+from parallel import to_device
 from preferences import Packed, pack
 
 FINISH = ("", "eos", "stop", "length")  # why a completion ended, by code:
@@ -93,7 +94,7 @@ def gumbel_max(probs: Tensor, rngs: Sequence[np.random.Generator]) -> Tensor:
     blocks = probs.view(batch, -1, BLOCK)
     count = blocks.shape[1]
     noise = np.stack([rng.standard_exponential(count + BLOCK) for rng in rngs])
-    block_noise, token_noise = torch.from_numpy(noise).to(probs.device).split([count, BLOCK], 1)
+    block_noise, token_noise = to_device(torch.from_numpy(noise), probs.device).split([count, BLOCK], 1)
     block = (blocks.sum(-1) / block_noise).argmax(-1)
     chosen = blocks[torch.arange(batch, device=block.device), block]
     return block * BLOCK + (chosen / token_noise).argmax(-1)
@@ -255,6 +256,9 @@ class Batch:
             raise ValueError("it does not use transformers' attention interface")
         if self.model.config._attn_implementation != "packed":
             self.model.set_attn_implementation("packed")
+        head = self.model.get_output_embeddings()
+        if isinstance(head, nn.Linear):  # float32 logits; caps and scales that the model applies come after
+            head.forward = lambda hidden: head_logits(hidden, head.weight, head.bias)
         logits, size = [], max(1, PREFILL // max(map(len, prompts)))
         for first in range(0, len(prompts), size):
             packed = pack([[prompt] for prompt in prompts[first : first + size]])
@@ -274,7 +278,7 @@ class Batch:
         `keep` is transformers' logits_to_keep: the last `keep` tokens, or those with these indices.
         """
         self.cache.calls, self.cache.masks = 0, {}
-        ids, position = ids.to(self.device), position.to(self.device)
+        ids, position = to_device(torch.stack([ids, position]), self.device)
         no_mask = torch.empty(1, 1, 1, 1, device=self.device)  # 4-D means "ready": transformers makes none
         options = {"attention_mask": no_mask, "use_cache": False, "logits_to_keep": keep, "attend": attend}
         return self.model(ids, position_ids=position, **options).logits.flatten(0, 1).float()
@@ -287,11 +291,12 @@ class Batch:
         """
         n, step, column = self.active, self.cache.length, token[:, None]
         logp = self.logits.gather(1, column)[:, 0] - self.logits.logsumexp(-1)
-        scores = torch.stack([logp, probs.gather(1, column)[:, 0].log()], 1).cpu()
-        if scores.isnan().any():
+        # the one copy of a step that the CPU waits for; float32 holds any token id
+        rows = torch.stack([logp, probs.gather(1, column)[:, 0].log(), token], 1).cpu()
+        if rows.isnan().any():
             raise InputError("the model's log-probabilities are NaN")
-        self.scores[:n] += scores
-        self.tokens[:n, step] = token.cpu()
+        self.scores[:n] += rows[:, :2]
+        self.tokens[:n, step] = rows[:, 2].long()
         self.length[:n] = step + 1
         finish = torch.isin(self.tokens[:n, step], self.eos) * EOS
         if self.has_stop:

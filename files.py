@@ -25,6 +25,14 @@ from typing import IO, Any, NoReturn, TypeVar
 from transformers import HfArgumentParser
 
 Config = TypeVar("Config")
+SAFETENSORS_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "bool": "BOOL",
+}
+SAFETENSORS_DTYPES |= {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8"}
 
 
 class InputError(Exception):
@@ -262,16 +270,32 @@ def write_tensors(path: str | Path, tensors: dict[str, Any], metadata: dict[str,
     Give at most one entry of `metadata`: safetensors writes several in random order, and the same contents
     must give the same bytes.
     """
-    data = _to_bytes(tensors, metadata)  # not save_file, which neither fsyncs nor keeps our file mode
+    sha256 = hashlib.sha256()
     with atomic_write(path, "wb") as file:
-        file.write(data)
-    return hashlib.sha256(data).hexdigest()
+        for part in _safetensors(tensors, metadata):
+            file.write(part)
+            sha256.update(part)
+    return sha256.hexdigest()
 
 
-def _to_bytes(tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> bytes:
-    from safetensors.torch import save  # imported here: scripts that only read rows start without torch
+def _safetensors(tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> Iterator[Any]:
+    """The bytes of a safetensors file, a tensor at a time. safetensors.torch.save would copy them all twice.
 
-    return save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    The file: 8 bytes for the length of the header; the header, JSON, padded to a multiple of 8; the values.
+    """
+    from torch import uint8  # imported here: scripts that only read rows start without torch
+
+    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        dtype = SAFETENSORS_DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        yield tensor.detach().cpu().reshape(-1).view(uint8).numpy().data
 
 
 # ---- digests
@@ -279,7 +303,10 @@ def _to_bytes(tensors: dict[str, Any], metadata: dict[str, str] | None = None) -
 
 def digest_tensors(tensors: dict[str, Any]) -> str:
     """SHA-256 of tensors' names, shapes, dtypes and values."""
-    return hashlib.sha256(_to_bytes(tensors)).hexdigest()
+    sha256 = hashlib.sha256()
+    for part in _safetensors(tensors):
+        sha256.update(part)
+    return sha256.hexdigest()
 
 
 def digest_json(value: Any) -> str:

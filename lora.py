@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from files import InputError, digest_tensors, error_prefix, write_json, write_tensors
@@ -43,8 +44,17 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        x = F.dropout(x, self.dropout, self.training)
-        return y + (x @ self.lora_A.to(x.dtype).T) @ (self.scale * self.lora_B).to(x.dtype).T
+        if self.training and self.dropout:
+            # computed again in the backward: layers with the same input then share what is stored of it, x,
+            # and do not each store a mask and a dropped copy, 60% more memory for a Llama
+            low = checkpoint(self.project_down, x, use_reentrant=False)
+        else:
+            low = self.project_down(x)
+        return y + low @ (self.scale * self.lora_B).to(x.dtype).T
+
+    def project_down(self, x: Tensor) -> Tensor:
+        """A dropout(x), (..., rank)."""
+        return F.dropout(x, self.dropout, self.training) @ self.lora_A.to(x.dtype).T
 
     def delta(self) -> Tensor:
         """(alpha / rank) B A as one matrix, in the layout of the base's weight."""

@@ -50,7 +50,7 @@ from lora import load_lora, merge_lora, read_adapter_config
 from preferences import Packed
 
 transformers_logging.disable_progress_bar()  # a small model loads faster than its bar draws
-CHUNK = 2**24  # logits computed at once: 64 MiB in float32
+CHUNK = {"cpu": 2**24, "cuda": 2**27}  # logits computed at once: 64 and 512 MiB in float32
 
 
 class Stats(NamedTuple):
@@ -84,7 +84,7 @@ def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Sta
     if model.config._attn_implementation != "packed":
         model.set_attn_implementation("packed")
     device = model.get_input_embeddings().weight.device
-    packed = Packed(*(x.to(device) if isinstance(x, Tensor) else x for x in packed))
+    packed = packed.to(device)
     attend = RowAttention(packed)
     hidden = model.base_model(
         input_ids=packed.ids[None],
@@ -97,21 +97,24 @@ def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Sta
         raise ValueError("some of its layers are no attention")
     hidden = hidden.index_select(0, packed.source)
     if (head := model.get_output_embeddings()) is None:
-        length = packed.cell.bincount()
-        reward = F.linear(hidden[length.cumsum(0) - 1].float(), model.score.weight.float())
-        return Stats(reward.view(-1, packed.completions).clone(), length.view(-1, packed.completions).float())
+        last = packed.counts.cumsum(0) - 1
+        reward = F.linear(hidden[last].float(), model.score.weight.float())
+        length = packed.counts.float()
+        return Stats(*(x.view(-1, packed.completions).clone() for x in (reward, length)))
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    logp, token_entropy = TokenLogProbs.apply(hidden, head.weight, head.bias, packed.target, softcap, entropy)
-    cells = len(packed.lengths) * packed.completions
+    weight, kind = head.weight, device.type
+    if torch.is_autocast_enabled(kind):
+        hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
+    with torch.autocast(kind, enabled=False):
+        logp, token_entropy = TokenLogProbs.apply(hidden, weight, head.bias, packed.target, softcap, entropy)
 
-    def sum_by_completion(values: Tensor) -> Tensor:
-        sums = values.new_zeros(cells).index_add(0, packed.cell, values)
+    def sum_by_completion(values: Tensor) -> Tensor:  # index_add would add in a random order on a GPU
+        sums = torch.segment_reduce(values, "sum", lengths=packed.counts)
         return sums.view(-1, packed.completions).clone()  # FSDP's hooks on outputs warn of views
 
-    length = sum_by_completion(torch.ones_like(logp))
-    return Stats(
-        sum_by_completion(logp), length, sum_by_completion(token_entropy) / length if entropy else None
-    )
+    length = packed.counts.to(logp.dtype).view(-1, packed.completions).clone()
+    mean_entropy = sum_by_completion(token_entropy) / length if entropy else None
+    return Stats(sum_by_completion(logp), length, mean_entropy)
 
 
 # ---- attention within a packed row
@@ -142,7 +145,9 @@ def block_mask(packed: Packed, window: int | None) -> Any:
     return create_block_mask(attention_rule(packed, window), None, None, size, size, device=packed.ids.device)
 
 
-compile_once = functools.cache(torch.compile)  # one compiled function for all layers and steps
+# One compiled function for all layers and steps. Each window, grad mode and size class compiles a variant
+# (Gemma: 12). Beyond recompile_limit, 8 by default, it would run eagerly and store all attention scores.
+compile_once = functools.cache(partial(torch.compile, recompile_limit=64))
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, softcap: float | None) -> Tensor:
@@ -234,9 +239,10 @@ AttentionMaskInterface.register("packed", eager_mask)
 class TokenLogProbs(torch.autograd.Function):
     """(logp, entropy), each (M,), of M target tokens, from hidden states (M, D) and the head's weight (V, D).
 
-    The softmax is in float32, the products with the weight in its dtype or autocast's. `softcap` bounds the
-    logits, softcap * tanh(z / softcap), as in Gemma 2. Without `with_entropy`, entropy is zeros. Both outputs
-    are differentiable with respect to hidden, weight and bias.
+    Logits, softmax and both results are float32; the other products are in the dtype of hidden and weight.
+    `softcap` bounds the logits, softcap * tanh(z / softcap), as in Gemma 2. Without `with_entropy`, entropy
+    is zeros. Both outputs are differentiable with respect to hidden, weight and bias. Call it outside of
+    autocast: it would round the sums over the vocabulary to bfloat16.
     """
 
     @staticmethod
@@ -246,9 +252,9 @@ class TokenLogProbs(torch.autograd.Function):
         entropy = torch.zeros_like(logp)
         dlogp_dh = torch.empty_like(hidden) if hidden.requires_grad else None
         dentropy_dh = torch.empty_like(hidden) if hidden.requires_grad and with_entropy else None
-        for chunk in _chunks(len(hidden), len(weight)):
+        for chunk in _chunks(hidden, weight):
             y = target[chunk, None]
-            z = _logits(hidden[chunk], weight, bias, softcap)
+            z = _capped_logits(hidden[chunk], weight, bias, softcap)
             log_z = z.logsumexp(-1, keepdim=True)
             logp[chunk] = (z.gather(1, y) - log_z).squeeze(1)
             if dlogp_dh is None and not with_entropy:
@@ -276,10 +282,10 @@ class TokenLogProbs(torch.autograd.Function):
             grad_hidden += dentropy_dh * grad_entropy[:, None].to(dentropy_dh.dtype)
         weight_needs_grad = ctx.needs_input_grad[1]
         if weight_needs_grad:  # a sum over tokens, weighted by the incoming gradients: p is computed again
-            grad_weight = torch.zeros_like(weight)
+            grad_weight = torch.zeros_like(weight, dtype=grad_logp.dtype)
             grad_bias = None if bias is None else torch.zeros_like(bias)
-            for chunk in _chunks(len(hidden), len(weight)):
-                z = _logits(hidden[chunk], weight, bias, ctx.softcap)
+            for chunk in _chunks(hidden, weight):
+                z = _capped_logits(hidden[chunk], weight, bias, ctx.softcap)
                 p, grad_z = z.softmax(-1), 0.0
                 if ctx.with_entropy:
                     grad_z = _dentropy_dz(p, z, ctx.softcap) * grad_entropy[chunk, None]
@@ -290,14 +296,29 @@ class TokenLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    step = max(1, CHUNK // vocabulary)
-    return [slice(start, start + step) for start in range(0, rows, step)]
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    step = max(1, CHUNK[hidden.device.type] // len(weight))
+    if hidden.is_cuda:  # whole tiles of the matrix product
+        step = max(128, step // 128 * 128)
+    return [slice(start, start + step) for start in range(0, len(hidden), step)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    z = F.linear(hidden, weight, bias)
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The head's logits (..., V) in float32, from hidden states (..., D) and weight (V, D) in any dtype.
+
+    A product of bfloat16 numbers is summed in float32. nn.Linear rounds that sum to bfloat16 again, which
+    moves the log-probability of a completion by tenths of a nat.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if weight.is_cuda and weight.dtype != dtype:
+        z = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=dtype).view(*hidden.shape[:-1], -1)
+    else:
+        z = F.linear(hidden.to(dtype), weight.to(dtype))
+    return z if bias is None else z.add_(bias)
+
+
+def _capped_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    z = head_logits(hidden, weight, bias)
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 

@@ -10,7 +10,7 @@ A micro-batch is one row. Prompt A B, chosen C D, rejected E F G become
     ids        A  B  C  E  F      The hidden states at source predict the targets:
     position   0  1  2  2  3      source  1  2  1  3  4
     branch     0  0  1  2  2      target  C  D  E  F  G
-    example    0  0  0  0  0      cell    0  0  1  1  1      (chosen's log-probability is in cell 0)
+    example    0  0  0  0  0      counts  2  3               (two targets are chosen's, three rejected's)
 """
 
 import json
@@ -46,9 +46,17 @@ class Packed(NamedTuple):
     branch: Tensor  # (T,) 0 prompt, 1 first completion (chosen), 2 second completion (rejected)
     source: Tensor  # (M,) index into the row: the hidden state at source[m] predicts ...
     target: Tensor  # (M,) ... the token id target[m]
-    cell: Tensor  # (M,) example * completions + completion: whose log-probability it adds to
+    counts: Tensor  # (examples * completions,) targets of each completion, in order
     lengths: list[int]  # tokens fed, per example
     completions: int  # per example: 2 for pairs, 1 for supervised examples, 0 for prompts alone
+
+    def to(self, device: torch.device) -> "Packed":
+        """The same on a device. A GPU gets all tensors in one copy, for which the CPU does not wait."""
+        if device.type != "cuda":
+            return self
+        tensors = self[:7]
+        flat = torch.cat(tensors).pin_memory().to(device, non_blocking=True)
+        return Packed(*flat.split([len(x) for x in tensors]), *self[7:])
 
 
 # ---- packing and micro-batches
@@ -56,7 +64,7 @@ class Packed(NamedTuple):
 
 def pack(examples: Sequence[Sequence[list[int]]]) -> Packed:
     """Lay examples (prompt, *completions), all with the same number of completions, end to end in one row."""
-    ids, position, example, branch, source, target, cell, lengths = ([] for _ in range(8))
+    ids, position, example, branch, source, target, counts, lengths = ([] for _ in range(8))
     for index, (prompt, *completions) in enumerate(examples):
         start = len(ids)
         ids += prompt
@@ -66,13 +74,14 @@ def pack(examples: Sequence[Sequence[list[int]]]) -> Packed:
             # the prompt's last token predicts each completion's first; every fed token predicts the next one
             source += [start + len(prompt) - 1, *range(len(ids), len(ids) + len(completion) - 1)]
             target += completion
-            cell += [index * len(completions) + number] * len(completion)
+            counts.append(len(completion))
             ids += completion[:-1]
             position += range(len(prompt), len(prompt) + len(completion) - 1)
             branch += [number + 1] * (len(completion) - 1)
         lengths.append(len(ids) - start)
         example += [index] * lengths[-1]
-    tensors = (torch.tensor(values) for values in (ids, position, example, branch, source, target, cell))
+    columns = (ids, position, example, branch, source, target, counts)
+    tensors = (torch.tensor(values, dtype=torch.long) for values in columns)
     return Packed(*tensors, lengths=lengths, completions=len(examples[0]) - 1)
 
 

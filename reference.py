@@ -31,25 +31,26 @@ EXCHANGE_EVERY = 16  # micro-batches between all_reduces of the results
 SAVE_SECONDS = 60  # between saves of an unfinished pass
 
 
-def digest_model(model: PreTrainedModel, autocast: bool = False) -> str:
-    """SHA-256 of what a model computes with: its config, every weight, and whether under autocast."""
+def digest_model(model: PreTrainedModel) -> str:
+    """SHA-256 of what a model computes with: its config and every weight."""
     config = {k: v for k, v in model.config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
     weights = [digest_tensors({name: weight}) for name, weight in model.state_dict().items()]
-    return digest_json([config, autocast, weights])
+    return digest_json([config, weights])
 
 
 @torch.no_grad()
 def reference_stats(
-    model: PreTrainedModel, examples: Sequence, folder: Path, max_tokens: int, model_digest: str | None = None
+    model: PreTrainedModel, examples: Sequence, folder: Path, max_tokens: int, key: str | None = None
 ) -> Stats:
     """The reference's Stats of every example, (examples, 2) on the CPU, read from the cache in `folder`.
 
     What the cache lacks is computed, in micro-batches of at most `max_tokens` tokens, shared between the
     processes. The file's name is a digest of the model and the examples, so that no other run's file is read.
-    Give `model_digest` if the model got an adapter since it was loaded. An interrupted pass goes on where it
-    stopped; a damaged file is written again.
+    `key` stands for the model in the digest: give it if the model got an adapter since it was loaded, or if
+    the numbers depend on more than its weights. An interrupted pass goes on where it stopped; a damaged file
+    is written again.
     """
-    path = folder / f"{digest_json([model_digest or digest_model(model), examples])[:32]}.safetensors"
+    path = folder / f"{digest_json([key or digest_model(model), examples])[:32]}.safetensors"
     stats = torch.full((len(Stats._fields), len(examples), 2), math.nan)  # NaN: not computed yet
     with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
         cached = {name: file.get_tensor(name) for name in Stats._fields}

@@ -6,7 +6,7 @@
 The loss is the mean over the pairs of the global batch. Without dropout, the gradient is the same for any
 number of processes and any split into micro-batches. The batch of a step is a slice of an endless stream of
 shuffled epochs, and the seed of dropout is set anew for every step, so a resumed run equals one that was
-never interrupted.
+never interrupted: on the CPU to the bit, on a GPU up to the order in which its kernels add.
 
 A loss is a function (see `Objective` below); train_dpl.py is a complete script.
 
@@ -17,6 +17,7 @@ A loss is a function (see `Objective` below); train_dpl.py is a complete script.
 
 import argparse
 import importlib.util
+import itertools
 import math
 import os
 import signal
@@ -37,7 +38,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import parallel
 from checkpoint import export, open_run, resume_run, save_checkpoint, saved_args, start_run
-from checks import check_inputs, check_objective, check_packable
+from checks import check_inputs, check_memory, check_objective, check_packable
 from files import InputError, digest_json, error_prefix, flag, require
 from formats import read_pairs
 from logs import flops_per_token, open_loggers, peak_memory, print_row, print_start, speed
@@ -179,20 +180,20 @@ def forward_backward(
     """
     sums: defaultdict[str, Tensor | float] = defaultdict(float)
     batches = micro_batches(indices, examples, max_tokens, parallel.get_rank(), parallel.get_world_size())
+    is_lora, losses = any(lora_layers(model)), []
     for batch in batches:
-        if isinstance(
-            model, FSDPModule
-        ):  # FSDP adds gradients over processes in the backward: once is enough
-            model.set_requires_gradient_sync(batch is batches[-1])
+        if isinstance(model, FSDPModule):
+            # FSDP adds gradients over processes in the backward. Once is enough for a small adapter; of all
+            # weights, each process would keep whole gradients until then
+            model.set_requires_gradient_sync(batch is batches[-1] or not is_lora)
         policy = pair_stats(model, pack([examples[index] for index in batch]), entropy)
         ref = None
         if reference is not None:
-            ref = Stats(*(x[batch].to(policy.logp.device) for x in reference))
+            rows = torch.stack([x[batch] for x in reference])
+            ref = Stats(*parallel.to_device(rows, policy.logp.device))
         values = objective(policy, ref)
         loss = values["loss"]
-        if not loss.isfinite().all():
-            bad = [index for index, ok in zip(batch, loss.isfinite().tolist(), strict=True) if not ok]
-            raise InputError(f"the loss is NaN or infinite on pairs {bad} (counted from 0); stopped")
+        losses.append(loss.detach())
         if loss.requires_grad:
             (loss.sum() / len(indices)).backward()  # the global batch: processes' gradients are added
         if "reward_margin" in values:
@@ -204,6 +205,10 @@ def forward_backward(
             values["kl"] = (ref.logp - policy.logp).mean(1)
         for name, value in values.items():
             sums[name] += value.detach().sum().double() / len(indices)
+    # checked once, after the last micro-batch: every look at a value makes the CPU wait for the GPU
+    finite = torch.cat(losses).isfinite().tolist()
+    if bad := [index for index, ok in zip(itertools.chain(*batches), finite, strict=True) if not ok]:
+        raise InputError(f"the loss is NaN or infinite on pairs {bad} (counted from 0); stopped")
     by_process = parallel.all_gather(torch.stack(list(sums.values())).tolist())
     totals = [sum(parts) for parts in zip(*by_process, strict=True)]
     return dict(zip(sums, totals, strict=True))
@@ -241,22 +246,22 @@ def train(
     """
     # ---- open the run: check flags and paths; nothing is written yet
     out, device = open_run(config), parallel.get_device()
+    check_memory(config, device)
     fsdp, max_tokens = config.parallel == "fsdp", config.micro_batch_tokens
     bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     # LoRA: a bfloat16 base and a float32 adapter. All weights: float32 weights, autocast to bfloat16
     dtype = torch.bfloat16 if bfloat16 and config.lora_rank else torch.float32
     mixed = bfloat16 and not config.lora_rank
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed)
+    forward = torch.autocast(device.type, torch.bfloat16, enabled=mixed)(packed_forward)
 
     # ---- model and data
     place = "cpu" if fsdp else str(device)  # FSDP moves the shards
     model, tokenizer = load_model(config.model, place, dtype)
-    check_packable(model, config.model)
     examples, held_out = (
         load(path, tokenizer, config.max_length, config.chat) if path else []
         for path in (config.data, config.eval_data)
     )
-    digests = {"model": digest_model(model, mixed), "data": digest_json(examples)}
+    digests = {"model": digest_model(model), "data": digest_json(examples)}
     check_inputs(config, model, examples, held_out, digests)
     print(f"the first example, as the model sees it:\n{describe(examples[0], tokenizer)}")
 
@@ -267,22 +272,31 @@ def train(
     if config.checkpoint_activations:
         parallel.checkpoint_activations(model)
     if fsdp:
-        parallel.shard(model, device, mixed, packed_forward)
+        parallel.shard(model, device, mixed, forward)
+    else:
+        model.packed_forward = partial(forward, model)
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        check_packable(model, config.model)
 
     # ---- the reference pass: with the adapter off, or before training, the model is the reference
     ref = eval_ref = None
     if reference:
         cache = out.parent / "reference_cache"  # shared by the runs of a sweep
-        with autocast, lora_disabled(model):
+        # float32 weights under autocast, and FSDP's bfloat16 copies of them, round differently
+        key = f"{digests['model']} {config.parallel if mixed else ''}"
+        with lora_disabled(model):
             ref, eval_ref = (
-                reference_stats(model, some, cache, max_tokens, digests["model"]) if some else None
+                reference_stats(model, some, cache, max_tokens, key) if some else None
                 for some in (examples, held_out)
             )
 
     # ---- optimizer, resume
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "adamw":  # beta2 = 0.95: a run of a hundred steps must forget its first gradients
-        optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        fused = device.type == "cuda"  # the default on CUDA, foreach, needs a second copy of all weights
+        optimizer = torch.optim.AdamW(
+            parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused
+        )
     else:
         optimizer = torch.optim.RMSprop(parameters, lr=config.lr)
     size = min(config.batch_size, len(examples))
@@ -304,7 +318,7 @@ def train(
     flops, signals, began = flops_per_token(model), parallel.record_signals(), time.monotonic()
 
     def evaluate() -> dict[str, float]:
-        with autocast, torch.no_grad(), error_prefix(f"--eval_data {config.eval_data}"):
+        with torch.no_grad(), error_prefix(f"--eval_data {config.eval_data}"):
             every = range(len(held_out))
             means = forward_backward(model, held_out, every, eval_ref, objective, max_tokens, entropy)
         return {f"eval_{name}": value for name, value in means.items()}
@@ -328,7 +342,7 @@ def train(
         torch.manual_seed(config.seed + SEED_STRIDE * (step + 1) + parallel.get_rank())  # dropout's
         for _, layer in lora_layers(model):  # no dropout in the base: it must compute what the reference did
             layer.train()
-        with autocast, error_prefix(f"step {step}"):
+        with error_prefix(f"step {step}"):
             row |= forward_backward(model, examples, batch, ref, objective, max_tokens, entropy)
         model.eval()
         if not fsdp:
@@ -359,7 +373,7 @@ def train(
 
     # ---- the end: the final policy, without dropout, on the next batch and the held-out pairs
     row = {"step": steps}
-    with autocast, torch.no_grad():
+    with torch.no_grad():
         batch = batch_indices(steps, size, len(examples), config.seed)
         row |= forward_backward(model, examples, batch, ref, objective, max_tokens, entropy)
     if held_out:

@@ -22,11 +22,13 @@ def clock(run: Callable[[], Any]) -> float:
 
 def rates() -> tuple[float, float]:
     """(FLOP/s of a large matrix product, bytes/s of reading memory), the best of ten."""
-    a = torch.randn(2048, 2048, device=DEVICE, dtype=DTYPE)
-    b = torch.ones(2**26, device=DEVICE, dtype=DTYPE)
+    size = 8192 if CUDA else 2048  # large enough to keep the device busy for longer than a launch takes
+    a = torch.randn(size, size, device=DEVICE, dtype=DTYPE)
+    b = torch.ones(2**31 if CUDA else 2**26, device=DEVICE, dtype=DTYPE)
     product, read = (min(clock(run) for _ in range(10)) for run in (lambda: a @ a, b.sum))
-    print(f"{2e-9 * 2048**3 / product:,.0f} GFLOP/s, {b.nbytes / read / 1e9:.1f} GB/s")
-    return 2 * 2048**3 / product, b.nbytes / read
+    flops = 2 * size**3 / product
+    print(f"{flops / 1e9:,.0f} GFLOP/s, {b.nbytes / read / 1e9:.1f} GB/s")
+    return flops, b.nbytes / read
 
 
 def apart(function: Callable, *args: Any) -> Any:

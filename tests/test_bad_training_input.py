@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import FIG, MUD, PAIR, PAIRS, USER, lines, truncate
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig
 
 import sample
 import train_dpl
@@ -303,3 +303,14 @@ def test_loss_that_is_not_finite_stops_the_run(refused, tiny_model_folder, data,
     flags += ["--warmup_steps", 0]
     refused(train_dpl, [*flags, "--max_steps", 5], "step 1: the loss is NaN or infinite on pairs [")
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("rank", "size"), [(0, "1104"), (16, "276")])
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(rank, size, train_refused, tmp_path):
+    """A folder of 70 billion weights, of which only the configuration is there."""
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    LlamaConfig(**shape, num_attention_heads=64, num_key_value_heads=8).save_pretrained(tmp_path / "large")
+    flags = {"--model": tmp_path / "large", "--lora_rank": rank}
+    train_refused(
+        flags, f"large: training needs about {size}", "GB without activations, and each process has"
+    )

@@ -1,6 +1,7 @@
 """Rows in, whole files out, flags from the command line."""
 
 import gzip
+import hashlib
 import re
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save
 
 from files import InputError, atomic_write, flag, parse, read_rows, write_json, write_tensors
 
@@ -28,6 +30,30 @@ def parse_arguments(monkeypatch, *arguments):
     """What parse() makes of a command line."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
     return parse(Config, "Description.")
+
+
+@given(
+    st.dictionaries(
+        st.text(min_size=1).filter(lambda name: name.isprintable()),
+        st.tuples(
+            st.lists(st.integers(0, 3), max_size=3),
+            st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_write_tensors_writes_what_safetensors_would(tmp_path_factory, shapes):
+    """The same bytes, one tensor at a time; transposed ones too."""
+    path = tmp_path_factory.mktemp("tensors") / "file"
+    tensors = {
+        name: torch.randint(9, shape).to(dtype).mT if len(shape) > 1 else torch.randint(9, shape).to(dtype)
+        for name, (shape, dtype) in shapes.items()
+    }
+    digest = write_tensors(path, tensors, {"key": "é"})
+    data = path.read_bytes()
+    assert data == save({name: x.contiguous() for name, x in tensors.items()}, {"key": "é"})
+    assert digest == hashlib.sha256(data).hexdigest()
 
 
 def test_atomic_write_replaces_the_file(tmp_path):

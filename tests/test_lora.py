@@ -236,6 +236,45 @@ def test_merged_weight_minus_base_is_alpha_over_rank_times_b_a(kind, rank, alpha
     )
 
 
+def test_dropout_s_gradient_is_that_of_the_mask_it_drew():
+    """Although the mask is drawn again in the backward pass, when the generator has moved on."""
+    torch.manual_seed(0)
+    layer, x = LoRALinear(nn.Linear(16, 8), RANK, ALPHA, 0.5).train(), torch.randn(5, 16, requires_grad=True)
+    nn.init.normal_(layer.lora_B)
+    layer.base.requires_grad_(False)
+    weights = (x, layer.lora_A, layer.lora_B)
+    torch.manual_seed(1)
+    out = layer(x)
+    torch.rand(100)
+    found = torch.autograd.grad(out.square().sum(), weights)
+    torch.manual_seed(1)
+    dropped = nn.functional.dropout(x, 0.5)
+    expected = layer.base(x) + ALPHA / RANK * (dropped @ layer.lora_A.T) @ layer.lora_B.T
+    torch.testing.assert_close(out, expected, **CLOSE)
+    for ours, theirs in zip(found, torch.autograd.grad(expected.square().sum(), weights), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_stores_no_masks():
+    """Bytes kept for the backward pass, each storage counted once, are those without dropout."""
+    stored = {}
+    for dropout in (0.0, 0.5):
+        model = adapt(make_base("llama"), dropout=dropout)
+        for _, layer in lora_layers(model):
+            layer.train()
+        storages = {}
+
+        def keep(x, storages=storages):
+            storages[x.untyped_storage().data_ptr()] = x, x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            logits = model(IDS).logits
+        stored[dropout] = sum(size for _, size in storages.values())
+        assert logits.requires_grad
+    assert stored[0.5] <= stored[0.0]
+
+
 def test_dropout_falls_on_the_adapter_and_only_while_its_layer_trains():
     torch.manual_seed(0)
     x = torch.randn(64, 16)

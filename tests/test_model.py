@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -25,6 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import checks
 import model as model_file
 from checks import check_packable, max_positions
 from files import InputError
@@ -131,7 +133,7 @@ def test_gradient_is_the_numerical_one():
 def test_chunking_the_vocabulary_changes_nothing(monkeypatch):
     model, pairs = make(CONFIGS["gemma2"]), make_pairs()
     whole = pair_stats(model, pack(pairs), entropy=True)
-    monkeypatch.setattr(model_file, "CHUNK", 3 * 97)  # three tokens at a time
+    monkeypatch.setitem(model_file.CHUNK, "cpu", 3 * 97)  # three tokens at a time
     chunked = pair_stats(model, pack(pairs), entropy=True)
     torch.testing.assert_close(chunked.logp, whole.logp, atol=1e-5, rtol=0)
     torch.testing.assert_close(chunked.entropy, whole.entropy, atol=1e-5, rtol=0)
@@ -213,3 +215,63 @@ def test_positions_stop_where_longrope_would_turn_the_whole_row():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_models_that_pack_right_are_accepted(name):
     check_packable(make(CONFIGS[name]), "some/model")
+
+
+def rounded(model):
+    """A model in bfloat16 whose logits, in the tens, are hard to round: as a trained model's."""
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    return model.bfloat16()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_bfloat16_models_that_pack_right_are_accepted_and_others_refused(name, monkeypatch):
+    model = rounded(make(CONFIGS[name]))
+    check_packable(model, "some/model")
+    rule = model_file.attention_rule
+
+    def sees_the_other_completion(packed, window):
+        return rule(packed._replace(branch=packed.branch.clamp(max=0)), window)
+
+    monkeypatch.setattr(model_file, "attention_rule", sees_the_other_completion)
+    with pytest.raises(InputError, match="log-probabilities move"):
+        check_packable(model, "some/model")
+
+
+def test_a_compiler_s_failure_is_not_called_a_wrong_model(monkeypatch):
+    def fail(*_):
+        raise TorchDynamoException("no C compiler\nmore")
+
+    monkeypatch.setattr(checks, "pair_stats", fail)
+    with pytest.raises(InputError, match=r"some/model: torch\.compile failed: no C compiler$"):
+        check_packable(make(CONFIGS["llama"]), "some/model")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_and_sums_of_bfloat16_are_float32(autocast):
+    """Under autocast, and with bfloat16 weights: equal to float64 sums of the same rounded numbers."""
+    model = make(CONFIGS["llama"])
+    model = model if autocast else rounded(model)
+    packed, seen = pack(make_pairs()), {}
+    model.base_model.register_forward_hook(lambda _, __, out: seen.update(hidden=out.last_hidden_state[0]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        stats = pair_stats(model, packed, entropy=True)
+    hidden, weight = (x.bfloat16().double() for x in (seen["hidden"], model.get_output_embeddings().weight))
+    log_p = (hidden[packed.source] @ weight.T).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    token = log_p.gather(1, packed.target[:, None])[:, 0]
+    for ours, tokens in ((stats.logp, token), (stats.entropy * stats.length, entropy)):
+        assert ours.dtype == torch.float32
+        sums = torch.stack([part.sum() for part in tokens.split(packed.counts.tolist())])
+        torch.testing.assert_close(ours.flatten().double(), sums, atol=1e-3, rtol=1e-5)
+
+
+def test_gradients_under_autocast_are_those_of_float32_within_rounding():
+    model, packed = make(CONFIGS["llama"]), pack(make_pairs())
+    gradients = {}
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            stats = pair_stats(model, packed, entropy=True)
+        gradients[autocast] = torch.autograd.grad((stats.logp / stats.length).sum(), model.parameters())
+    for exact, rounded_ in zip(*gradients.values(), strict=True):
+        assert rounded_.dtype == torch.float32 and (exact - rounded_).norm() < 0.05 * exact.norm()

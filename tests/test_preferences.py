@@ -282,14 +282,16 @@ def test_packed_row_holds_every_example(examples):
     row = pack(examples)
     assert sum(row.lengths) == len(row.ids) == len(row.position) == len(row.example) == len(row.branch)
     assert row.completions == len(examples[0]) - 1
-    assert len(row.cell) == len(row.source) == len(row.target) == sum(len(c) for e in examples for c in e[1:])
+    assert row.counts.tolist() == [len(c) for e in examples for c in e[1:]]
+    assert len(row.source) == len(row.target) == row.counts.sum()
+    cell = torch.arange(len(row.counts)).repeat_interleave(row.counts)
     for index, (prompt, *completions) in enumerate(examples):
         inside = row.example == index
         assert inside.sum() == row.lengths[index]
         assert row.ids[inside & (row.branch == 0)].tolist() == prompt
         assert row.position[inside & (row.branch == 0)].tolist() == list(range(len(prompt)))
         for number, completion in enumerate(completions):
-            mine = row.cell == index * len(completions) + number
+            mine = cell == index * len(completions) + number
             source = row.source[mine]
             assert row.target[mine].tolist() == completion
             assert row.ids[source].tolist() == [prompt[-1], *completion[:-1]]
