@@ -108,8 +108,8 @@ def largest_error(ours: Tensor, exact: Tensor) -> float:
 def attention(say: Callable[[str], None]) -> None:
     """FlexAttention against dense attention in float32 on the same inputs.
 
-    On a GPU: forward and backward in bfloat16, compiled; rows of 18 to 5,000 tokens, heads of 16 to 256, 1 to 7
-    query heads for each key head, windows, a cap. On the CPU: the forward pass in float32, not compiled.
+    On a GPU: forward and backward in bfloat16, compiled; rows of 18 to 5,000 tokens, heads of 16 to 256, 1 to
+    7 query heads for each key head, windows, a cap. On the CPU: the forward pass in float32, not compiled.
     """
     tokens, sizes, groups = (18, 127, 128, 129, 2047, 5000), (16, 64, 80, 96, 128, 256), (1, 3, 4, 7)
     cases = [(t, 64, 4, w, None) for t in tokens for w in (None, 100)]
@@ -168,7 +168,7 @@ def architectures(say: Callable[[str], None]) -> None:
 def training(say: Callable[[str], None]) -> None:
     """Training on the society in float32: largest difference of a loss from the CPU's plain run.
 
-    On a GPU: 20 steps, FSDP over NCCL with one process, and a run in bfloat16. On the CPU: 3 steps, over gloo.
+    On a GPU: 20 steps, FSDP over NCCL with one process, and a run in bfloat16. On the CPU: 3 steps and gloo.
     """
     runs = {
         "adapter": [],
@@ -260,7 +260,7 @@ def train_7b(say: Callable[[str], None]) -> None:
 def sample_7b(say: Callable[[str], None]) -> None:
     """Tokens a second from one prompt, against generate's static cache and the bound by memory traffic.
 
-    On a GPU: a model of 7B weights, 512 tokens and 128 new ones, 1, 16 and 128 samples. On the CPU: a tiny one.
+    On a GPU: a model of 7B weights, 512 tokens, 128 new ones, 1, 16 and 128 samples. On the CPU: a tiny one.
     """
     model = make_model("llama", SEVEN_B if CUDA else SIZES, BFLOAT16 if CUDA else torch.float32)
     prompt, new = (512, 128) if CUDA else (32, 8)
