@@ -9,7 +9,7 @@ import torch
 from test_mallows_losses import some_stats
 from transformers import AutoModelForCausalLM
 
-from files import InputError, parse, read_rows
+from files import InputError, read_rows
 from model import load_model, pair_stats
 from preferences import pack
 from reference import reference_stats
@@ -223,9 +223,3 @@ def test_objective_does_what_its_flags_say(loss, dispersion, length_normalize):
 def test_flags_outside_their_range_are_refused_by_name(flag, flags):
     with pytest.raises(InputError, match=f"^--{flag} "):
         MallowsConfig(**flags)
-
-
-def test_the_papers_recipe_is_read(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_mallows.py", "@recipes/llama3_mallows.txt", "--lr", "1e-6"])
-    config = parse(MallowsConfig, "")
-    assert (config.loss, config.beta, config.lr, config.batch_size) == ("theta", 0.01, 1e-6, 128)
