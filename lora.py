@@ -4,12 +4,17 @@
 
 W is frozen and B starts at zero, so the untrained policy equals the reference policy exactly. Switching the
 second term off gives the reference at any time, without a second model in memory.
+
+    python lora.py merge out/dpl out/merged      # a plain model, for programs that read no adapters
 """
 
+import argparse
 import contextlib
 import json
 import math
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from files import InputError, digest_tensors, error_prefix, write_json, write_tensors
+from files import (
+    InputError,
+    digest_tensors,
+    error_prefix,
+    raise_input_error,
+    run_command,
+    write_json,
+    write_tensors,
+)
 from parallel import full_tensor, get_rank
 
 SCORE = "base_model.model.score.weight"  # the head of a reward model, in PEFT's naming
@@ -219,3 +232,48 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     if expected not in (None, checksum(tensors, config)):
         raise InputError(f"{path}: damaged, or not the weights of its adapter_config.json")
     return model
+
+
+def write_merged(adapter: str | Path, out: str | Path, overwrite: bool = False) -> None:
+    """Write the folder of a model: an adapter's base with the adapter merged in, and its tokenizer.
+
+    The weights keep the dtype of the base's files, so a bfloat16 base rounds the sum. The folder appears
+    whole or not at all. Raises InputError if `out` exists, or with `overwrite` if it is anything but a model.
+    """
+    from model import load_model  # not above: model.py imports this file
+
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise InputError(f"{out}: exists; --overwrite replaces it")
+    if out.exists() and (not (out / "config.json").is_file() or (out / "run.json").exists()):
+        raise InputError(f"{out}: is no merged model that --overwrite could replace")
+    is_reward_model = read_adapter_config(adapter).get("task_type") == "SEQ_CLS"
+    model, tokenizer = load_model(adapter, dtype=None, reward=is_reward_model)
+    new = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(new, out)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def main() -> None:
+    """Merge an adapter by the command line's arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = raise_input_error
+    parser.add_argument("command", choices=["merge"])
+    parser.add_argument("adapter", help="Folder of an adapter.")
+    parser.add_argument("out", help="Folder for the merged model.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the merged model in OUT.")
+    args = parser.parse_args()
+    write_merged(args.adapter, args.out, args.overwrite)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -338,13 +338,13 @@ def _dentropy_dz(p: Tensor, z: Tensor, softcap: float | None) -> Tensor:
 
 
 def load_model(
-    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, reward: bool = False
+    path: str | Path, device: str = "cpu", dtype: torch.dtype | None = torch.float32, reward: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer from a folder or the hub. An adapter's folder gives its base, merged.
 
-    With `reward`, a reward model: a sequence classifier with one label. A causal LM then gets a head of zeros
-    in place of its own. Only safetensors weights are read. Raises InputError if model or tokenizer cannot be
-    loaded completely.
+    With `dtype` None it has the dtype of its files. With `reward`, a reward model: a sequence classifier with
+    one label. A causal LM then gets a head of zeros in place of its own. Only safetensors weights are read.
+    Raises InputError if model or tokenizer cannot be loaded completely.
     """
     path, folder = str(path), Path(path)
     is_adapter = (folder / "adapter_config.json").is_file()
@@ -357,7 +357,7 @@ def load_model(
         if not isinstance(base, str) or Path(base).resolve() == folder.resolve():
             raise InputError(f"--model {path}: adapter_config.json names no other base_model_name_or_path")
         model, _ = load_model(base, "cpu", dtype, reward)  # merge on the CPU: the same weights on any device
-        return merge_lora(load_lora(model, path)).to(device, dtype), tokenizer
+        return merge_lora(load_lora(model, path)).to(device, dtype or model.dtype), tokenizer
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise InputError(f"--model {path}: no *.safetensors weights there (other formats are not read)")
     options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
@@ -365,7 +365,7 @@ def load_model(
     if reward:
         auto, options["num_labels"] = AutoModelForSequenceClassification, 1
     with loading(f"--model {path}"):
-        model, info = auto.from_pretrained(path, dtype=dtype, **options)
+        model, info = auto.from_pretrained(path, dtype=dtype or "auto", **options)
     missing = set(info["missing_keys"])
     if "score.weight" in missing:  # not random: all processes must start from the same head
         missing.remove("score.weight")
