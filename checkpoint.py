@@ -13,6 +13,7 @@ renamed. Its digests cover every byte, so damage is noticed. Any number of proce
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -235,13 +237,42 @@ def export(out: Path, config: Any, model: PreTrainedModel, tokenizer: Any, row: 
     if get_rank() > 0:
         return
     tokenizer.save_pretrained(out)
-    flags = "\n".join(f"    --{name} {value}" for name, value in asdict(config).items())
-    results = "\n".join(f"    {name} {value:.4g}" for name, value in row.items())
     with atomic_write(out / "README.md") as file:
-        file.write(
-            f"# {out.name}\n\nTrained from `{config.model}` with\n\n{flags}\n\nended at\n\n{results}\n"
-        )
+        file.write(model_card(out.name, config, row))
     print(f"wrote {out}")
+
+
+def model_card(name: str, config: Any, row: dict[str, float]) -> str:
+    """README.md of a finished run, with the metadata that the hub reads; `row` holds the final figures.
+
+    It has all that is needed to repeat the run. The method is the first line of the script's docstring.
+    """
+    # the hub takes no folder for a base_model
+    base = "" if Path(config.model).is_dir() else f"base_model: {json.dumps(config.model)}\n"
+    method = (sys.modules["__main__"].__doc__ or "").strip().partition("\n")[0]
+    figures = "\n".join(f"    {key} {value:.4g}" for key, value in row.items())
+    flags = "\n".join(f"    --{key} {value}" for key, value in asdict(config).items())
+    return f"""---
+{base}library_name: {"peft" if config.lora_rank else "transformers"}
+---
+# {name}
+
+{method}
+
+- base model: `{config.model}`
+- data: `{config.data}`
+- command: `{shlex.join(["python", *sys.argv])}`
+- processes: {get_world_size()}
+- versions: torch {torch.__version__}, transformers {transformers.__version__}
+
+At the end:
+
+{figures}
+
+All flags:
+
+{flags}
+"""
 
 
 def _state(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:

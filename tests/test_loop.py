@@ -1,18 +1,22 @@
-"""The loop against ten lines of plain PyTorch, what it prints, and the flags that it starts with."""
+"""The loop against ten lines of plain PyTorch, what it prints, the flags it starts with, its model card."""
 
 import gzip
 import json
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import PAIRS, lines
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import train_dpl
 import trainer
+from checkpoint import model_card
 from files import InputError
 from model import load_model, pair_stats
 from preferences import pack
@@ -214,3 +218,32 @@ def test_a_run_that_failed_before_its_first_row_may_be_started_again(config, tmp
     run(replace(config, max_steps=1))
     with pytest.raises(InputError, match="holds a run"):
         run(config)
+
+
+# ---- the model card
+
+
+def test_the_model_card_says_how_to_repeat_the_run(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "__main__", train_dpl)  # the script that was started
+    monkeypatch.setattr(sys, "argv", ["train_dpl.py", "--alpha", "0.3", "--out_dir", "out/two words"])
+    rows = run(replace(config, alpha=0.3, max_steps=1))
+    text = Path(config.out_dir, "README.md").read_text()
+    assert ModelCard(text).data.to_dict() == {"library_name": "transformers"}  # a folder is no hub name
+    for line in (
+        "# run",
+        train_dpl.__doc__.splitlines()[0],
+        f"- base model: `{SOCIETY}`",
+        f"- data: `{config.data}`",
+        "- command: `python train_dpl.py --alpha 0.3 --out_dir 'out/two words'`",
+        f"- versions: torch {torch.__version__}, transformers {transformers.__version__}",
+        f"    loss {rows[-1]['loss']:.4g}",
+        "    --alpha 0.3",
+        "    --beta 0.1",
+    ):
+        assert f"\n{line}\n" in text
+
+
+def test_the_model_card_tells_the_hub_the_base_and_the_library(config):
+    adapter = replace(config, model="HuggingFaceTB/SmolLM2-135M", lora_rank=4)
+    metadata = ModelCard(model_card("run", adapter, {"loss": 0.5})).data.to_dict()
+    assert metadata == {"base_model": "HuggingFaceTB/SmolLM2-135M", "library_name": "peft"}
