@@ -1,0 +1,36 @@
+"""pyproject.toml agrees with the requirement files, and lists every script."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+tomllib = pytest.importorskip("tomllib")  # Python 3.11
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+
+
+def requirements(name):
+    """The packages of a requirements file, without comments and -r lines."""
+    lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    return {line for line in lines if line and not line.startswith("-r")}
+
+
+def extra(*names):
+    """The packages of extras; an extra may name others of this project."""
+    own, packages = re.compile(rf"{PROJECT['name']}\[(.+)\]"), set()
+    for package in (package for name in names for package in PROJECT["optional-dependencies"][name]):
+        match = own.fullmatch(package)
+        packages |= extra(*match[1].split(",")) if match else {package}
+    return packages
+
+
+def test_packages_are_those_of_the_requirement_files():
+    core = set(PROJECT["dependencies"])
+    assert core | extra("plots") == requirements("requirements.txt")
+    assert extra("dev") == requirements("requirements-dev.txt") | extra("plots")
+
+
+def test_every_script_is_installed():
+    assert sorted(PYPROJECT["tool"]["setuptools"]["py-modules"]) == sorted(p.stem for p in ROOT.glob("*.py"))
