@@ -16,8 +16,9 @@ that are already there, under the names that the hub gives them. The licences ar
 contains offensive text.
 
 What differs from the papers' data:
-- imdb: no public file holds the pairs of DPO's or MallowsPO's authors. This one is a reproduction by others:
-  25,000 prefixes of 20 tokens, two GPT-2-large continuations each, the more positive one chosen.
+- imdb: we know no public file of the pairs that DPO's and MallowsPO's authors used. This is a reproduction by
+  others: 25,000 prefixes of about 20 tokens, each with two continuations by GPT-2-large fine-tuned on IMDB;
+  the more positive one is chosen.
 - stack-exchange: one site (askubuntu.com, 0.2 GB), not all 22 GB. Of each question the best-scored answer is
   chosen and the worst-scored rejected. HTML tags are removed; the licence asks to keep authors and links.
 - math: the 500 problems of MATH-500. truthfulqa: evaluate.py choices also reads the authors' .csv as it is.
