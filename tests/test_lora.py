@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 
 import pytest
 import torch
@@ -119,26 +118,6 @@ def test_peft_loads_what_save_lora_wrote(tmp_path, recwarn, family, targets):
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     torch.testing.assert_close(logits(ours), logits(theirs), **CLOSE)
     assert not [w for w in recwarn if "fan_in_fan_out" in str(w.message)]  # PEFT mends it, with a warning
-
-
-def test_save_lora_writes_what_vllm_reads(base, tmp_path):
-    """vLLM's rules: parse_fine_tuned_lora_name, LoRAModel.from_local_checkpoint, PEFTHelper (vllm/lora)."""
-    save_lora(adapt(base), tmp_path, "base")
-    linear = {name: m for name, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    suffixes = {name.rsplit(".", 1)[-1] for name in linear}
-    shapes = {}
-    for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
-        module, part = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", key).groups()
-        assert module.rsplit(".", 1)[-1] in suffixes  # a module that vLLM can adapt
-        shapes.setdefault(module, {})[part] = tuple(tensor.shape)
-    for module, parts in shapes.items():
-        weight = linear[module].weight
-        rows, columns = weight.T.shape if isinstance(linear[module], Conv1D) else weight.shape
-        assert parts == {"lora_A": (RANK, columns), "lora_B": (rows, RANK)}
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["bias"]) == (RANK, ALPHA, "none")
-    assert sorted(config["target_modules"]) == sorted(shapes)
-    assert not any(config.get(key) for key in ("modules_to_save", "use_dora", "use_rslora"))
 
 
 def test_load_lora_loads_what_peft_wrote(base, tmp_path):

@@ -1,17 +1,67 @@
-"""lora.py merge: the adapter's model without an adapter, as PEFT merges it, whole or not at all."""
+"""Adapters elsewhere: what vLLM and TRL read, and lora.py merge for whatever reads no adapters."""
 
 import copy
+import json
+import re
 import sys
 
 import pytest
 import torch
+from conftest import PAIRS
+from datasets import Dataset
 from peft import PeftModel
-from test_lora import CLOSE, IDS, adapt, logits, make_base
+from safetensors.torch import load_file
+from test_lora import ALPHA, CLOSE, IDS, RANK, adapt, logits, make_base
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+from trl import DPOConfig, DPOTrainer
 
 import lora
 from lora import add_lora, lora_layers, save_lora, write_merged
 from model import load_model
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_vllm_finds_what_it_asks_for(family, tmp_path):
+    """vLLM's rules: parse_fine_tuned_lora_name, LoRAModel.from_local_checkpoint, PEFTHelper (vllm/lora)."""
+    base = make_base(family)
+    save_lora(adapt(base), tmp_path, "base")
+    linear = {name: m for name, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    suffixes = {name.rsplit(".", 1)[-1] for name in linear}
+    shapes = {}
+    for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
+        module, part = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", key).groups()
+        assert module.rsplit(".", 1)[-1] in suffixes  # a module that vLLM can adapt
+        shapes.setdefault(module, {})[part] = tuple(tensor.shape)
+    for module, parts in shapes.items():
+        weight = linear[module].weight
+        rows, columns = weight.T.shape if isinstance(linear[module], Conv1D) else weight.shape
+        assert parts == {"lora_A": (RANK, columns), "lora_B": (rows, RANK)}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["bias"]) == (RANK, ALPHA, "none")
+    assert sorted(config["target_modules"]) == sorted(shapes)
+    assert not any(config.get(key) for key in ("modules_to_save", "use_dora", "use_rslora"))
+
+
+def test_trl_goes_on_from_an_adapter(tiny_model_folder, tmp_path):
+    base, tokenizer = load_model(tiny_model_folder)
+    model = adapt(base)
+    save_lora(model, tmp_path, tiny_model_folder)
+    flags = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1, "learning_rate": 0.1}
+    trainer = DPOTrainer(
+        model=PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True),
+        args=DPOConfig(output_dir=str(tmp_path / "trl"), **flags),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=tokenizer,
+    )
+    assert (logits(model) - logits(base)).abs().max() > 1e-3
+    torch.testing.assert_close(logits(trainer.model), logits(model), **CLOSE)
+    trainer.train()
+    assert (logits(trainer.model) - logits(model)).abs().max() > 1e-3
+
+
+# ---- lora.py merge
 
 
 @pytest.fixture
