@@ -63,7 +63,9 @@ class LoRALinear(nn.Module):
             low = checkpoint(self.project_down, x, use_reentrant=False)
         else:
             low = self.project_down(x)
-        return y + low @ (self.scale * self.lora_B).to(x.dtype).T
+        # added into y: no second output is made
+        low, b = low.flatten(0, -2), self.lora_B.to(x.dtype).T
+        return y.flatten(0, -2).addmm_(low, b, alpha=self.scale).view_as(y)
 
     def project_down(self, x: Tensor) -> Tensor:
         """A dropout(x), (..., rank)."""
