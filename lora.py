@@ -63,9 +63,10 @@ class LoRALinear(nn.Module):
             low = checkpoint(self.project_down, x, use_reentrant=False)
         else:
             low = self.project_down(x)
-        # added into y: no second output is made
-        low, b = low.flatten(0, -2), self.lora_B.to(x.dtype).T
-        return y.flatten(0, -2).addmm_(low, b, alpha=self.scale).view_as(y)
+        b = self.lora_B.to(x.dtype).T
+        if y.ndim == 2:
+            return y.addmm_(low, b, alpha=self.scale)
+        return y.baddbmm_(low, b.expand(len(y), -1, -1), alpha=self.scale)  # into y: no second output is made
 
     def project_down(self, x: Tensor) -> Tensor:
         """A dropout(x), (..., rank)."""

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -218,9 +219,9 @@ def main() -> None:
     results: dict[str, list[Result]] = {name: [] for name in contenders}
     with tempfile.TemporaryDirectory() as folder:
         floor = apart(prepare, config, Path(folder))
-        for _ in range(config.rounds):
-            for name, (contender, size) in contenders.items():
-                results[name].append(apart(contender, config, Path(folder), size))
+        for name in tqdm(list(contenders) * config.rounds, unit="process", disable=None):
+            contender, size = contenders[name]
+            results[name].append(apart(contender, config, Path(folder), size))
     first = next(iter(results.values()))[0]
     for name, runs in results.items():
         for key in ("loss", "norm"):
