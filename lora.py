@@ -63,7 +63,10 @@ class LoRALinear(nn.Module):
             low = checkpoint(self.project_down, x, use_reentrant=False)
         else:
             low = self.project_down(x)
-        return y + low @ (self.scale * self.lora_B).to(x.dtype).T
+        b = self.lora_B.to(x.dtype).T
+        if y.ndim == 2:
+            return y.addmm_(low, b, alpha=self.scale)
+        return y.baddbmm_(low, b.expand(len(y), -1, -1), alpha=self.scale)  # into y: no second output is made
 
     def project_down(self, x: Tensor) -> Tensor:
         """A dropout(x), (..., rank)."""

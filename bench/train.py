@@ -1,39 +1,53 @@
 """The gradient of a batch's DPO loss, ours against TRL's with PEFT: pairs a second and peak memory.
 
-Same model, pairs, LoRA layers and loss, the reference's log-probabilities known beforehand to both. TRL pads
-chosen and rejected, each with its prompt, in micro-batches of so many pairs; here the prompt is computed once
-for both and nothing is padded. The contenders take turns, each measurement in a process of its own.
+Same model, pairs, adapter and loss; the reference's log-probabilities are known beforehand. Three contenders:
 
-The bound is arithmetic at the rate of a large matrix product: a token passes the layers' weights twice, once
-forward and once back, and a completion's token the head's twice.
+    train_dpl.py   rows [prompt | chosen | rejected | prompt | ...]: prompts once, no padding, few logits
+    padded         as one writes it first: prompt + chosen and prompt + rejected, padded, all logits
+    TRL            its DPOTrainer, with PEFT's adapter
+
+At the start of DPO the loss is log 2 whatever is computed, so the adapter is moved away from zero first; loss
+and gradient norm of all contenders must agree to 1e-3, or the script stops. Contenders take turns, each
+measurement in a process of its own. The first pass over the batch is slower ("cold": memory is mapped then);
+the passes after it count ("warm").
+
+The floor is arithmetic at the rate of a large matrix product, measured in the same run: a token passes the
+layers' weights twice, once forward and once back, and a completion's token the head's twice.
 
     python bench/train.py
-    python bench/train.py --model HuggingFaceTB/SmolLM2-135M --data pairs.jsonl --pairs 16
+    python bench/train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data hh.jsonl.gz --pairs 16 --chat
 """
 
 import contextlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from machine import CUDA, DEVICE, DTYPE, apart, clock, rates
 
-from files import flag, parse, run_command
+from files import InputError, flag, parse, run_command
 from formats import read_pairs
 from logs import peak_memory
-from lora import add_lora
+from lora import add_lora, load_lora, lora_layers, save_lora
 from model import Stats, load_model
 from preferences import Pair, count_tokens, tokenize
 from reference import reference_stats
 from train_dpl import DPLConfig, objective
 from trainer import forward_backward
+
+DPO = partial(objective, config=DPLConfig(alpha=0.1, beta=0.1))
 
 
 @dataclass
@@ -42,52 +56,134 @@ class BenchConfig:
 
     model: str = flag("data/society/reference", "Folder or hub name of a model.")
     data: str = flag("data/society/train.jsonl.gz", "Preference pairs.")
+    chat: bool = flag(False, "Put rows of strings through the chat template.")
     pairs: int = flag(256, "Pairs of the batch: the first ones of --data.")
     max_length: int = flag(512, "Longest prompt + completion, in tokens.")
     lora_rank: int = flag(16, "Rank of the adapter.")
-    micro_batch_tokens: int = flag(2048, "Ours: tokens in a forward pass.")
-    sizes: list[int] | None = flag(None, "TRL's: pairs in a forward pass (default: 1 4 16).")
-    repeats: int = flag(3, "Rounds; the fastest counts.")
+    micro_batch_tokens: list[int] | None = flag(None, "Ours: tokens in a forward pass (default: 512 2048).")
+    sizes: list[int] | None = flag(None, "Pairs in a forward pass of the others (default: 1 4 8).")
+    rounds: int = flag(2, "Processes of each contender.")
+    passes: int = flag(3, "Warm passes in each; the median of all counts.")
 
 
-def load(
-    config: BenchConfig, cache: Path
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Pair], Stats]:
-    """The model, its tokenizer, the batch, and what the reference thinks of it."""
+class Result(NamedTuple):
+    """One process's measurement: seconds of passes over the batch, GB, and what was computed."""
+
+    cold: float
+    warm: list[float]
+    memory: float
+    loss: float
+    norm: float  # of the adapter's gradient
+
+
+class Batch(NamedTuple):
+    """What every contender starts from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    pairs: list[Pair]
+    reference: Stats
+
+
+def load(config: BenchConfig, folder: Path) -> Batch:
+    """The model, its tokenizer, the pairs, and the reference's Stats of them, cached in `folder`."""
     model, tokenizer = load_model(config.model, str(DEVICE), DTYPE)
     with contextlib.redirect_stdout(None):
-        pairs = tokenize(read_pairs(config.data)[: config.pairs], tokenizer, config.max_length)
-    return model, tokenizer, pairs, reference_stats(model, pairs, cache, config.micro_batch_tokens)
+        pairs = tokenize(read_pairs(config.data, config.chat)[: config.pairs], tokenizer, config.max_length)
+    return Batch(model, tokenizer, pairs, reference_stats(model, pairs, folder, 2048))
 
 
-def ours(config: BenchConfig, cache: Path) -> tuple[float, float, float]:
-    """(pairs a second, peak GB, loss) of what trainer.py does in a step before the update."""
-    model, _, pairs, reference = load(config, cache)
-    rows, loss = range(len(pairs)), partial(objective, config=DPLConfig(alpha=0.1, beta=0.1))
+def prepare(config: BenchConfig, folder: Path) -> float:
+    """Write an adapter that is not zero into `folder`; returns the floor, in pairs a second."""
+    model, _, pairs, _ = load(config, folder)
+    head = model.get_output_embeddings().weight.numel()
+    layers = sum(p.numel() for p in model.base_model.parameters() if p.ndim == 2)
+    layers -= model.get_input_embeddings().weight.numel()
+    fed = sum(map(count_tokens, pairs))
+    predicted = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    padded = sum(2 * len(p.prompt) + 2 * max(len(p.chosen), len(p.rejected)) for p in pairs)
+    print(f"{config.model}: {len(pairs)} pairs, {fed:,} tokens packed ({padded:,} padded pair by pair)")
+    floor = rates()[0] * len(pairs) / (4 * (fed * layers + predicted * head))
+    torch.manual_seed(0)
     add_lora(model, config.lora_rank, config.lora_rank)
-    found = {}
-
-    def run(rows: Sequence[int]) -> None:
-        found.update(forward_backward(model, pairs, rows, reference, loss, config.micro_batch_tokens))
-
-    run(rows if CUDA else rows[:2])  # compiling depends on the lengths
-    return len(pairs) / clock(lambda: run(rows)), peak_memory(DEVICE), found["loss"]
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora_B, std=0.1)
+    save_lora(model, folder / "adapter", config.model)
+    return floor
 
 
-def trl(config: BenchConfig, cache: Path, size: int) -> tuple[float, float, float]:
-    """The same of TRL's trainer, which is given the same token ids."""
+def measure(config: BenchConfig, model: nn.Module, run: Callable[[], float]) -> Result:
+    """Time `run`, which adds the gradient of the batch's mean loss and returns that loss."""
+    seconds, loss = [], 0.0
+
+    def step() -> None:
+        nonlocal loss
+        model.zero_grad()
+        loss = run()
+
+    for _ in range(1 + config.passes):
+        seconds.append(clock(step))
+    gradients = [p.grad.float() for p in model.parameters() if p.grad is not None]
+    norm = torch.stack([g.norm() for g in gradients]).norm().item()
+    return Result(seconds[0], seconds[1:], peak_memory(DEVICE), loss, norm)
+
+
+def ours(config: BenchConfig, folder: Path, tokens: int) -> Result:
+    """What trainer.py does in a step before the update."""
+    model, _, pairs, reference = load(config, folder)
+    load_lora(model, folder / "adapter")
+    rows = range(len(pairs))
+    return measure(
+        config, model, lambda: forward_backward(model, pairs, rows, reference, DPO, tokens)["loss"]
+    )
+
+
+def padded(config: BenchConfig, folder: Path, size: int) -> Result:
+    """DPO as one writes it first, `size` pairs at a time."""
+    model, _, pairs, reference = load(config, folder)
+    load_lora(model, folder / "adapter")
+
+    def logp(texts: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+        ids = pad_sequence([torch.tensor(prompt + answer) for prompt, answer in texts], True).to(DEVICE)
+        position = torch.arange(ids.shape[1])
+        length = torch.tensor([len(prompt) + len(answer) for prompt, answer in texts])[:, None]
+        start = torch.tensor([len(prompt) for prompt, _ in texts])[:, None]
+        mask = (position < length).to(DEVICE)
+        answered = mask & (position >= start).to(DEVICE)
+        logits = model(ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1].float()
+        token = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        return (token * answered[:, 1:]).sum(1)
+
+    def run() -> float:
+        total = 0.0
+        for first in range(0, len(pairs), size):
+            part = slice(first, first + size)
+            texts = [(p.prompt, answer) for p in pairs[part] for answer in (p.chosen, p.rejected)]
+            policy = Stats(logp(texts).view(-1, 2), None)
+            known = Stats(*(x[part].to(DEVICE) for x in reference))
+            loss = DPO(policy, known)["loss"].sum() / len(pairs)
+            loss.backward()
+            total += loss.item()
+        return total
+
+    return measure(config, model, run)
+
+
+def trl(config: BenchConfig, folder: Path, size: int) -> Result:
+    """TRL's trainer, which is given the same token ids and adapter, `size` pairs at a time."""
     from datasets import Dataset, disable_progress_bars
-    from peft import LoraConfig
+    from peft import PeftModel
     from trl import DPOConfig, DPOTrainer
 
     disable_progress_bars()
-    model, tokenizer, pairs, reference = load(config, cache)
+    model, tokenizer, pairs, reference = load(config, folder)
+    model = PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
     names = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
     known = reference.logp.tolist()
     rows = [dict(zip(names, (*p, *k), strict=True)) for p, k in zip(pairs, known, strict=True)]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as output:
         flags = DPOConfig(
-            output_dir=folder,
+            output_dir=output,
             beta=0.1,
             use_cpu=not CUDA,
             bf16=CUDA,
@@ -96,15 +192,11 @@ def trl(config: BenchConfig, cache: Path, size: int) -> tuple[float, float, floa
             max_length=None,
             report_to="none",
         )
-        lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules="all-linear")
         one = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-        trainer = DPOTrainer(
-            model, None, flags, train_dataset=one, processing_class=tokenizer, peft_config=lora
-        )
-        total = 0.0
+        trainer = DPOTrainer(model, None, flags, train_dataset=one, processing_class=tokenizer)
+        trainer.model.eval()  # no dropout, as for the others
 
-        def run(rows: list[dict]) -> None:
-            nonlocal total
+        def run() -> float:
             total = 0.0
             for first in range(0, len(rows), size):
                 part = rows[first : first + size]
@@ -112,41 +204,41 @@ def trl(config: BenchConfig, cache: Path, size: int) -> tuple[float, float, floa
                 loss = trainer.compute_loss(trainer.model, inputs) * (len(part) / len(rows))
                 loss.backward()
                 total += loss.item()
+            return total
 
-        run(rows if CUDA else rows[:2])
-        return len(rows) / clock(lambda: run(rows)), peak_memory(DEVICE), total
-
-
-def bound(config: BenchConfig, cache: Path) -> float:
-    """Pairs a second, were all arithmetic done at a large product's rate and nothing else."""
-    model, _, pairs, _ = load(config, cache)
-    head = model.get_output_embeddings().weight.numel()
-    layers = sum(p.numel() for p in model.base_model.parameters() if p.ndim == 2)
-    layers -= model.get_input_embeddings().weight.numel()
-    fed = sum(map(count_tokens, pairs))
-    predicted = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    padded = sum(2 * len(p.prompt) + 2 * max(len(p.chosen), len(p.rejected)) for p in pairs)
-    print(f"{config.model}: {len(pairs)} pairs, {fed:,} tokens packed ({padded:,} padded pair by pair)")
-    return rates()[0] * len(pairs) / (4 * (fed * layers + predicted * head))
+        return measure(config, trainer.model, run)
 
 
 def main() -> None:
-    """Measure in turns and print a row for each contender."""
+    """Measure in turns, check that all computed the same, and print a row for each contender."""
     config = parse(BenchConfig, __doc__)
-    contenders: dict[str, tuple] = {"train_dpl.py": (ours,)}
-    contenders |= {f"trl, {size} at a time": (trl, size) for size in config.sizes or (1, 4, 16)}
-    runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in contenders}
-    with tempfile.TemporaryDirectory() as cache:
-        limit = apart(bound, config, Path(cache))
-        for _ in range(config.repeats):
-            for name, (contender, *size) in contenders.items():
-                runs[name].append(apart(contender, config, Path(cache), *size))
-    print(f"{'':20} {'pairs/s':>8} {'ratio':>6} {'of bound':>8} {'peak GB':>8} {'loss':>8}")
-    fastest = max(speed for speed, _, _ in runs["train_dpl.py"])
-    for name, found in runs.items():
-        speed, memory = max(f[0] for f in found), min(f[1] for f in found)
-        columns = f"{speed:8.2f} {fastest / speed:6.2f} {speed / limit:8.1%} {memory:8.2f} {found[0][2]:8.5f}"
-        print(f"{name:20} {columns}", flush=True)
+    sizes = config.sizes or (1, 4, 8)
+    contenders = {f"train_dpl.py, {n:,} tokens": (ours, n) for n in config.micro_batch_tokens or (512, 2048)}
+    contenders |= {f"padded, {size} pairs": (padded, size) for size in sizes}
+    contenders |= {f"TRL, {size} pairs": (trl, size) for size in sizes}
+    results: dict[str, list[Result]] = {name: [] for name in contenders}
+    with tempfile.TemporaryDirectory() as folder:
+        floor = apart(prepare, config, Path(folder))
+        for name in tqdm(list(contenders) * config.rounds, unit="process", disable=None):
+            contender, size = contenders[name]
+            results[name].append(apart(contender, config, Path(folder), size))
+    first = next(iter(results.values()))[0]
+    for name, runs in results.items():
+        for key in ("loss", "norm"):
+            value, wanted = getattr(runs[0], key), getattr(first, key)
+            if abs(value - wanted) > (2e-2 if CUDA else 1e-3) * wanted:
+                raise InputError(f"{name}: its {key} is {value:.6g}, and {wanted:.6g} of the first contender")
+    speed = {}
+    for name, runs in results.items():
+        warm = sorted(seconds for run in runs for seconds in run.warm)
+        speed[name] = config.pairs / warm[len(warm) // 2]
+    best = max(value for name, value in speed.items() if name.startswith("train_dpl.py"))
+    titles = ("pairs/s", "(cold)", "ratio", "of floor", "peak GB", "loss", "norm")
+    print(f"{'':28}" + "".join(f"{title:>10}" for title in titles))
+    for name, runs in results.items():
+        cold, memory = config.pairs / min(run.cold for run in runs), min(run.memory for run in runs)
+        line = f"{speed[name]:10.2f}{cold:10.2f}{best / speed[name]:10.2f}{speed[name] / floor:10.1%}"
+        print(f"{name:28}{line}{memory:10.2f}{runs[0].loss:10.5f}{runs[0].norm:10.5f}", flush=True)
 
 
 if __name__ == "__main__":
