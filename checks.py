@@ -122,13 +122,17 @@ def check_memory(config: Any, device: torch.device) -> None:
         raise InputError(f"--model {name}: training needs {have}: try {hint}")
 
 
+def probe_pairs(ids: list[int]) -> list[tuple[list[int], list[int], list[int]]]:
+    """Two pairs of different lengths, made of 12 token ids."""
+    return [(ids[:4], ids[4:8], ids[5:10]), (ids[2:5], ids[6:7], ids[7:12])]
+
+
 @torch.no_grad()
-def packing_gap(model: PreTrainedModel, ids: list[int]) -> float:
-    """Largest difference in nats, over texts of 12 token ids, of the packed forward from the model's own.
+def packing_gap(model: PreTrainedModel, pairs: Sequence[Sequence[list[int]]]) -> float:
+    """Largest difference in nats, over the texts of pairs, of the packed forward from the model's own.
 
     For a reward model, of rewards. Raises what an unusual model raises.
     """
-    pairs = [(ids[:4], ids[4:8], ids[5:10]), (ids[2:5], ids[6:7], ids[7:12])]
     plain = []
     for prompt, *completions in pairs:
         for completion in completions:
@@ -155,7 +159,7 @@ def check_packable(model: PreTrainedModel, path: str) -> None:
     config, pad = model.config, getattr(model.config, "pad_token_id", None)
     config.pad_token_id = None
     try:
-        gap = packing_gap(model, ids)
+        gap = packing_gap(model, probe_pairs(ids))
         if not gap <= limit:
             raise ValueError(f"log-probabilities move by {gap:.2g} nats")
     except TorchDynamoException as error:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from files import InputError, error_prefix
 from formats import Text, message
+from parallel import to_device
 
 
 class Pair(NamedTuple):
@@ -52,10 +53,10 @@ class Packed(NamedTuple):
 
     def to(self, device: torch.device) -> "Packed":
         """The same on a device. A GPU gets all tensors in one copy, for which the CPU does not wait."""
-        if device.type != "cuda":
+        if device.type == "cpu":
             return self
         tensors = self[:7]
-        flat = torch.cat(tensors).pin_memory().to(device, non_blocking=True)
+        flat = to_device(torch.cat(tensors), device)
         return Packed(*flat.split([len(x) for x in tensors]), *self[7:])
 
 

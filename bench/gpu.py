@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from machine import CUDA, DEVICE, clock, rates
 
-import checks
+from checks import packing_gap, probe_pairs
 from decode import Batch
 from files import flag, parse, run_command
 from logs import flops_per_token, peak_memory
@@ -152,15 +152,7 @@ def architectures(say: Callable[[str], None]) -> None:
         for dtype in (torch.float32, BFLOAT16) if CUDA else (torch.float32,):
             model = make_model(kind, (SIZES if kind != "gpt2" else {"vocab_size": 512}) | extra, dtype, 2.0)
             pairs = make_pairs(200, np.random.default_rng(1), 512) * 2
-            with torch.no_grad():
-                plain = []
-                for prompt, *completions in pairs:
-                    for completion in completions:
-                        ids = torch.tensor([prompt + completion], device=DEVICE)
-                        logp = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-                        plain.append(logp.gather(1, ids[0, len(prompt) :, None]).sum())
-                ours = pair_stats(model, pack(pairs)).logp.flatten()
-            gaps[str(dtype)[6:]] = (ours - torch.stack(plain)).abs().max().item()
+            gaps[str(dtype)[6:]] = packing_gap(model, pairs)
             assert gaps["float32"] < 0.05, f"{kind}: packing moves a text by {gaps['float32']:.2g} nats"
         say(f"{kind:12} " + ", ".join(f"{name}: {gap:.1e} nats" for name, gap in gaps.items()))
 
@@ -219,7 +211,8 @@ def checks_(say: Callable[[str], None]) -> None:
     model = make_model("llama", sizes, BFLOAT16, 1.5)
     rng, gaps = np.random.default_rng(0), []
     for _ in range(100 if CUDA else 5):
-        gaps.append(checks.packing_gap(model, rng.integers(3, sizes["vocab_size"], 12).tolist()))
+        ids = rng.integers(3, sizes["vocab_size"], 12).tolist()
+        gaps.append(packing_gap(model, probe_pairs(ids)))
     say(f"{len(gaps)} draws: mean {np.mean(gaps):.2g} nats, largest {max(gaps):.2g}; the limit is 2")
     assert max(gaps) < 2, "a good model would be refused"
 

@@ -16,7 +16,7 @@ opinion should be given as often as it is held. Three claims, each with a pictur
 
 The other way to more diversity, DPO at a token temperature, stands beside DPL. All probabilities are exact;
 only the measured points of coverage are from samples. Errors are over seeds of training on one set of 4,000
-pairs. Labels are drawn at random, so that set has an optimum of its own: label_optimum() computes it.
+pairs. Labels are drawn at random, so that set has an optimum of its own, "label optimum".
 
 The reference is nearly flat on the polls. Therefore DPO with beta = alpha has almost the same optimum as DPL
 here; what the split into alpha and beta is for, experiments/pareto.py shows.
@@ -108,14 +108,15 @@ def evaluate_probs(probs: np.ndarray, shares: np.ndarray) -> dict[str, float]:
     }
 
 
-def label_optimum(polls: dict[str, dict], alpha: float) -> np.ndarray:
-    """The distribution over opinions that minimises the loss on the labelled pairs of DATA, (polls, 4).
+def fit_labels(polls: dict[str, dict]) -> list[np.ndarray]:
+    """Bradley-Terry strengths of each poll's opinions, (4,), fitted to the labelled pairs of DATA.
 
-    The loss is logistic in the difference of alpha log pi - beta log pi_ref. Its minimum is the Bradley-Terry
-    fit of the labels, found here by its fixed-point iteration (Zermelo, 1929). Pairs with a text that is no
-    opinion are left out: such a text always loses, so it says nothing about the opinions.
+    The loss is logistic in the difference of alpha log pi - beta log pi_ref, so over tables its minimum is
+    DPL's optimum with these strengths in the place of the shares. They are found by the fixed-point iteration
+    of Zermelo (1929). Pairs with a text that is no opinion are left out: such a text always loses, so it says
+    nothing about the opinions.
     """
-    rows, policies = read_pairs(ROOT / DATA), []
+    rows, strengths = read_pairs(ROOT / DATA), []
     for prompt, poll in polls.items():
         names = list(poll["shares"])
         wins = np.zeros((len(names), len(names)))  # wins[i, j]: pairs in which i was preferred to j
@@ -125,8 +126,8 @@ def label_optimum(polls: dict[str, dict], alpha: float) -> np.ndarray:
         strength = np.ones(len(names))
         for _ in range(1000):
             strength = wins.sum(1) / ((wins + wins.T) / (strength[:, None] + strength)).sum(1)
-        policies.append(optimum(np.array(poll["reference_logp"]), np.log(strength), alpha, BETA))
-    return np.array(policies)
+        strengths.append(strength)
+    return strengths
 
 
 def measured_coverage(
@@ -173,12 +174,16 @@ def make_results(config: PopulationConfig) -> dict[str, Any]:
                 results["measured"][name].append(measured_coverage(*models[alpha], polls, config, t, seed))
     shares = [np.array(list(poll["shares"].values())) for poll in polls.values()]
     logp = [np.array(poll["reference_logp"]) for poll in polls.values()]
-    for name, beta in (("optimum", dict.fromkeys(ALPHAS, BETA)), ("DPO optimum", {a: a for a in ALPHAS})):
+    constant, labels = [BETA] * len(ALPHAS), fit_labels(polls)
+    for name, betas, weights in (
+        ("optimum", constant, shares),
+        ("label optimum", constant, labels),
+        ("DPO optimum", ALPHAS, shares),
+    ):
         results[name] = [
-            [optimum(r, np.log(s), alpha, beta[alpha]) for r, s in zip(logp, shares, strict=True)]
-            for alpha in ALPHAS
+            [optimum(r, np.log(w), alpha, beta) for r, w in zip(logp, weights, strict=True)]
+            for alpha, beta in zip(ALPHAS, betas, strict=True)
         ]
-    results["label optimum"] = [label_optimum(polls, alpha) for alpha in ALPHAS]
     results["reference"] = opinion_probs(*load_model(REFERENCE), polls, 1.0)
     results["shares"] = shares[0]
     results["measured"] = {name: np.array(rows) for name, rows in results["measured"].items()}
