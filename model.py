@@ -255,21 +255,17 @@ class TokenLogProbs(torch.autograd.Function):
         for chunk in _chunks(hidden, weight):
             y = target[chunk, None]
             z = _capped_logits(hidden[chunk], weight, bias, softcap)
-            log_p = z.log_softmax(-1)
-            logp[chunk] = log_p.gather(1, y).squeeze(1)
+            log_z = z.logsumexp(-1, keepdim=True)
+            logp[chunk] = (z.gather(1, y) - log_z).squeeze(1)
             if dlogp_dh is None and not with_entropy:
                 continue
-            p = log_p.exp() if with_entropy else log_p.exp_()
+            p = (z - log_z).exp_()
             if with_entropy:
-                entropy[chunk] = -torch.linalg.vecdot(p, log_p)
+                entropy[chunk] = log_z.squeeze(1) - torch.linalg.vecdot(p, z)
             if dentropy_dh is not None:
                 dentropy_dh[chunk] = _dentropy_dz(p, z, softcap).to(weight.dtype) @ weight
-            if dlogp_dh is not None:  # W_y - p W; a cap multiplies each logit's gradient by its slope
-                rows = weight[target[chunk]]
-                if softcap is not None:
-                    slope = 1 - (z / softcap) ** 2
-                    p, rows = p.mul_(slope), (rows * slope.gather(1, y)).to(weight.dtype)
-                dlogp_dh[chunk] = torch.addmm(rows, p.to(weight.dtype), weight, alpha=-1)
+            if dlogp_dh is not None:
+                dlogp_dh[chunk] = _dlogp_dz(p, z, y, softcap).to(weight.dtype) @ weight  # overwrites p
         ctx.save_for_backward(dlogp_dh, dentropy_dh, hidden, weight, bias, target)
         ctx.softcap, ctx.with_entropy = softcap, with_entropy
         if not with_entropy:
