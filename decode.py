@@ -290,7 +290,7 @@ class Batch:
         as reindex() does. Raises InputError if log-probabilities are NaN.
         """
         n, step, column = self.active, self.cache.length, token[:, None]
-        logp = self.logits.gather(1, column)[:, 0] - self.logits.logsumexp(-1)
+        logp = -F.cross_entropy(self.logits, token, reduction="none")
         # the one copy of a step that the CPU waits for; float32 holds any token id
         rows = torch.stack([logp, probs.gather(1, column)[:, 0].log(), token], 1).cpu()
         if rows.isnan().any():

@@ -74,7 +74,10 @@ def error_prefix(path: str | Path) -> Iterator[None]:
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """--help shows a docstring with its own line breaks, and the default of every flag."""
+    """--help shows a docstring with its own line breaks, and the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def flag(default: Any, help: str) -> Any:

@@ -255,13 +255,13 @@ class TokenLogProbs(torch.autograd.Function):
         for chunk in _chunks(hidden, weight):
             y = target[chunk, None]
             z = _capped_logits(hidden[chunk], weight, bias, softcap)
-            log_z = z.logsumexp(-1, keepdim=True)
-            logp[chunk] = (z.gather(1, y) - log_z).squeeze(1)
+            log_p = z.log_softmax(-1)
+            logp[chunk] = log_p.gather(1, y).squeeze(1)
             if dlogp_dh is None and not with_entropy:
                 continue
-            p = (z - log_z).exp_()
+            p = log_p.exp() if with_entropy else log_p.exp_()
             if with_entropy:
-                entropy[chunk] = log_z.squeeze(1) - torch.linalg.vecdot(p, z)
+                entropy[chunk] = -torch.linalg.vecdot(p, log_p)
             if dentropy_dh is not None:
                 dentropy_dh[chunk] = _dentropy_dz(p, z, softcap).to(weight.dtype) @ weight
             if dlogp_dh is not None:
