@@ -199,7 +199,10 @@ _child: subprocess.Popen | None = None  # started when first needed, because it 
 
 
 def _ask_child(question: str) -> bool:
-    """Send one line to the child process and read its verdict. A child that dies is replaced next time."""
+    """Send one line to the child process and read its verdict; False if the time is up.
+
+    If the child dies of anything else, a new child gets the question once more.
+    """
     with _lock:
         for _ in range(2):
             try:

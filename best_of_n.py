@@ -136,8 +136,8 @@ def split_problems(
 ) -> dict[str, np.ndarray]:
     """{"all", "easy", "medium", "hard": positions in `indices`}, empty splits left out.
 
-    `base` holds the base model's samples. A problem without a correct one is hard if there are MEDIUM samples
-    or more; with fewer, its difficulty is unknown and it is in no split.
+    `base` holds the base model's samples. A GSM8K problem without a correct one is hard if it has at least
+    MEDIUM samples. With fewer, its difficulty is unknown and it is in "all" only, as are MATH levels 2 and 4.
     """
     splits: dict[str, list[int]] = {"all": list(range(len(indices))), "easy": [], "medium": [], "hard": []}
     for position, index in enumerate(indices):

@@ -6,9 +6,9 @@
                       state.json                  step, digests of model, data and each file
     adapter_model.safetensors ...                 at the end
 
-A training step depends on (seed, step) alone, so the step's number stands for the position in the data, the
-learning rate and all random numbers. A checkpoint is written under a hidden name, flushed to disk and then
-renamed. Its digests cover every byte, so damage is noticed. Any number of processes can resume from it.
+The flags and the step number determine the position in the data, the learning rate and the random seeds, so
+a checkpoint stores none of these. It is written under a hidden name, flushed to disk and then renamed. Its
+digests cover every byte, so damage is noticed. Any number of processes can resume from it.
 """
 
 import json
@@ -123,7 +123,7 @@ def save_checkpoint(
     optimizer: Optimizer,
     keep: int,
 ) -> None:
-    """Write the checkpoint of `step` into `folder`, then keep only the newest `keep` up to this step.
+    """Write the checkpoint of `step` into `folder`; delete later steps and all but the newest `keep`.
 
     `digests` are those of model and data, which resume_run() compares. All processes must call it. Raises
     InputError if rank 0 cannot see a file that another process wrote: nodes without a shared folder.
@@ -142,7 +142,7 @@ def save_checkpoint(
     files = {name: sha256 for part in all_gather(written) for name, sha256 in part.items()}
     if get_rank() == 0:
         if missing := [name for name in files if not (new / name).is_file()]:
-            raise InputError(f"{new / missing[0]}: not here: --out_dir must be one that all nodes share")
+            raise InputError(f"{new / missing[0]}: missing: --out_dir must be a folder that all nodes share")
         state = {"step": step, "files": files, **digests}
         write_json(new / "state.json", {**state, "sha256": digest_json(state)})
         path = folder / new.name[1:]
@@ -166,7 +166,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """
     names, warnings = [path.name for path in checkpoints(folder)], []
     if any(other != names for other in all_gather(names)):
-        raise InputError(f"{folder}: not the same for all processes: it must be one that all nodes share")
+        raise InputError(f"{folder}: differs between processes: it must be a folder that all nodes share")
     for path in reversed(checkpoints(folder)):
         state, damage = _verify(path)
         damages = [damage for damage in all_gather(damage) if damage]
@@ -176,7 +176,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             return path, state
         warnings.append(f"{path}: damaged: {damages[0]}")
     if warnings:
-        raise InputError(f"{warnings[0]}; no other is whole: --overwrite starts the run anew")
+        raise InputError(f"{warnings[0]}; no undamaged checkpoint is left: --overwrite restarts the run")
     return None
 
 
@@ -191,7 +191,7 @@ def resume_run(config: Any, digests: dict[str, str], model: nn.Module, optimizer
     path, state = newest
     for name in ("model", "data"):
         if state[name] != digests[name]:
-            raise InputError(f"--{name} {getattr(config, name)}: not what the run to --resume was reading")
+            raise InputError(f"--{name} {getattr(config, name)}: not that of the run to --resume")
     load_checkpoint(path, state, model, optimizer)
     return state["step"]
 
@@ -245,7 +245,8 @@ def export(out: Path, config: Any, model: PreTrainedModel, tokenizer: Any, row: 
 def model_card(name: str, config: Any, row: dict[str, float]) -> str:
     """README.md of a finished run, with the metadata that the hub reads; `row` holds the final figures.
 
-    It has all that is needed to repeat the run. The method is the first line of the script's docstring.
+    It has the command, all flags and library versions. Its method is the first line of the script's
+    docstring.
     """
     # the hub takes no folder for a base_model
     base = "" if Path(config.model).is_dir() else f"base_model: {json.dumps(config.model)}\n"

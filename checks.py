@@ -1,4 +1,4 @@
-"""What is refused before training, because it would go wrong in silence: data, models and losses.
+"""Checks before training: refuse data, models and losses that would fail later or give wrong results.
 
 - check_memory: models that are too large for the device
 - check_inputs: token ids without an embedding, texts that are too long, too few pairs for the processes
@@ -36,7 +36,7 @@ def check_inputs(
         raise InputError(f"--max_length {config.max_length}: more positions than {config.model} has")
     processes = get_world_size()
     if processes > min(config.batch_size, len(examples), len(held_out) or processes):
-        raise InputError(f"{processes} processes need as many pairs in --batch_size and in --eval_data")
+        raise InputError(f"{processes} processes: --batch_size, --data and --eval_data need a pair for each")
     if any(other != digests for other in all_gather(digests)):
         raise InputError(f"--model {config.model}, --data {config.data}: not the same for all processes")
 
@@ -94,14 +94,15 @@ def max_positions(model: PreTrainedModel) -> float:
 
 
 def check_memory(config: Any, device: torch.device) -> None:
-    """Raise InputError if weights, gradients and optimizer state do not fit the device, before loading them.
+    """Raise InputError if the model's training state does not fit the device, before loading the weights.
 
-    Sizes are those of the model's configuration; activations come on top. bfloat16 weights under an adapter
-    take 2 bytes each, and all-weights training 16: weight, gradient and AdamW's two averages in float32.
+    The model's config gives the number of weights; activations are not counted. With LoRA, a weight takes 2
+    bytes in bfloat16 or 4 in float32; the adapter is not counted. Without LoRA it takes 16 bytes (weight,
+    gradient and AdamW's two averages in float32), or 12 with RMSprop.
     """
     name, folder = config.model, Path(config.model)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        return  # an adapter: it is merged into its base
+        return  # an adapter's folder: it has no config.json, and its base is not checked
     with loading(f"--model {name}"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, trust_remote_code=False))
     low = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
@@ -131,7 +132,7 @@ def probe_pairs(ids: list[int]) -> list[tuple[list[int], list[int], list[int]]]:
 def packing_gap(model: PreTrainedModel, pairs: Sequence[Sequence[list[int]]]) -> float:
     """Largest difference in nats, over the texts of pairs, of the packed forward from the model's own.
 
-    For a reward model, of rewards. Raises what an unusual model raises.
+    A reward model's rewards are compared instead. Exceptions of the model are not caught.
     """
     plain = []
     for prompt, *completions in pairs:

@@ -64,7 +64,7 @@ class ChoicesConfig:
     limit: int = flag(0, "Evaluate this many questions, chosen at random by --seed; 0 means all.")
     binary: bool = flag(False, "TruthfulQA: the best answer against one incorrect answer.")
     chat: bool = flag(False, "Put the questions through the chat template.")
-    template: str = flag(TEMPLATE, "Text with {question} and {options}.")
+    template: str = flag(TEMPLATE, "File with {question} and {options}.")
     out_file: str | None = flag(None, "Also write all results to this file, as JSON.")
     picture: str | None = flag(None, "Also draw the reliability diagrams into this file, .png or .pdf.")
     overwrite: bool = flag(False, "Replace --out_file and --picture.")
@@ -157,8 +157,8 @@ def calibration(probs: list[np.ndarray], right: list[int]) -> dict[str, np.ndarr
 def summarize(values: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, float]]:
     """{metric: {"mean", "low", "high"}} with 95% bootstrap intervals over questions.
 
-    A resample adds its own sampling noise to the bins, which raises its ECE above that of the data. The
-    intervals of ECE are therefore basic ones: they reflect the quantiles at the estimate.
+    A resample adds its own sampling noise to the bins, which raises its ECE above that of the data. ECE
+    therefore gets the basic bootstrap interval, [2 ECE - q_97.5%, 2 ECE - q_2.5%], cut off at 0.
     """
     pairs = np.stack([values["confidence"], values["accuracy"]], 1)
 

@@ -13,7 +13,7 @@ to the keys of its own completion, under one softmax:
 All completions of a prompt share K_prompt and V_prompt, so a step reads them once per prompt. An ordinary KV
 cache stores and reads a copy for every completion; with long prompts that is most of a step's memory traffic.
 (Hydragen, Juravsky et al. 2024, splits attention in the same way.) Memory for the completions' own keys and
-values is allocated at the start. A finished completion leaves the batch.
+values is allocated at the start. A finished completion is no longer fed to the model.
 """
 
 import functools
@@ -34,8 +34,8 @@ from model import dense, dense_masks, head_logits
 from parallel import to_device
 from preferences import Packed, pack
 
-FINISH = ("", "eos", "stop", "length")  # why a completion ended, by code:
-ACTIVE, EOS, STOP, LENGTH = range(4)
+FINISH = ("", "eos", "stop", "length")  # Completion.finish by code; "" while it is active
+ACTIVE, EOS, STOP, LENGTH = range(4)  # the codes: indices into FINISH
 NUCLEUS = 1024  # tokens that top_p sorts first: sorting a large vocabulary takes as long as a small model
 BLOCK = 128  # tokens per block in gumbel_max
 PREFILL = 2048  # prompt tokens per forward pass
@@ -231,10 +231,10 @@ class Batch:
         eos_token_id: int | list[int] | None,
         has_stop: Callable[[list[int]], bool] | None = None,
     ):
-        """Compute the prompts (token ids). Completion i continues prompts[prompt_index[i]].
+        """Prefill the prompts (token ids). Completion i continues prompts[prompt_index[i]].
 
         It ends at an end token, when has_stop(its tokens) is true, or after max_new_tokens. Raises InputError
-        if a layer is more than attention by position: recurrence, chunks, biases, sinks.
+        for models with recurrent layers, or with chunks, biases or sinks in their attention.
         """
         self.model, self.device = model, model.get_input_embeddings().weight.device
         self.eos = torch.tensor([] if eos_token_id is None else eos_token_id).flatten()

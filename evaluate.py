@@ -1,4 +1,4 @@
-"""Metrics, by subcommand: files that sample.py wrote in, a table and JSON out.
+"""Evaluate models and the files that sample.py wrote. Each subcommand prints a table and can write JSON.
 
     society     the embedded world's samples against its exact optimum (DPL paper, equation 35)
     diversity   how different the samples of a prompt are, by embeddings and by n-grams
@@ -10,8 +10,9 @@
 
 diversity, quality, judge and winrate compute a metric for each prompt, from that prompt's samples, and print
 its mean over prompts with a 95% bootstrap interval. The interval is over prompts: samples of one prompt are
-not independent. --baseline adds the samples of another policy, such as the reference. The difference is taken
-prompt by prompt; it is known better than either mean.
+not independent. --baseline adds the samples of another policy, such as the reference. For diversity, quality
+and judge, the table then has the difference too, taken prompt by prompt. Its interval is often narrower
+than that of either mean.
 
     python evaluate.py society
     python evaluate.py diversity --samples dpl.jsonl --baseline dpo.jsonl --embedder ENCODER
@@ -60,10 +61,10 @@ from reference import score_completions
 from tables import (
     Columns,
     SamplesConfig,
-    finish,
     flatten,
     prompt_means,
     read_files,
+    report_means,
     sample_rewards,
     split,
     texts_by_prompt,
@@ -111,8 +112,8 @@ class DiversityConfig(SamplesConfig):
     embeddings_url: str | None = flag(None, "OpenAI-compatible endpoint that computes the embeddings.")
     api_key_env: str = flag("OPENAI_API_KEY", "Environment variable with that endpoint's key.")
     budget: int = flag(20, "Words of each text that the second set of lexical metrics sees.")
-    reward_model: str | None = flag(None, "Also measure the good samples: those it rewards enough.")
-    reward_threshold: float | None = flag(None, "Enough (default: the median over --baseline).")
+    reward_model: str | None = flag(None, "Also measure the good samples alone, by this model's reward.")
+    reward_threshold: float | None = flag(None, "Lowest good reward (default: the median over --baseline).")
 
     def __post_init__(self) -> None:
         has_threshold = self.baseline is not None or self.reward_threshold is not None
@@ -168,9 +169,9 @@ def lexical_metrics(texts: Sequence[str], vocabulary: dict[int, int]) -> dict[st
 def diversity(config: DiversityConfig) -> None:
     """How different the samples of a prompt are: by embeddings (DPL paper, equation 44) and by n-grams.
 
-    The metrics of words reward short texts. So each is given twice: of whole texts, and of their first
-    --budget words. All metrics reward nonsense. So --reward_model gives them also of the good samples alone.
-    EAD's vocabulary is that of all texts read.
+    Word metrics favour short texts, so each is computed twice: on whole texts, and on their first --budget
+    words. All metrics favour nonsense, so --reward_model adds all of them for the good samples alone. EAD's
+    vocabulary is the number of different n-grams in all texts read.
     """
     files = read_files(config)
     texts = [texts_by_prompt(groups) for groups in files]
@@ -211,7 +212,7 @@ def diversity(config: DiversityConfig) -> None:
             good = [[s.text for s, r in zip(*part, strict=True) if r >= least] for part in parts]
             column["share of good samples"] = prompt_means(reward >= least, groups)
             column |= of_file(good, " | good")
-    finish(config, columns, files)
+    report_means(config, columns, files)
 
 
 # ---- quality
@@ -255,7 +256,7 @@ def quality(config: QualityConfig) -> None:
                 column["cross-entropy, nats per text"] = nats
                 column["cross-entropy, nats per token"] = nats / tokens
                 column["tokens per text"] = tokens
-    finish(config, columns, files)
+    report_means(config, columns, files)
 
 
 # ---- judged diversity, win rate
@@ -289,7 +290,7 @@ def judge(config: JudgedConfig) -> None:
         ratings, counts = rate_pools(prompts, groups, config)
         columns.append({k: np.array([np.mean(r) if r else math.nan for r in v]) for k, v in ratings.items()})
         print(", ".join(f"{k}: {v['missing']} of {v['asked']} ratings missing" for k, v in counts.items()))
-    finish(config, columns, files)
+    report_means(config, columns, files)
 
 
 @dataclass
@@ -332,7 +333,7 @@ def winrate(config: WinRateConfig) -> None:
         longer_wins = (score == 1) == (longer > 0) if score != 0.5 and longer else math.nan
         rows.append([score, score == 0.5, {*verdicts} == {"A", "B"}, longer_wins, 0.0])
     values = zip((*names, "verdict missing"), zip(*rows, strict=True), strict=True)
-    finish(config, [{name: prompt_means(x, pairs) for name, x in values}], [groups, others])
+    report_means(config, [{name: prompt_means(x, pairs) for name, x in values}], [groups, others])
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {

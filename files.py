@@ -150,8 +150,8 @@ def parse(config: type[Config], description: str | None, args: list[str] | None 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("file:row", row) for each JSON object of a .jsonl, .jsonl.gz, .json or .parquet file.
 
-    A line of a .txt file becomes {"prompt": line}; a .csv file's first line names its columns, and rows are
-    counted without it. Otherwise rows are counted from 1, as an editor counts lines. Raises InputError for a
+    A line of a .txt file becomes {"prompt": line}. The first line of a .csv file names its columns. Rows are
+    counted from 1; in .jsonl and .txt files a row's number is its line number. Raises InputError for a
     file that is missing, empty, truncated, not UTF-8 or not JSON, and for a row that is not an object.
     """
     path, count = Path(path), 0
@@ -270,8 +270,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def write_tensors(path: str | Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> str:
     """Write a safetensors file, atomically; returns its SHA-256.
 
-    Give at most one entry of `metadata`: safetensors writes several in random order, and the same contents
-    must give the same bytes.
+    Equal tensors, with equal metadata in equal order, give equal bytes.
     """
     sha256 = hashlib.sha256()
     with atomic_write(path, "wb") as file:

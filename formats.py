@@ -5,7 +5,7 @@
     {"prompt": [{"role": "user", ...}], "chosen": [{"role": "assistant", ...}], "rejected": [...]}
     {"chosen": [user, assistant], "rejected": [user, assistant]}               the shared start is the prompt
 
-The prompt may also stand at the start of both completions, and it may be a string before message lists.
+Both completions may repeat the prompt at their start. A string prompt may go with message-list completions.
 """
 
 import json

@@ -13,8 +13,8 @@ Answers are written to --cache as they arrive and never asked for again. When a 
     all retries failed, another HTTP 4xx, no rating or verdict in it:     the answer is missing
     HTTP 401, 403, 404, or never a connection, or MAX_FAILURES in a row:  the run stops with an InputError
 
-Missing answers are counted, never guessed or cached. Only the next run asks for them again: at temperature
-0 the same request most likely gets the same answer.
+Missing answers are counted, never guessed or cached. The next run asks for them again. The same run does
+not, because at temperature 0 the same request most likely gets the same answer.
 """
 
 import json
@@ -68,7 +68,7 @@ class JudgeConfig:
     api_key_env: str = flag("OPENAI_API_KEY", "Environment variable with the endpoint's key, if any.")
     judge_prompts: str = flag(PROMPT_FILES, "Folder with the text files of the questions.")
     cache: str = flag("out/judge_cache.jsonl", "File of answers, by --judge_model, question and settings.")
-    resume: bool = flag(False, "Go on after an interruption.")
+    resume: bool = flag(False, "Replace --out_file; answers in --cache are reused with or without this flag.")
     dry_run: bool = flag(False, "Print how many requests would be sent, and send none.")
     timeout: float = flag(60.0, "Seconds to wait for the endpoint before a request is sent again.")
     workers: int = flag(8, "Requests side by side.")
@@ -144,7 +144,7 @@ def _request(send: Callable[[], Any], url: str, api_key_env: str, retries: int, 
             return send()
         except OfflineModeIsEnabled:
             raise InputError(f"{url}: HF_HUB_OFFLINE forbids all requests; unset it") from None
-        # not HTTPError: the body is not JSON, or lacks a field
+        # all but HTTPError mean that the body is not JSON or lacks a field
         except (HTTPError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as caught:
             error = caught
         response = _response_of(error)
@@ -252,6 +252,7 @@ def ask(prompts: Texts, parse: Callable[[str], Any], config: JudgeConfig, label:
             for prompt, result in _side_by_side(request, list(waiting), config.workers):
                 if isinstance(result, RequestError):
                     reasons[str(result)] += 1
+                    # once there is an answer, a refusal (HTTP 4xx) says nothing about the other requests
                     in_a_row += not (texts and isinstance(result, RefusedError))
                     if in_a_row == MAX_FAILURES:
                         raise InputError(f"{config.endpoint}: {in_a_row} requests in a row failed: {result}")

@@ -51,7 +51,7 @@ def open_loggers(config: Any, out: Path) -> list[Callable[[dict[str, float]], No
 def print_start(
     parameters: Sequence[nn.Parameter], examples: int, steps: int, size: int, config: Any
 ) -> None:
-    """Print how much is trained, and warn of a run that ends before its learning rate is reached."""
+    """Print the size of the run, and warn if it ends before the learning rate's warm-up does."""
     trained, processes = sum(p.numel() for p in parameters), get_world_size()
     line = f"{trained:,} trained parameters, {examples:,} examples, {steps:,} steps of {size}"
     print(line + f" on {processes} processes ({config.parallel})" if processes > 1 else line)
@@ -86,7 +86,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def flops_per_token(model: nn.Module) -> float:
-    """FLOPs of training, per token: 2 a weight forward, 2 back to activations, 2 to each trained weight."""
+    """Training FLOPs per token: per weight 2 forward and 2 backward, plus 2 per trained weight's gradient."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     is_tied = head is not None and head.weight is embedding

@@ -58,8 +58,8 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return y
         if self.training and self.dropout:
-            # computed again in the backward: layers with the same input then share what is stored of it, x,
-            # and do not each store a mask and a dropped copy, 60% more memory for a Llama
+            # recomputed in the backward pass: only x is stored, and layers with the same input share it.
+            # Otherwise each layer stores a dropout mask and a dropped copy of x: 60% more memory for a Llama
             low = checkpoint(self.project_down, x, use_reentrant=False)
         else:
             low = self.project_down(x)
@@ -199,7 +199,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
 
 
 def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Add an adapter that save_lora or PEFT wrote to `model`, in place.
+    """Add to `model`, in place, an adapter that save_lora or PEFT wrote.
 
     Raises InputError if the file is damaged or does not fit the model.
     """

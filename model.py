@@ -89,7 +89,7 @@ def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Sta
     hidden = model.base_model(
         input_ids=packed.ids[None],
         position_ids=packed.position[None],
-        attention_mask=torch.empty(1, 1, 1, 1, device=device),  # 4-D counts as ready-made: none is built
+        attention_mask=torch.empty(1, 1, 1, 1, device=device),  # transformers builds no mask if given 4-D
         use_cache=False,
         attend=attend,  # transformers hands it on to packed_attention in every layer
     ).last_hidden_state[0]
@@ -210,11 +210,9 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """The attention function that every layer of a transformers model calls; `attend` does the work.
 
-    Raises ValueError if a layer needs more than attention by position.
+    Raises ValueError for attention sinks, a position bias, chunks, or a window that only the mask knows.
     """
-    if (
-        attend is None
-    ):  # the model was called in the ordinary way, as generate() does: its own eager attention
+    if attend is None:  # called by generate() or model(...), not packed_forward: use eager attention
         eager = sys.modules[type(module).__module__].eager_attention_forward
         return eager(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if any(kwargs.get(name) is not None for name in ("s_aux", "position_bias")):  # GPT-OSS, T5
@@ -222,7 +220,7 @@ def packed_attention(
     if getattr(module.config, "attention_chunk_size", None):  # Llama 4
         raise ValueError("it attends in chunks by index")
     if "sliding_window" not in kwargs and getattr(module.config, "sliding_window", None):  # PhiMoE
-        raise ValueError("its sliding window is in its mask alone")
+        raise ValueError("its sliding window is only in its attention mask, which is not used here")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     limits = {"window": kwargs.get("sliding_window"), "softcap": kwargs.get("softcap")}
     out = attend(module, query, key, value, scale=scale, **limits)
@@ -355,7 +353,7 @@ def load_model(
     if is_adapter:
         base = read_adapter_config(path).get("base_model_name_or_path")
         if not isinstance(base, str) or Path(base).resolve() == folder.resolve():
-            raise InputError(f"--model {path}: adapter_config.json names no other base_model_name_or_path")
+            raise InputError(f"--model {path}: base_model_name_or_path is missing or names this folder")
         model, _ = load_model(base, "cpu", dtype, reward)  # merge on the CPU: the same weights on any device
         return merge_lora(load_lora(model, path)).to(device, dtype or model.dtype), tokenizer
     if folder.is_dir() and not any(folder.glob("*.safetensors")):

@@ -181,7 +181,7 @@ def checkpoint_activations(model: nn.Module) -> None:
 def shard(model: nn.Module, device: torch.device, mixed: bool, method: Callable) -> None:
     """Shard a model that is on the CPU over all processes with FSDP2, in place, onto `device`.
 
-    Weights move one block at a time, so a device never holds more than its shard and one block. If `mixed`,
+    Blocks are moved and sharded one at a time, so the whole model need not fit on one device. If `mixed`,
     weights are gathered in bfloat16 and gradients are summed in float32. `method(model, ...)` is the function
     that the caller runs instead of model.forward: it becomes a method of the model, and FSDP gathers the
     weights around it.

@@ -49,7 +49,7 @@ class Packed(NamedTuple):
     target: Tensor  # (M,) ... the token id target[m]
     counts: Tensor  # (examples * completions,) targets of each completion, in order
     lengths: list[int]  # tokens fed, per example
-    completions: int  # per example: 2 for pairs, 1 for supervised examples, 0 for prompts alone
+    completions: int  # number per example: 2 for pairs, 1 for SFT, 0 for prompts alone
 
     def to(self, device: torch.device) -> "Packed":
         """The same on a device. A GPU gets all tensors in one copy, for which the CPU does not wait."""
@@ -150,8 +150,8 @@ def tokenize(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_lengt
 def truncate(example: Sequence[list[int]], bos: int | None, max_length: int) -> list[list[int]]:
     """Truncate (prompt, *completions) so that prompt + completion is at most `max_length` tokens.
 
-    The prompt loses its start: it keeps what the completions leave, or half of max_length if that is more.
-    Then the completions lose their ends.
+    The prompt is cut at its start, to max_length minus the longest completion, or to half of max_length if
+    that is more. A BOS stays. Then each completion is cut at its end.
     """
     if max_length < 4:
         raise InputError(f"--max_length {max_length} is too small: it must hold a prompt and a completion")
@@ -225,7 +225,7 @@ def encode_continuations(texts: list[str], tokenizer: PreTrainedTokenizerBase) -
             ids = _encode([anchor + text], tokenizer)[0]
             if ids[: len(start)] == start:
                 return ids[len(start) :]
-        raise InputError(f"the tokenizer merges every anchor with the completion {text[:40]!r}")
+        raise InputError(f"the tokenizer cannot encode the completion {text[:40]!r} apart from its prompt")
 
     return [after_anchor(text) for text in texts]
 
@@ -245,7 +245,7 @@ def encode_answers(
             opened = _apply_template(prompt, tokenizer, generate=True)
             conversation = _apply_template([*prompt, *answer], tokenizer, generate=False)
             if not conversation.startswith(opened):
-                raise InputError("the chat template does not extend its own prompt; use rows of strings")
+                raise InputError("the chat template changes the prompt before an answer; use rows of strings")
             text, content = conversation[len(opened) :], answer[-1]["content"].strip()
             after_content = (text.partition(content)[2] if content else text).rstrip()
             has_end = after_content.endswith(special)  # the template closes the turn with a special token

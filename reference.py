@@ -1,9 +1,9 @@
 """The reference pass: log-probabilities of the reference policy, computed once and cached on disk.
 
-Every loss compares the policy with the reference, which never changes. Before training, one pass without
-gradients writes its log-probability, length and entropy of every completion to a safetensors file, which
-later runs on the same model and data read. So no second model is in memory, and an alpha-sweep computes
-nothing twice.
+The DPL and MallowsPO losses compare the policy with a fixed reference. Before training, one pass without
+gradients computes the reference's log-probability, length and entropy of every completion. A safetensors
+file stores them for later runs on the same model and data. So no second model is in memory, and a sweep
+over alpha runs the reference only once.
 
 score_completions does the same for texts that a policy wrote. Nothing is cached, and many completions share
 their prompt in one row.

@@ -11,8 +11,8 @@ Sequential Monte Carlo therefore samples at a global temperature from any model,
 completions ("particles") at token temperature tau and weight each by the product of its Z_i; when weights get
 uneven, resample the particles in proportion to them. It is exact in the limit of many particles.
 
-Above tau = 1, truncate p first (--min_p 0.01). Otherwise broken texts, each unlikely but very many, outweigh
-all good ones, the more so the larger --max_new_tokens is.
+Above tau = 1, truncate p first (--min_p 0.01). Otherwise broken texts outweigh all good ones: each is
+unlikely, but there are very many. A larger --max_new_tokens makes this worse.
 
 Sample s of prompt n depends on (seed, n, s) alone, up to floating-point rounding: not on the batch size or on
 the number of processes. (At a global temperature: on seed, n and the numbers of particles and samples.) Under
@@ -96,7 +96,7 @@ def sample_global_batch(
         tempered = probs.log() / tau
         log_weights[: batch.active] += tempered.logsumexp(-1).cpu()  # log Z_i
         weights = log_weights.softmax(0)
-        if 1 / weights.square().sum() < particles / 2:  # before the token is sampled: copies then differ
+        if 1 / weights.square().sum() < particles / 2:  # before sampling: copies get own tokens
             order = batch.reindex(systematic_resampling(weights, particles, rng))[: batch.active]
             probs, tempered = probs[order], tempered[order]
             log_weights[:] = log_weights.logsumexp(0) - math.log(particles)
@@ -172,7 +172,7 @@ class SampleConfig:
     model: str = flag("out/dpl", "Folder or hub name of a model, or folder of an adapter.")
     prompts: str = flag("data/society/prompts.jsonl", "Rows with a 'prompt', or .txt with one per line.")
     prompt: str | None = flag(None, "One prompt, in place of --prompts; prints its completions.")
-    prompt_template: str | None = flag(None, "Text with {question}, filled from 'question' or 'problem'.")
+    prompt_template: str | None = flag(None, "File with {question}, filled from 'question' or 'problem'.")
     chat: bool = flag(False, "Put string prompts into the chat template; HH-RLHF transcripts become turns.")
     out_file: str | None = flag(None, "Default: samples.jsonl, in the --model folder if that is a run.")
     overwrite: bool = flag(False, "Replace --out_file.")

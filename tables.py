@@ -1,7 +1,7 @@
 """Samples by prompt, and tables of means over prompts: what the subcommands of evaluate.py share.
 
-A metric is computed for each prompt from that prompt's samples. finish() prints its mean over prompts with a
-95% bootstrap interval, beside the baseline's and the difference of the two, taken prompt by prompt.
+A metric is computed for each prompt from that prompt's samples. report_means() prints its mean over prompts
+with a 95% bootstrap interval, beside the baseline's and the difference of the two, taken prompt by prompt.
 """
 
 import math
@@ -37,9 +37,9 @@ class SamplesConfig:
 
 
 def read_files(config: SamplesConfig) -> list[Groups]:
-    """The samples and, if given, the baseline's, both of the prompts that are in both files.
+    """The samples and, if given, the baseline's: only those of prompts that are in both files.
 
-    Raises InputError if there are none, and if --out_file exists without --overwrite.
+    Raises InputError if no prompt is, or if --out_file exists without --overwrite or --resume.
     """
     if not getattr(config, "resume", False):
         require_new(config, "out_file")
@@ -54,7 +54,7 @@ def read_files(config: SamplesConfig) -> list[Groups]:
     return [{prompt: groups[prompt] for prompt in shared} for groups in files]
 
 
-def finish(config: SamplesConfig, columns: list[Columns], files: list[Groups]) -> None:
+def report_means(config: SamplesConfig, columns: list[Columns], files: list[Groups]) -> None:
     """Print means over prompts, their intervals and what the files hold; write --out_file."""
     heads = ("samples", "baseline", "difference") if len(columns) == 2 else ("samples",)
     print(f"{'mean over prompts [95% interval]':36}" + "".join(f"{head:>26}" for head in heads) + "  prompts")
@@ -114,9 +114,9 @@ def sample_rewards(files: list[Groups], path: str, chat: bool) -> list[np.ndarra
 
 
 def mean_and_error(values: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the first axis, which is training runs, and its standard error; 0 for a single run.
+    """Mean over the first axis, the training runs, and its standard error; the error is 0 for a single run.
 
-    Of three runs, 95% of the means lie within 4.3 standard errors of the truth, not 2 (Student's t).
+    For three runs, the 95% interval is the mean ± 4.3 standard errors, not ± 2 (Student's t).
     """
     values = np.asarray(values, dtype=float)
     spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])

@@ -40,7 +40,7 @@ class DPLConfig(TrainConfig):
     length_normalize: bool = flag(
         False, "Average log-probabilities over tokens; alpha / beta is then no temperature."
     )
-    divergence: str = flag("reverse_kl", "If alpha = beta also forward_kl, js_divergence, alpha_divergence.")
+    divergence: str = flag("reverse_kl", "alpha = beta allows forward_kl, js_divergence, alpha_divergence.")
     divergence_alpha: float = flag(0.5, "For alpha_divergence, in (0, 1): towards 0 it is the reverse KL.")
 
     def __post_init__(self) -> None:
@@ -57,8 +57,8 @@ def dpl_margin(policy: Stats, reference: Stats, alpha: float, beta: float) -> Te
     """Implicit reward of chosen minus rejected, with r = alpha log pi - beta log pi_ref; (pairs,).
 
     Before training it is (alpha - beta) [log pi_ref(y_w) - log pi_ref(y_l)], 0 only for alpha = beta. The
-    gradient of a pair has the factor alpha sigmoid(-margin). So for alpha > beta the pairs that move first
-    are those whose chosen text the reference finds much less likely, often because it is longer.
+    gradient of a pair has the factor alpha sigmoid(-margin). So for alpha > beta the first gradients are
+    largest on pairs whose chosen text is much less likely under the reference, often because it is longer.
     """
     chosen, rejected = (alpha * policy.logp - beta * reference.logp).unbind(-1)
     return chosen - rejected
@@ -76,7 +76,7 @@ def _bounded_expm1(x: Tensor) -> Tensor:
     return x.clamp(max=80).expm1()  # exp(89) overflows float32
 
 
-# A baseline of the paper: DPO with the penalty beta E_ref[f(pi / pi_ref)] for the KL. Its implicit reward
+# A baseline of the paper: DPO with beta E_ref[f(pi / pi_ref)] instead of the KL penalty. The implicit reward
 # is beta f'(pi / pi_ref) (Wang et al., 2023, table 1). Here f' as a function of x = log(pi / pi_ref), without
 # constants, which cancel. The bound on expm1 leaves no gradient below x = -80 (alpha_divergence: -80 / a).
 DIVERGENCES = {

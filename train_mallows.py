@@ -2,8 +2,8 @@
 
 A Mallows model draws people's rankings of the completions around a central ranking. Its dispersion phi(x), in
 (0, 1], says how widely they scatter: near 0 everybody gives the same ranking, at 1 all rankings are equally
-likely. With the negative rank as the reward, which cancels out as in DPO, y_w is preferred to y_l with
-probability
+likely. The reward of a completion is its negative rank. As in DPO, it is expressed by the policy, so that y_w
+is preferred to y_l with probability
 
     g(beta Delta),      Delta = log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l).
 
@@ -108,7 +108,7 @@ def _log_exact(s: Tensor, L: Tensor) -> Tensor:
     With u = L |s|, equation 13 is  1 - g(|s|) = e^-u (u - gap(u) + gap(L)) / (1 - e^(-u-L)) * (1 - e^-L) / L,
     all terms positive, so that its logarithm is exact however small it is; and g(-s) = 1 - g(s).
     """
-    # not abs, whose slope at 0 is 0: g jumps there, training starts there, and the policy would never move
+    # not s.abs(): training starts at s = 0, where the gradient of abs is 0, so the policy would never move
     u = L * torch.where(s < 0, -s, s)
     log_tail = (u - _gap(u) + _gap(L)).log() - u - (-torch.expm1(-u - L)).log() + (-torch.expm1(-L) / L).log()
     return torch.where(s < 0, log_tail, torch.log1p(-log_tail.exp()))
@@ -150,9 +150,9 @@ def log_link(s: Tensor, phi: Tensor | float, link: str, epsilon: float | str) ->
 
 
 def mallows_phi_link(s: Tensor, phi: Tensor | float) -> Tensor:
-    """g(s) of equation 13, exact: the probability of preferring a completion s ranks better; shaped like s.
+    """g(s) of equation 13, exact: probability that a completion s places better is preferred; shaped like s.
 
-    g jumps at 0, where this is its limit from the right. `phi` in (0, 1] broadcasts against s.
+    g jumps at 0; there this returns its limit from the right. `phi` in (0, 1] broadcasts against s.
     """
     return log_link(s, phi, "exact", "auto").exp().to(s.dtype)
 

@@ -52,9 +52,9 @@ from reference import digest_model, reference_stats
 # `policy` and `reference` are Stats of one micro-batch, (pairs, 2) each. policy.logp carries gradients.
 # policy.entropy is computed, with its gradient, only if the objective uses it. `reference` is None in a run
 # without a reference. The loss of a pair may not depend on other pairs (batch statistics), because the other
-# pairs of the global batch are in other micro-batches. Of "reward_margin" the share of positive ones is
-# logged too, as "reward_accuracy". Of pairs, "logp_chosen", "logp_rejected" and (with a reference) "kl" are
-# always logged.
+# pairs of the global batch are in other micro-batches. The training loop logs "reward_accuracy", the share of
+# pairs with a positive "reward_margin"; "kl", if there is a reference; and, for a language model,
+# "logp_chosen" and "logp_rejected" ("logp" if an example has one completion).
 Objective = Callable[[Stats, Stats | None], dict[str, Tensor]]
 LoadModel = Callable[[str, str, torch.dtype], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 Load = Callable[[str, PreTrainedTokenizerBase, int, bool], Sequence]
@@ -138,7 +138,7 @@ class TrainConfig:
 
     @classmethod
     def default_args(cls, args: argparse.Namespace) -> list[str]:
-        """Arguments that the command line's override: the saved run's to resume, or the society's."""
+        """Arguments with lower priority than the command line's: the saved run's, or the society's."""
         if args.resume and Path(args.out_dir, "run.json").is_file():
             return saved_args(Path(args.out_dir))
         if args.model is None and args.data is None and cls.society:
@@ -179,18 +179,18 @@ def forward_backward(
 
     `reference` holds the reference's Stats of all `examples`. The gradient is that of the mean loss. Each
     process computes its share of the indices, in micro-batches of about `max_tokens` tokens; the means are
-    over all processes. Besides the objective's values they hold reward_accuracy, the policy's
-    log-probabilities, and kl, the mean of log pi_ref - log pi over the completions, in nats: an estimate of
-    KL(pi_ref || pi) if the reference wrote them, and otherwise how much less likely they have become. (The
-    loss's own KL is the other one, KL(pi || pi_ref).) Raises InputError if a loss is NaN or infinite.
+    over all processes. The result holds the objective's values, reward_accuracy, the policy's
+    log-probabilities and kl. kl is the mean of log pi_ref - log pi over the completions, in nats. It
+    estimates KL(pi_ref || pi) only if the reference sampled the completions. DPO's penalty is the reverse,
+    KL(pi || pi_ref). Raises InputError if a loss is NaN or infinite.
     """
     sums: defaultdict[str, Tensor | float] = defaultdict(float)
     batches = micro_batches(indices, examples, max_tokens, parallel.get_rank(), parallel.get_world_size())
     is_lora, losses = any(lora_layers(model)), []
     for batch in batches:
         if isinstance(model, FSDPModule):
-            # FSDP adds gradients over processes in the backward. Once is enough for a small adapter; of all
-            # weights, each process would keep whole gradients until then
+            # FSDP sums gradients over processes in every backward. For an adapter, once per step is enough.
+            # Without LoRA, each process would have to keep unsharded gradients of all weights until then
             model.set_requires_gradient_sync(batch is batches[-1] or not is_lora)
         policy = pair_stats(model, pack([examples[index] for index in batch]), entropy)
         ref = None
@@ -285,7 +285,7 @@ def train(
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
         check_packable(model, config.model)
 
-    # ---- the reference pass: with the adapter off, or before training, the model is the reference
+    # ---- the reference pass: the model is still untrained and its adapter is off, so it is the reference
     ref = eval_ref = None
     if reference:
         cache = out.parent / "reference_cache"  # shared by the runs of a sweep

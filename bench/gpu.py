@@ -4,7 +4,7 @@
 
 Nothing is downloaded: models have random weights, and training is on the embedded society. A part that fails
 is reported, the others still run, and the exit code is 1. Without a GPU, every part runs in a small form on
-the CPU and says what it left out. Only ratios and errors mean something then.
+the CPU and the report describes it. Only its ratios and errors are meaningful, not its speeds.
 
     attention      FlexAttention against the dense masks, forward and backward, in bfloat16
     architectures  packed rows against one plain forward for each text, in float32 and bfloat16

@@ -1,4 +1,4 @@
-"""What the benchmarks share: seconds, processes apart, and what this machine could do at best."""
+"""Shared by the benchmarks: a timer, a call in a fresh process, and this machine's measured peak rates."""
 
 import multiprocessing
 import time

@@ -6,13 +6,13 @@ Same model, pairs, adapter and loss; the reference's log-probabilities are known
     padded         as one writes it first: prompt + chosen and prompt + rejected, padded, all logits
     TRL            its DPOTrainer, with PEFT's adapter
 
-At the start of DPO the loss is log 2 whatever is computed, so the adapter is moved away from zero first; loss
-and gradient norm of all contenders must agree to 1e-3, or the script stops. Contenders take turns, each
-measurement in a process of its own. The first pass over the batch is slower ("cold": memory is mapped then);
-the passes after it count ("warm").
+A new adapter gives DPO's loss log 2 even if log-probabilities are wrong, so the adapter gets random weights.
+Loss and gradient norm of all contenders must agree to 1e-3 (2e-2 on a GPU), or the script stops. Contenders
+take turns, and each measurement has its own process. The first pass over the batch ("cold") is slower,
+because memory is mapped then. The later passes ("warm") count.
 
-The floor is arithmetic at the rate of a large matrix product, measured in the same run: a token passes the
-layers' weights twice, once forward and once back, and a completion's token the head's twice.
+The floor is the time of the matrix products alone, at the rate of a large one measured in the same run. Every
+token passes the layers forward and backward; every completion token also passes the head both ways.
 
     python bench/train.py
     python bench/train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data hh.jsonl.gz --pairs 16 --chat

@@ -16,13 +16,13 @@ losses lead to pi = softmax(kappa (2, 1, 1, 0)) on the first four arms and 0 on 
     DPO:            kappa = 0.911 / beta         at beta = 0.1: over 99.9% on arm 1, reward 15.50, KL 1.61
     MallowsPO-phi:  kappa = 0.0680 / beta        at beta = 0.1: 44%, 22%, 22%, 11%,  reward 15.88, KL 0.33
 
-(phi = 0.05; KL to the uniform policy in nats). So at the same beta MallowsPO-phi stays much nearer to the
-reference, where DPO converges with 13.4 times the beta. The reason is the jump of g at s = 0: -log g is 2.6
+(phi = 0.05; KL to the uniform policy in nats). So MallowsPO-phi at beta converges where DPO does at 13.4
+beta, much nearer to the reference than DPO at beta. The reason is the jump of g at s = 0: -log g is 2.6
 times as steep just below 0 as just above. Of two pairs that contradict each other, the one that the policy
 orders wrongly therefore has the larger gradient, and pulls the two arms back together. Over all beta,
 however, both losses converge to the same policies: their frontiers of reward against KL differ only because
-training stops earlier. A step changes a logit in proportion to beta and beta Delta in proportion to beta^2,
-so the smallest betas are the furthest from convergence.
+training stops earlier. A step changes Delta in proportion to beta, and so s = beta Delta in proportion to
+beta^2. So the smallest betas are the furthest from convergence.
 
 The paper states neither that the loss is a mean over pairs nor that the policy starts uniform.
 
@@ -174,24 +174,31 @@ def summary(runs: dict[str, Run], steps: int) -> dict:
 
 
 def draw_frontier(result: dict, path: Path) -> None:
-    """Plot reward against KL: final policies of all betas (Figure 8a), and during training (Figure 8b)."""
+    """Plot reward against KL: final policies of all betas (Figure 8a), and during training (Figure 8b).
+
+    The line on the left is where both losses converge: softmax(kappa (2, 1, 1, 0)) on the first four arms,
+    for all kappa.
+    """
     figure = Figure(figsize=(9, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    kappa = np.geomspace(1e-3, 100, 300)[:, None]
+    ends = np.pad(softmax(kappa * [2, 1, 1, 0]), ((0, 0), (0, 1)))
+    left.plot(*reward_and_kl(ends)[::-1], color="0.75", lw=6, label="where both converge", zorder=0)
     for name, style in STYLE.items():
         rows, curve = result["frontier"][name], result["training"][name]
-        left.plot([row["kl"] for row in rows], [row["reward"] for row in rows], label=name, **style)
+        points = style | {"ls": "none"}
+        left.plot([row["kl"] for row in rows], [row["reward"] for row in rows], label=name, **points)
         right.plot(curve["kl"], curve["reward"], markevery=10, label=name, **style)
         for beta, dx, dy in LABELS[name]:
             row = next(row for row in rows if row["beta"] == beta)
             at = {"xytext": (dx, dy), "textcoords": "offset points", "ha": "center", "va": "center"}
             left.annotate(f"{beta:g}", (row["kl"], row["reward"]), fontsize=8, color=style["color"], **at)
-    left.set_title(
-        f"after {result['steps']:,} steps, one point per β (some labelled)", loc="left", fontsize=10
-    )
+    left.set_title(f"after {result['steps']:,} steps: a point for each β", loc="left", fontsize=10)
     right.set_title("during training, mean of β = 0.05, 0.1, 0.5, 1", loc="left", fontsize=10)
     left.set(ylabel="expected reward", ylim=(15.4, 16.2))
     right.set(ylabel="mean expected reward")
-    right.legend(frameon=False, loc="lower right")
+    left.legend(frameon=False, loc="upper right", fontsize=9)
+    right.legend(frameon=False, loc="lower right", fontsize=9)
     save(figure, "KL to the uniform reference, nats", path)
 
 

@@ -130,7 +130,10 @@ def draw_society(axis: Axes, result: dict) -> None:
     axis.plot(result["estimate"], result["truth"], "o", color="black", ms=5)
     axis.set(xlabel="estimate of −log φ, from token entropies", ylabel="−log φ of the debate's raters")
     axis.legend(frameon=False, loc="upper left")
-    axis.set_title(f"the society's debates (rank correlation {result['rank_correlation']:.3f})", fontsize=10)
+    axis.set_title(
+        f"a language model, on the society's debates (rank correlation {result['rank_correlation']:.3f})",
+        fontsize=10,
+    )
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -141,6 +144,7 @@ def draw_mallows(axis: Axes, results: dict[int, dict]) -> None:
         label = f"{items} items, φ* = {result['scale']:.2f}"
         axis.plot(result["estimate"], result["truth"], color="black", ms=4, lw=1, label=label, **STYLE[items])
     axis.set(xlabel="estimate of −log φ, from winners and losers", ylabel="−log φ of the Mallows model")
+    axis.set_title("rankings drawn from a Mallows model", fontsize=10)
     axis.set(xlim=(0, 5), ylim=(0, 4.2))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="lower right")

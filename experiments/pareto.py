@@ -5,10 +5,10 @@ plain, and truncated by min-p, top-p and top-k (k is the paper's share of the vo
 way to write stories:
 
     diversity   entropy of the distribution over the 1,024 well-formed stories, in bits, exact
-                mean cosine distance of 500 samples (equation 44), embedded by the reference's hidden states
+                mean cosine distance of pairs of 500 samples, embedded by the reference's hidden states
     quality     expected utility of the well-formed stories for the raters, in nats, exact
                 cross-entropy of all 500 samples to the reference, in nats per text (lower is better)
-                share of well-formed stories, exact
+                share of well-formed stories, exact (at a global temperature: of the samples)
 
 Three curves show what could be reached: the exact optimum of DPL's objective, DPO^(1/tau) over well-formed
 stories, and DPO at global temperature tau by Sequential Monte Carlo after min-p 0.01, without training.
@@ -56,7 +56,10 @@ SAMPLED = {  # curve: temperatures of DPO and the truncation (DPL paper, section
     "DPO, top-p": ((1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7), {"top_p": 0.9}),
     "DPO, top-k": ((1.1, 1.2, 1.3, 1.5, 2, 2.5), {"top_k": 0}),
 }
-DIVERSITIES = {"entropy": "entropy of well-formed stories, bits", "cosine": "mean cosine distance (eq. 44)"}
+DIVERSITIES = {
+    "entropy": "entropy of well-formed stories, bits",
+    "cosine": "mean cosine distance of 500 samples",
+}
 QUALITIES = {  # name: (label, +1 if more is better, else -1)
     "utility": ("expected utility, nats", 1),
     "cross_entropy": ("cross-entropy to the reference,\nnats per text (reversed log axis)", -1),
@@ -81,7 +84,7 @@ class ParetoConfig:
     seeds: int = flag(3, "Training runs of each policy.")
     samples: int = flag(500, "Samples at each point; also the number of particles.")
     out_dir: str = flag("out/pareto", "Folder of the policies and of one file of results per seed.")
-    out_file: str = flag("assets/pareto.png", "The picture.")
+    out_file: str = flag("assets/pareto.png", "The picture; NAME_cosine.png is drawn beside it.")
 
     def __post_init__(self) -> None:
         for name in ("seeds", "samples"):
@@ -125,7 +128,10 @@ def evaluate_policies(config: ParetoConfig, seed: int) -> dict[str, list[dict[st
         }
 
     def sampled(model: Any, logits: Any, tau: float | None = None, **params: float) -> dict[str, float]:
-        """exact(), with cosine, cross-entropy and well-formedness of all texts from samples."""
+        """exact(), but cosine and cross-entropy are those of the sampled texts.
+
+        well_formed is the exact probability, or at a global temperature the share of the samples.
+        """
         batch = Batch(model, [prompt], [0] * config.samples, 48, ends)
         if tau is None:
             rngs = [np.random.default_rng([seed, i]) for i in range(config.samples)]
@@ -221,32 +227,25 @@ def print_tables(results: list[dict[str, Any]]) -> None:
             print(f"{curve:24} by {diversity:8}", "   ".join(marks))
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw each quality against each diversity; bars are standard errors over seeds."""
-    figure, axes = plt.subplots(2, 3, figsize=(14, 9), layout="constrained")
-    for row, (diversity, xlabel) in zip(axes, DIVERSITIES.items(), strict=True):
-        for axis, (quality, (ylabel, sign)) in zip(row, QUALITIES.items(), strict=True):
-            for curve, (style, grey) in STYLES.items():
-                is_exact = "exact" in curve
-                if is_exact and quality == "well_formed":
-                    continue  # 100% by construction
-                x, y = (np.array([column(c[curve], n) for c in results]) for n in (diversity, quality))
-                y = 100 * y if quality == "well_formed" else y
-                bars = [None if is_exact else mean_and_error(v)[1] for v in (y, x)]
-                options = {
-                    "color": grey,
-                    "label": curve,
-                    "markersize": 5,
-                    "linewidth": 2 if is_exact else 1.3,
-                }
-                axis.errorbar(x.mean(0), y.mean(0), *bars, fmt=style, elinewidth=0.8, **options)
-            axis.set(xlabel=xlabel, ylabel=ylabel)
-            if sign < 0:
-                axis.set_yscale("log")
-                axis.invert_yaxis()
-            axis.spines[["top", "right"]].set_visible(False)
-    lines = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*lines, loc="outside lower center", ncols=4, frameon=False)
+def draw(results: list[dict[str, Any]], diversity: str, xlabel: str, path: Path) -> None:
+    """Draw each quality against one diversity; bars are standard errors over seeds."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 5), layout="constrained")
+    for axis, (quality, (ylabel, sign)) in zip(axes, QUALITIES.items(), strict=True):
+        for curve, (style, grey) in STYLES.items():
+            is_exact = "exact" in curve
+            if is_exact and quality == "well_formed":
+                continue  # 100% by construction
+            x, y = (np.array([column(c[curve], n) for c in results]) for n in (diversity, quality))
+            y = 100 * y if quality == "well_formed" else y
+            bars = [None if is_exact else mean_and_error(v)[1] for v in (y, x)]
+            options = {"color": grey, "label": curve, "markersize": 5, "linewidth": 2 if is_exact else 1.3}
+            axis.errorbar(x.mean(0), y.mean(0), *bars, fmt=style, elinewidth=0.8, **options)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        if sign < 0:
+            axis.set_yscale("log")
+            axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle("Stories about a doctor: diversity (right is more) against quality (up is better)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -260,7 +259,11 @@ def main() -> None:
     with torch.no_grad():
         results = results_by_seed(config)
     print_tables(results)
-    draw(results, Path(config.out_file))
+    path = Path(config.out_file)
+    for (diversity, xlabel), name in zip(
+        DIVERSITIES.items(), (path.name, f"{path.stem}_cosine.png"), strict=True
+    ):
+        draw(results, diversity, xlabel, path.with_name(name))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ opinion should be given as often as it is held. Three claims, each with a pictur
     coverage     Figures 3, 7 to 9: draw a person; is the person's opinion among N texts of the policy? For
                  opinion o the chance is 1 - (1 - pi(o))^N.
 
-The other way to more diversity, DPO at a token temperature, stands beside DPL. All probabilities are exact;
-only the measured points of coverage are from samples. Errors are over seeds of training on one set of 4,000
-pairs. Labels are drawn at random, so that set has an optimum of its own, "label optimum".
+DPL is compared with DPO at a token temperature. All probabilities are exact; only the measured points of
+coverage are from samples. Errors are over training seeds on one set of 4,000 pairs. Its labels are drawn at
+random, so the optimum for this set ("label optimum") differs from the exact one.
 
-The reference is nearly flat on the polls. Therefore DPO with beta = alpha has almost the same optimum as DPL
-here; what the split into alpha and beta is for, experiments/pareto.py shows.
+The reference is nearly flat on the polls, so DPO with beta = alpha has almost the same optimum as DPL here.
+experiments/pareto.py shows what separate alpha and beta are for.
 
     python experiments/population.py       # 18 short runs, 17 minutes; finished training runs are kept
 """
@@ -95,7 +95,7 @@ def evaluate_probs(probs: np.ndarray, shares: np.ndarray) -> dict[str, float]:
     """How well probabilities (polls, 4), normalised, forecast the opinion of a person; means over polls.
 
     tv        total variation to the shares (4,)
-    ece       |confidence - accuracy|: largest probability, and the share of people with that opinion
+    ece       |largest probability - share of people with that opinion|
     brier     mean over people of sum_k (p_k - [k is the person's opinion])^2
     outside   probability of texts that are none of the opinions
     """
@@ -111,10 +111,9 @@ def evaluate_probs(probs: np.ndarray, shares: np.ndarray) -> dict[str, float]:
 def fit_labels(polls: dict[str, dict]) -> list[np.ndarray]:
     """Bradley-Terry strengths of each poll's opinions, (4,), fitted to the labelled pairs of DATA.
 
-    The loss is logistic in the difference of alpha log pi - beta log pi_ref, so over tables its minimum is
-    DPL's optimum with these strengths in the place of the shares. They are found by the fixed-point iteration
-    of Zermelo (1929). Pairs with a text that is no opinion are left out: such a text always loses, so it says
-    nothing about the opinions.
+    DPL's loss is the Bradley-Terry loss with the reward alpha log pi - beta log pi_ref. So a policy with free
+    probabilities ends at DPL's optimum for these strengths in place of the shares. The fit is the fixed-point
+    iteration of Zermelo (1929). Pairs with a text that is no opinion are left out, because it always loses.
     """
     rows, strengths = read_pairs(ROOT / DATA), []
     for prompt, poll in polls.items():
@@ -263,7 +262,10 @@ def draw_shares(results: dict[str, Any], path: Path) -> None:
     """Corollary 3.1: the probability of each opinion against alpha, over the exact optimum."""
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     mean, error = mean_and_error((results["DPL"] / results["DPL"].sum(-1, keepdims=True)).mean(2))
-    lines = [("optimum", "-", "exact optimum"), ("label optimum", "--", "optimum for the labels as drawn")]
+    lines = [
+        ("optimum", "-", "exact optimum"),
+        ("label optimum", "--", "optimum for the random labels of the data"),
+    ]
     lines += [("DPO optimum", ":", "exact optimum of DPO with β = α")]
     for o, (share, marker) in enumerate(zip(results["shares"], "os^D", strict=True)):
         grey = str(0.15 * o)

@@ -150,9 +150,9 @@ def story_logp(logits: Tensor, targets: Tensor, **sampling_params: float) -> Ten
 def story_results(config: TemperatureConfig) -> dict[str, Any]:
     """Sample and compute everything about the society's stories, and print it; returns what draw() needs.
 
-    The keys: logp (1024,) and token_logp, for compare_temperatures(); errors {label: (temperatures, 2)},
-    percent of names misspelt or missing and of stories malformed; names {label: (8,)}, the probability of
-    each name by each route to temperature 2.
+    The keys: logp (1024,) and token_logp, for compare_temperatures(); errors {label: (points, 2)}, percent of
+    names misspelt or missing and of stories malformed; names {label: {name: probability}}, for each route to
+    temperature 2.
     """
     world, models = json.loads(WORLD.read_text()), {}
     for name in POLICIES:
@@ -231,23 +231,20 @@ def story_results(config: TemperatureConfig) -> dict[str, Any]:
 
 
 def draw(comparisons: dict[str, np.ndarray], stories: dict[str, Any], path: Path) -> None:
-    """Draw one panel for question 1, two for question 2 and one for question 3; readable in grey."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
-    equal_entropy, misspelt, malformed, names = axes.flat
+    """Draw a panel for each question; readable in grey."""
+    figure, (equal_entropy, malformed, names) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     for (label, percent), grey in zip(comparisons.items(), ("black", "0.6"), strict=True):
         equal_entropy.plot(TEMPERATURES, percent[:, 0], "-", color=grey, label=f"{label}: total variation")
         equal_entropy.plot(TEMPERATURES, percent[:, 1], "--", color=grey, label=f"{label}: pairs reversed")
-    equal_entropy.set(xlabel="token temperature", ylabel="difference from global temperature, %")
-    equal_entropy.set_title("1. Token against global temperature at equal entropy", loc="left")
+    equal_entropy.set(xlabel="token temperature", ylabel="difference, %")
+    equal_entropy.set_title("1. Token against global temperature, at equal entropy", loc="left")
+    for (label, percent), style in zip(stories["errors"].items(), ("k-", "k:", "k--", "ko"), strict=True):
+        x = list(POLICIES.values()) if label.startswith("DPL") else TEMPERATURES
+        malformed.plot(x, percent[:, 1], style, label=label)
+    malformed.set(xlabel="temperature (token, global, or α/β)", ylabel="malformed stories, %", ylim=(-3, 103))
+    malformed.set_title("2. Heat breaks stories", loc="left")
     equal_entropy.legend(frameon=False, fontsize=9)
-    titles = ("2. Name misspelt or missing", "2. Story malformed")
-    for column, (axis, title) in enumerate(zip((misspelt, malformed), titles, strict=True)):
-        for (label, percent), style in zip(stories["errors"].items(), ("k-", "k:", "k--", "ko"), strict=True):
-            x = list(POLICIES.values()) if label.startswith("DPL") else TEMPERATURES
-            axis.plot(x, percent[:, column], style, label=label)
-        axis.set(xlabel="temperature (token, global, or α/β)", ylabel="share of stories, %", ylim=(-3, 103))
-        axis.set_title(title, loc="left")
-    malformed.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.08))
+    malformed.legend(frameon=False, fontsize=9, loc="center right", bbox_to_anchor=(1, 0.35))
     for y, shares in enumerate(stories["names"].values()):
         total = sum(shares.values())
         stack(names, y, 0.6, {name: 100 * share / total for name, share in shares.items()}, 14)
@@ -256,7 +253,7 @@ def draw(comparisons: dict[str, np.ndarray], stories: dict[str, Any], path: Path
     names.invert_yaxis()
     names.text(102, -0.6, "well-formed", fontsize=9)
     names.set(xlim=(0, 100), xlabel="share of well-formed stories, % (by the doctor's name)")
-    names.set_title("3. Routes to temperature 2", loc="left")
+    names.set_title("3. Who is the doctor, at temperature 2", loc="left")
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -113,8 +113,7 @@ def fit_true_dispersion(
 ) -> dict[str, Any]:
     """fit_dispersion with the true phi of the debates in place of the estimate.
 
-    The estimate of phi is the mean token entropy divided by log V (equation 10, before its scale). So an
-    entropy of phi log V makes the estimate equal to the truth.
+    Overwrites reference.entropy with phi log V. Equation 10 divides the entropy by log V, which gives phi.
     """
     debates = json.loads(WORLD.read_text())["debates"]
     ids = encode_prompts(list(debates), tokenizer)
@@ -149,7 +148,7 @@ def answer_logp(model: Any, tokenizer: Any, debates: dict[str, dict]) -> np.ndar
 def other_texts(
     model: Any, tokenizer: Any, reference: Any, debates: dict[str, dict], samples: int, seed: int = 0
 ) -> np.ndarray:
-    """Means over samples of [the text is no answer] times log pi and log pi_ref of it, (debates, 2), nats."""
+    """Mean log pi and log pi_ref of sampled texts, (debates, 2), in nats; an answer counts as 0."""
     rows, generator = [], torch.Generator().manual_seed(seed)
     for prompt, debate in debates.items():
         [ids] = encode_prompts([prompt], tokenizer)
@@ -168,8 +167,7 @@ def other_texts(
 def evaluate_policy(logp: np.ndarray, other: np.ndarray, debates: dict[str, dict]) -> dict[str, np.ndarray]:
     """METRICS of a policy for every debate, {metric: (debates,)}, from answer_logp() and other_texts().
 
-    KL = sum over the answers of pi log(pi / pi_ref), plus the same over all other texts, whose part is the
-    mean of the samples. Likewise the entropy.
+    KL and entropy are exact sums over the answers, plus the sample means of other_texts() for all others.
     """
     rows = []
     for answers, (other_logp, other_ref), debate in zip(np.exp(logp), other, debates.values(), strict=True):
@@ -286,7 +284,7 @@ def print_table(results: dict[str, list[dict[str, np.ndarray]]]) -> None:
 
 def draw(results: dict[str, list[dict[str, np.ndarray]]], path: Path) -> None:
     """Plot utility against KL and entropy, and each debate's entropy against its dispersion."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5.2), layout="constrained")
     for axis, metric in zip(axes, ("kl", "answers_entropy"), strict=False):
         for loss, weight in itertools.product(LOSSES, WEIGHTS):
             rows = [results[method(loss, weight, beta)] for beta in BETAS]
@@ -300,7 +298,10 @@ def draw(results: dict[str, list[dict[str, np.ndarray]]], path: Path) -> None:
     axes[0].set_xlabel("KL(policy || reference), nats")
     axes[1].set_xlabel("entropy among the five answers, nats (line: the reference's)")
     axes[1].axvline(np.mean(results["reference"][0]["answers_entropy"]), color="0.7", lw=1)
-    axes[0].legend(frameon=False, fontsize=8, loc="upper right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False)
+    joined = ", ".join(map(str, BETAS))
+    axes[0].set_title(f"1. Utility against KL (lines join β = {joined})", loc="left", fontsize=10)
+    axes[1].set_title("2. Utility against entropy", loc="left", fontsize=10)
     debates = json.loads(WORLD.read_text())["debates"]
     phis = np.array([debate["phi"] for debate in debates.values()])
     mean_c = -np.log(phis).mean()
@@ -316,7 +317,7 @@ def draw(results: dict[str, list[dict[str, np.ndarray]]], path: Path) -> None:
         best = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in best]
         axes[2].plot(phis, best, style, color="0.2", lw=1.5, label=f"DPO, weight: {weight}, optimum")
     axes[2].set(xlabel="dispersion φ of the debate's raters", ylabel="entropy among the answers, nats")
-    axes[2].set_title(f"β = {BETAS[-1]}", fontsize=10)
+    axes[2].set_title(f"3. Entropy of each debate, β = {BETAS[-1]}", loc="left", fontsize=10)
     axes[2].legend(frameon=False, fontsize=8)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

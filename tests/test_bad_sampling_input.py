@@ -161,7 +161,7 @@ def edit_config(folder, **values):
         (damage_config, ["adapter_config.json: not a LoRA adapter's configuration"]),
         (damage_kind, ["adapter_config.json: only plain LoRA adapters are read"]),
         (damage_start, ["adapter_config.json: only plain LoRA adapters are read"]),
-        (damage_base_into_itself, ["--model ", "names no other base_model_name_or_path"]),
+        (damage_base_into_itself, ["--model ", "base_model_name_or_path is missing or names this folder"]),
         (damage_base, ["--model ", "moved: cannot be loaded"]),
         (damage_rank, ["adapter_model.safetensors: ", "lora_A is (2, 32), this model needs (3, 32)"]),
         (damage_rank_type, ["adapter_config.json: r must be a positive whole number"]),

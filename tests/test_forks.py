@@ -50,6 +50,10 @@ def test_a_fork_is_at_most_25_lines(path):
     assert len(path.read_text().splitlines()) <= 25
 
 
+def test_readme_shows_a_fork_that_is_tested():
+    assert (FORKS / "simpo.py").read_text() in (ROOT / "README.md").read_text()
+
+
 def test_a_loss_without_a_reference_trains(tiny_model_folder, tmp_path):
     first, second, last = run_fork("simpo", tiny_model_folder, tmp_path)
     stats = stats_of_start(tiny_model_folder, tmp_path / "pairs.jsonl")

@@ -239,7 +239,7 @@ def test_lines_of_a_text_file_are_prompts(tmp_path):
 
 def test_template_that_rewrites_its_prompt_is_refused(chat_tokenizer, monkeypatch):
     monkeypatch.setattr(chat_tokenizer, "chat_template", "{{ messages | length }}")
-    with pytest.raises(InputError, match="does not extend its own prompt"):
+    with pytest.raises(InputError, match="changes the prompt before an answer"):
         encode_answers([[USER]], [[FIG]], chat_tokenizer)
 
 

@@ -71,12 +71,12 @@ VERBS += ["hide", "meet", "write", "laugh", "play", "learn", "train", "work", "w
 DISPERSION = [0.05 + 0.9 * i / (len(VERBS) - 1) for i in range(len(VERBS))]  # phi of each debate
 CORPUS = {"story": 16_000, "poll": 4_000, "debate": 5_000}  # texts the reference learns from
 PAIRS = {"train": 24_000, "test": 500, "polls": 4_000, "debates": 6_000}
-GARBLED = 0.1  # share of the pairs that set a text against a copy of itself with one slip
-COMPARED = [1, 4, 1, 1, 1]  # how often a pair of stories differs in each slot
+GARBLED = 0.1  # probability that a text is paired with a copy of itself that has one error
+COMPARED = [1, 4, 1, 1, 1]  # relative frequency of each slot as the one in which two stories differ
 
 
 def write_story(rng: random.Random) -> str:
-    """One story of the corpus by syllables, a syllable of its doctor's name perhaps another's."""
+    """One story of the corpus, its name hyphenated; with probability TYPOS one syllable is replaced."""
     slots = {
         slot: rng.choices(list(values), [share for share, _ in values.values()])[0]
         for slot, values in SLOTS.items()
@@ -164,7 +164,7 @@ def garble(ids: list[int], vocabulary: int, rng: random.Random) -> list[int]:
 
 
 def rival(a: str, b: str, world: dict, rng: random.Random) -> str:
-    """Story a with one slot of story b: raters compare like with like, so that a label is about one thing."""
+    """Story a with one slot taken from b, so that a label is about one slot; b if a or b has no such slot."""
     slots, others = read_story(a, world), read_story(b, world)
     [slot] = rng.choices(list(slots), COMPARED)
     return TEMPLATE.format(**slots | {slot: others[slot]}) if slots[slot] and others[slot] else b
@@ -264,6 +264,6 @@ def write_world() -> None:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=Help).parse_args()
-    torch.set_num_threads(2)  # whatever the machine: the order of sums, and so every bit, depends on it
+    torch.set_num_threads(2)  # the number of threads decides the order of summation, and so the rounding
     train_reference(Path("out/society"))
     write_world()

@@ -45,7 +45,7 @@ def utility(prompt: str, text: str, world: dict[str, Any]) -> float:
 def mallows_pair(distance: int, phi: float) -> float:
     """P(a rater prefers an item to one ranked `distance` >= 1 places below it), for 0 < phi < 1.
 
-    This is g(distance) of MallowsPO's equation 13, with t = phi (Mallows, 1957).
+    This is g(distance) of MallowsPO's equation 13, from Mallows (1957).
     """
     return (distance + 1) / (1 - phi ** (distance + 1)) - distance / (1 - phi**distance)
 

@@ -1,0 +1,144 @@
+"""Time and memory of a gradient against everything they depend on, beside the floor of arithmetic.
+
+The gradient of a batch's DPO loss, for a small random Llama with LoRA. One size varies over a factor of 16,
+the others stay as in `Case`. With N weights in the layers, L in the adapter, F tokens fed and P tokens
+predicted, the floor is
+
+    [ F (4 N + 6 L)  +  4 P hidden vocabulary ] / (FLOP/s of a large matrix product, measured in the same run)
+
+Prompts are fed once per pair. Memory is what a pass adds to the process that holds model and adapter: it
+depends on the tokens in a forward pass, not on the number of pairs.
+
+    python bench/scaling.py          # writes assets/scaling.png; three minutes on two cores
+"""
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from machine import DEVICE, DTYPE, apart, clock, rates
+
+from files import flag, parse, run_command
+from logs import peak_memory
+from lora import add_lora
+from model import Stats
+from preferences import Pair, count_tokens
+from train_dpl import DPLConfig, objective
+from trainer import MICRO_BATCH_TOKENS, forward_backward
+
+HIDDEN = 256
+SWEEPS = {
+    "completion": [16, 32, 64, 128, 256],
+    "prompt": [32, 64, 128, 256, 512],
+    "pairs": [4, 8, 16, 32, 64],
+    "vocabulary": [2048, 4096, 8192, 16384, 32768],
+    "rank": [4, 8, 16, 32, 64],
+}
+LABELS = ("completion, tokens", "prompt, tokens", "pairs in the batch", "vocabulary, tokens", "rank of LoRA")
+
+
+@dataclass
+class ScalingConfig:
+    """Flags of bench/scaling.py."""
+
+    out_file: str = flag(str(ROOT / "assets/scaling.png"), "Where to draw.")
+    passes: int = flag(3, "Warm passes at each size; the fastest counts.")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is computed: the length of every prompt and completion, and the sizes."""
+
+    completion: int = 64
+    prompt: int = 64
+    pairs: int = 16
+    vocabulary: int = 8192
+    rank: int = 16
+
+
+def time_gradient(case: Case, passes: int) -> tuple[float, float, float]:
+    """(seconds, MB added by the passes, FLOPs of the floor) of one gradient."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 3 * HIDDEN, "num_hidden_layers": 8}
+    sizes |= {"num_attention_heads": 4, "vocab_size": case.vocabulary, "tie_word_embeddings": True}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=DTYPE).to(DEVICE).eval()
+    weights = sum(p.numel() for p in model.model.layers.parameters())
+    add_lora(model, case.rank, case.rank)
+    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rng = np.random.default_rng(0)
+    lengths = (case.prompt, case.completion, case.completion)
+    pairs = [
+        Pair(*(rng.integers(3, case.vocabulary, n).tolist() for n in lengths)) for _ in range(case.pairs)
+    ]
+    reference = Stats(torch.zeros(case.pairs, 2), torch.full((case.pairs, 2), float(case.completion)))
+    dpo = partial(objective, config=DPLConfig(alpha=0.1, beta=0.1))
+    before, tokens = peak_memory(DEVICE), MICRO_BATCH_TOKENS[DEVICE.type]
+
+    def run() -> None:
+        forward_backward(model, pairs, range(case.pairs), reference, dpo, tokens)
+        model.zero_grad()
+
+    run()
+    seconds = min(clock(run) for _ in range(passes))
+    fed = sum(map(count_tokens, pairs))
+    predicted = 2 * case.pairs * case.completion
+    flops = fed * (4 * weights + 6 * adapter) + 4 * predicted * HIDDEN * case.vocabulary
+    return seconds, 1e3 * (peak_memory(DEVICE) - before), flops
+
+
+def draw(results: dict[str, np.ndarray], path: Path) -> None:
+    """A column for each size: seconds above, memory below; readable in grey."""
+    figure, axes = plt.subplots(
+        2, len(SWEEPS), figsize=(14, 5.5), sharex="col", sharey="row", layout="constrained"
+    )
+    for (name, values), label, (upper, lower) in zip(SWEEPS.items(), LABELS, axes.T, strict=True):
+        seconds, memory, floor = results[name].T
+        upper.loglog(values, seconds, "ko-", label="measured")
+        upper.loglog(values, floor, "--", color="0.5", label="floor")
+        lower.loglog(values, memory, "ko-")
+        lower.set(xlabel=label)
+        lower.set_xticks(values, map(str, values))
+        lower.minorticks_off()
+    axes[0, 0].set(ylabel="one gradient, seconds")
+    axes[1, 0].set(ylabel="memory added, MB")
+    axes[0, 0].legend(frameon=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+def main() -> None:
+    """Measure every size, each in a process of its own, print and draw."""
+    config, results = parse(ScalingConfig, __doc__), {}
+    rate = apart(rates)[0]
+    print(", ".join(f"{name} {value}" for name, value in asdict(Case()).items()), "but for one of them:")
+    bar = tqdm(total=sum(map(len, SWEEPS.values())), unit="size", disable=None)
+    for name, values in SWEEPS.items():
+        rows = []
+        for value in values:
+            seconds, memory, flops = apart(time_gradient, replace(Case(), **{name: value}), config.passes)
+            rows.append((seconds, memory, flops / rate))
+            share = flops / rate / seconds
+            tqdm.write(
+                f"{name:10} {value:6,}: {seconds:6.2f} s, the floor is {share:.0%} of it, {memory:6.0f} MB"
+            )
+            bar.update()
+        results[name] = np.array(rows)
+    bar.close()
+    draw(results, Path(config.out_file))
+
+
+if __name__ == "__main__":
+    run_command(main)
