@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from files import InputError
@@ -100,13 +101,19 @@ def gumbel_max(probs: Tensor, rngs: Sequence[np.random.Generator]) -> Tensor:
     return block * BLOCK + (chosen / token_noise).argmax(-1)
 
 
+@functools.cache
+def compile_model(model: PreTrainedModel) -> Callable[..., Any]:
+    """The model, compiled once for all batches and steps."""
+    return torch.compile(model, dynamic=True, recompile_limit=64)
+
+
 class SharedPromptCache:
     """KV cache of prompts, each stored once, and of the completions that continue them.
 
     `layers` has an entry for each attention call of a forward pass: the prompts' keys and values, each
     (prompts, kv heads, longest prompt, head size), then the completions' keys and values, each (batch,
-    kv heads, max_new_tokens, head size), of which the first `length` tokens are filled. Before every forward
-    pass, set `calls` (attention calls so far) to 0 and `masks` (by window; layers share them) to {}.
+    kv heads, max_new_tokens, head size), of which the first `length` tokens are filled. `masks` holds a mask
+    for each window, which layers share; `calls` counts the attention calls of the forward pass.
     """
 
     def __init__(
@@ -147,46 +154,40 @@ class SharedPromptCache:
         q, k, v and the result are (batch, heads or kv heads, 1, head size).
         """
         q, k, v = qkv
-        batch, kv_heads, now = len(k), k.shape[1], self.length
-        prompt_k, prompt_v, own_k, own_v = self.layers[self.calls]
+        prompt_k, prompt_v, own_k, own_v = self.filled[self.calls]
         self.calls += 1
-        own_k[:batch, :, now], own_v[:batch, :, now] = k[:, :, 0], v[:, :, 0]
-        first = 0 if window is None else max(0, now + 1 - window)
-        own_k, own_v = (x[:batch, :, first : now + 1] for x in (own_k, own_v))
-        q = (q * scale).reshape(batch, kv_heads, -1, q.shape[-1])  # query heads grouped by their kv head
+        own_k[:, :, -1], own_v[:, :, -1] = k[:, :, 0], v[:, :, 0]
+        if window is not None:
+            own_k, own_v = own_k[:, :, -window:], own_v[:, :, -window:]
+        q = (q * scale).reshape(len(k), k.shape[1], -1, q.shape[-1])  # query heads grouped by their kv head
         scores = torch.cat([self.prompt_matmul(q, prompt_k.mT), q @ own_k.mT], -1)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        if (mask := self.prompt_mask(window)) is not None:
-            scores[..., : self.longest].masked_fill_(mask, -math.inf)
+        longest = prompt_k.shape[2]
+        if (mask := self.masks[window]) is not None:
+            scores[..., :longest].masked_fill_(mask, -math.inf)
         weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-        prompt_weights, own_weights = weights[..., : self.longest], weights[..., self.longest :]
-        out = self.prompt_matmul(prompt_weights, prompt_v) + own_weights @ own_v
-        return out.reshape(batch, -1, 1, v.shape[-1])
+        out = self.prompt_matmul(weights[..., :longest], prompt_v) + weights[..., longest:] @ own_v
+        return out.reshape(len(k), -1, 1, v.shape[-1])
 
     def prompt_matmul(self, x: Tensor, y: Tensor) -> Tensor:
         """x[i] @ y[prompt_index[i]] with one product per prompt: (batch, kv heads, group, b).
 
         x is (batch, kv heads, group, a) and y (prompts, kv heads, a, b).
         """
-        if self.slots is None and self.width == 1:
-            return x @ y
-        (_, kv_heads, group, a), (prompts, _, _, b), width = x.shape, y.shape, self.width
-        if self.slots is not None:
-            x = x.new_zeros(prompts * width, kv_heads, group, a).index_copy_(0, self.slots, x)
-        x = x.view(prompts, width, kv_heads, group, a).transpose(1, 2).reshape(prompts, kv_heads, -1, a) @ y
-        x = x.view(prompts, kv_heads, width, group, b).transpose(1, 2).reshape(-1, kv_heads, group, b)
-        return x if self.slots is None else x[self.slots]
+        (_, kv_heads, group, a), (prompts, _, _, b) = x.shape, y.shape
+        x = x.view(prompts, -1, kv_heads, group, a) if self.grid is None else x[self.grid]
+        x = x.transpose(1, 2).reshape(prompts, kv_heads, -1, a) @ y
+        x = x.view(prompts, kv_heads, -1, group, b).transpose(1, 2).reshape(-1, kv_heads, group, b)
+        return x if self.grid is None else x[self.slots]
 
     def prompt_mask(self, window: int | None) -> Tensor | None:
         """True at padding and at prompt tokens outside the window, (batch, 1, 1, longest prompt); or None."""
-        if window not in self.masks:
-            lengths, position = self.prompt_lengths[self.prompt_index][:, None], torch.arange(self.longest)
-            mask = position >= lengths
-            if window is not None:
-                mask |= lengths + self.length - position >= window
-            self.masks[window] = mask[:, None, None].to(self.device) if mask.any() else None
-        return self.masks[window]
+        lengths, position = self.prompt_lengths[self.prompt_index][:, None], torch.arange(self.longest)
+        mask = position >= lengths
+        if window is not None:
+            mask |= lengths + self.length - position >= window
+        return mask[:, None, None].to(self.device) if mask.any() else None
 
     def reindex(self, indices: Tensor) -> None:
         """Reindex the batch: new completion i is old completion indices[i]."""
@@ -201,6 +202,7 @@ class SharedPromptCache:
         """Completion i now continues prompt prompt_index[i]. Prompts without a completion are dropped.
 
         For prompt_matmul, completions get slots of a grid (prompts, width): a row holds those of one prompt.
+        `grid` has the batch index in each slot, 0 in an empty one; None if the batch is the whole grid.
         """
         present, self.prompt_index = prompt_index.unique(return_inverse=True)
         if len(present) < len(self.prompt_lengths):
@@ -209,10 +211,22 @@ class SharedPromptCache:
                 layer[:2] = [x[present.to(self.device), :, : self.prompt_lengths.max()] for x in layer[:2]]
         self.longest = int(self.prompt_lengths.max())
         column = F.one_hot(self.prompt_index).cumsum(0).gather(1, self.prompt_index[:, None])[:, 0] - 1
-        self.width = int(column.max()) + 1
-        slots = self.prompt_index * self.width + column
-        in_order = torch.equal(slots, torch.arange(len(self.prompt_lengths) * self.width))
-        self.slots = None if in_order else slots.to(self.device)  # None: the batch is the whole grid
+        width = int(column.max()) + 1
+        slots, self.grid = self.prompt_index * width + column, None
+        if not torch.equal(slots, torch.arange(len(self.prompt_lengths) * width)):
+            grid = torch.zeros(len(self.prompt_lengths) * width, dtype=torch.long)
+            grid[slots] = torch.arange(len(slots))
+            self.grid, self.slots = grid.view(-1, width).to(self.device), slots.to(self.device)
+
+    def start_step(self) -> None:
+        """Slice the layers up to the newest token, and make the masks, for the attend() calls of a step.
+
+        A compiled model sees sizes that change from step to step as sizes of tensors alone: an int that
+        attend() read from this object would be a constant of the compiled code.
+        """
+        self.calls, batch, end = 0, len(self.prompt_index), self.length + 1
+        self.filled = [(k, v, *(x[:batch, :, :end] for x in own)) for k, v, *own in self.layers]
+        self.masks = {window: self.prompt_mask(window) for window in self.masks}
 
 
 class Batch:
@@ -230,15 +244,17 @@ class Batch:
         max_new_tokens: int,
         eos_token_id: int | list[int] | None,
         has_stop: Callable[[list[int]], bool] | None = None,
+        compile: bool = False,
     ):
         """Prefill the prompts (token ids). Completion i continues prompts[prompt_index[i]].
 
-        It ends at an end token, when has_stop(its tokens) is true, or after max_new_tokens. Raises InputError
+        It ends at an end token, when has_stop(its tokens) is true, or after max_new_tokens. With `compile`,
+        the decoding steps run under torch.compile: fewer and larger kernels for each token. Raises InputError
         for models with recurrent layers, or with chunks, biases or sinks in their attention.
         """
         self.model, self.device = model, model.get_input_embeddings().weight.device
         self.eos = torch.tensor([] if eos_token_id is None else eos_token_id).flatten()
-        self.has_stop, self.active = has_stop, len(prompt_index)
+        self.has_stop, self.active, self.compile = has_stop, len(prompt_index), compile
         self.tokens = torch.zeros(self.active, max_new_tokens, dtype=torch.long)
         self.scores = torch.zeros(self.active, 2, dtype=torch.float64)  # Completion's logp and sampled_logp
         self.length, self.finish = torch.zeros(2, self.active, dtype=torch.long)
@@ -264,24 +280,33 @@ class Batch:
             packed = pack([[prompt] for prompt in prompts[first : first + size]])
             last = torch.tensor(packed.lengths, device=self.device).cumsum(0) - 1
             attend = partial(self.cache.prefill, packed, first)
-            logits.append(self.forward(packed.ids[None], packed.position[None], last, attend))
+            self.cache.calls, self.cache.masks = 0, {}
+            logits.append(self.forward(self.model, packed.ids[None], packed.position[None], last, attend))
         if self.cache.calls < self.model.config.get_text_config().num_hidden_layers:
             raise ValueError("some of its layers are no attention")
         return torch.cat(logits)
 
     @torch.no_grad()
     def forward(
-        self, ids: Tensor, position: Tensor, keep: int | Tensor, attend: Callable[..., Tensor]
+        self,
+        run: Callable[..., Any],
+        ids: Tensor,
+        position: Tensor,
+        keep: int | Tensor,
+        attend: Callable[..., Tensor],
     ) -> Tensor:
         """Logits (tokens kept, vocab) in float32 after token ids (batch, T) at positions (batch, T).
 
-        `keep` is transformers' logits_to_keep: the last `keep` tokens, or those with these indices.
+        `run` is the model, compiled or not. `keep` is transformers' logits_to_keep: the last `keep` tokens,
+        or those with these indices.
         """
-        self.cache.calls, self.cache.masks = 0, {}
         ids, position = to_device(torch.stack([ids, position]), self.device)
         no_mask = torch.empty(1, 1, 1, 1, device=self.device)  # 4-D means "ready": transformers makes none
         options = {"attention_mask": no_mask, "use_cache": False, "logits_to_keep": keep, "attend": attend}
-        return self.model(ids, position_ids=position, **options).logits.flatten(0, 1).float()
+        try:
+            return run(ids, position_ids=position, **options).logits.flatten(0, 1).float()
+        except TorchDynamoException as error:
+            raise InputError(f"--compile: torch.compile failed: {str(error).splitlines()[0]}") from error
 
     def append(self, token: Tensor, probs: Tensor) -> Tensor:
         """Append to every active completion its token (active,), sampled from probs (active, vocab).
@@ -311,7 +336,9 @@ class Batch:
         if self.active:
             position = self.cache.prompt_lengths[self.cache.prompt_index] + step
             ids = self.tokens[: self.active, step]
-            self.logits = self.forward(ids[:, None], position[:, None], 1, self.cache.attend)
+            self.cache.start_step()
+            run = compile_model(self.model) if self.compile else self.model
+            self.logits = self.forward(run, ids[:, None], position[:, None], 1, self.cache.attend)
             self.cache.length += 1
         return order
 

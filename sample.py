@@ -188,6 +188,7 @@ class SampleConfig:
     global_temperature: float | None = flag(None, "Temperature of whole texts; above 1, add --min_p 0.01.")
     particles: int = flag(128, "Particles per prompt, for --global_temperature.")
     batch_size: int = flag(128, "Completions per batch; a smaller one saves memory.")
+    compile: bool = flag(False, "Compile the decoding step: minutes at the start, then faster steps.")
     seed: int = flag(0, "Seed of all random numbers.")
 
     def __post_init__(self) -> None:
@@ -251,7 +252,8 @@ def sample_prompts(
 
     def make_batch(prompts: list[int], prompt_index: list[int]) -> Batch:
         prompt_ids = [encoded[n] for n in prompts]
-        return Batch(model, prompt_ids, prompt_index, config.max_new_tokens, ends, has_stop if stop else None)
+        stops = has_stop if stop else None
+        return Batch(model, prompt_ids, prompt_index, config.max_new_tokens, ends, stops, config.compile)
 
     def add_results(completions: list[Completion], **extra: float) -> None:
         for c in completions:

@@ -39,6 +39,7 @@ class BenchConfig:
     batch_size: int = flag(128, "Completions per batch: as many prompts as fit, at most 4.")
     prompt_tokens: int = flag(200, "Tokens of each prompt.")
     new_tokens: int = flag(64, "Tokens of each completion.")
+    compile: bool = flag(False, "Compile our decoding step; the time of compiling is not counted.")
     repeats: int = flag(2, "Measurements of each contender; the best counts.")
 
 
@@ -57,14 +58,15 @@ def benchmark(contender: str, config: BenchConfig, num_samples: int, prompts: in
         if contender == "sample.py":
             prompt_index = [prompt for prompt in range(prompts) for _ in range(num_samples)]
             rngs = [np.random.default_rng(i) for i in range(len(prompt_index))]
-            sample_batch(Batch(model, ids.tolist(), prompt_index, new_tokens, None), rngs)
+            batch = Batch(model, ids.tolist(), prompt_index, new_tokens, None, compile=config.compile)
+            sample_batch(batch, rngs)
             return
         flags = {"cache_implementation": "static"} if contender == "static" else {}
         flags |= {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
         flags |= {"num_return_sequences": num_samples, "do_sample": True, "top_k": 0, "pad_token_id": 0}
         model.generate(ids, attention_mask=torch.ones_like(ids), **flags)
 
-    run(config.new_tokens if CUDA else 2)  # on CUDA, compiled code depends on the length
+    run(config.new_tokens if CUDA else 4)  # on CUDA, compiled code depends on the length
     seconds = clock(lambda: run(config.new_tokens))
     return prompts * num_samples * config.new_tokens / seconds, peak_memory(DEVICE)
 

@@ -80,7 +80,8 @@ def time_gradient(case: Case, passes: int) -> tuple[float, float, float]:
     pairs = [
         Pair(*(rng.integers(3, case.vocabulary, n).tolist() for n in lengths)) for _ in range(case.pairs)
     ]
-    reference = Stats(torch.zeros(case.pairs, 2), torch.full((case.pairs, 2), float(case.completion)))
+    zeros = torch.zeros(case.pairs, 2)
+    reference = Stats(zeros, zeros + case.completion, zeros)
     dpo = partial(objective, config=DPLConfig(alpha=0.1, beta=0.1))
     before, tokens = peak_memory(DEVICE), MICRO_BATCH_TOKENS[DEVICE.type]
 
@@ -105,12 +106,15 @@ def draw(results: dict[str, np.ndarray], path: Path) -> None:
         seconds, memory, floor = results[name].T
         upper.loglog(values, seconds, "ko-", label="measured")
         upper.loglog(values, floor, "--", color="0.5", label="floor")
-        lower.loglog(values, memory, "ko-")
+        upper.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
+        lower.semilogx(values, memory, "ko-")
         lower.set(xlabel=label)
         lower.set_xticks(values, map(str, values))
+        upper.minorticks_off()
         lower.minorticks_off()
     axes[0, 0].set(ylabel="one gradient, seconds")
-    axes[1, 0].set(ylabel="memory added, MB")
+    most = max(rows[:, 1].max() for rows in results.values())
+    axes[1, 0].set(ylabel="memory added, MB", ylim=(0, 1.1 * most))
     axes[0, 0].legend(frameon=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)

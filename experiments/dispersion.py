@@ -131,7 +131,7 @@ def draw_society(axis: Axes, result: dict) -> None:
     axis.set(xlabel="estimate of −log φ, from token entropies", ylabel="−log φ of the debate's raters")
     axis.legend(frameon=False, loc="upper left")
     axis.set_title(
-        f"a language model, on the society's debates (rank correlation {result['rank_correlation']:.3f})",
+        f"a language model on debates (rank correlation {result['rank_correlation']:.3f})",
         fontsize=10,
     )
     axis.spines[["top", "right"]].set_visible(False)

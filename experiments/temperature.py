@@ -237,21 +237,21 @@ def draw(comparisons: dict[str, np.ndarray], stories: dict[str, Any], path: Path
         equal_entropy.plot(TEMPERATURES, percent[:, 0], "-", color=grey, label=f"{label}: total variation")
         equal_entropy.plot(TEMPERATURES, percent[:, 1], "--", color=grey, label=f"{label}: pairs reversed")
     equal_entropy.set(xlabel="token temperature", ylabel="difference, %")
-    equal_entropy.set_title("1. Token against global temperature, at equal entropy", loc="left")
+    equal_entropy.set_title("1. Token against global, at equal entropy", loc="left")
     for (label, percent), style in zip(stories["errors"].items(), ("k-", "k:", "k--", "ko"), strict=True):
         x = list(POLICIES.values()) if label.startswith("DPL") else TEMPERATURES
         malformed.plot(x, percent[:, 1], style, label=label)
     malformed.set(xlabel="temperature (token, global, or α/β)", ylabel="malformed stories, %", ylim=(-3, 103))
     malformed.set_title("2. Heat breaks stories", loc="left")
     equal_entropy.legend(frameon=False, fontsize=9)
-    malformed.legend(frameon=False, fontsize=9, loc="center right", bbox_to_anchor=(1, 0.35))
+    malformed.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.02, 0.06))
     for y, shares in enumerate(stories["names"].values()):
         total = sum(shares.values())
         stack(names, y, 0.6, {name: 100 * share / total for name, share in shares.items()}, 14)
         names.text(102, y, f"{total:.1%}", va="center", fontsize=9)
     names.set_yticks(range(len(stories["names"])), list(stories["names"]))
     names.invert_yaxis()
-    names.text(102, -0.6, "well-formed", fontsize=9)
+    names.text(102, -0.45, "well-formed", fontsize=9)
     names.set(xlim=(0, 100), xlabel="share of well-formed stories, % (by the doctor's name)")
     names.set_title("3. Who is the doctor, at temperature 2", loc="left")
     for axis in figure.axes:

@@ -1,0 +1,59 @@
+"""sample.py --compile: the samples are those without it, and the code is compiled for all steps at once."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from test_model import CONFIGS, make
+from torch._dynamo.utils import counters
+
+import decode
+from decode import Batch
+from files import InputError
+from sample import sample_batch
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [9, 4], [7, 7, 30]]  # of unequal length: shorter ones are masked
+INDEX = [0, 1, 1, 2, 0, 1, 1]  # unequal numbers of completions, out of order
+ENDS = list(range(0, 97, 9))  # so many end tokens that completions leave the batch at different steps
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Sets the backend of torch.compile; the default one needs a C++ compiler."""
+
+    def use(backend):
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        decode.compile_model.cache_clear()
+        torch._dynamo.reset()
+        counters.clear()
+
+    return use
+
+
+def sample(model, compiled):
+    batch = Batch(model, PROMPTS, INDEX, 24, ENDS, compile=compiled)
+    return sample_batch(batch, [np.random.default_rng(i) for i in range(len(INDEX))])
+
+
+def test_samples_are_those_without_compile(backend):
+    backend("aot_eager")
+    model = make(CONFIGS["gemma2"])  # grouped heads, windows, caps
+    wanted, found = sample(model, False), sample(model, True)
+    assert len({len(c.tokens) for c in wanted}) > 2
+    assert [c.tokens for c in found] == [c.tokens for c in wanted]
+    assert [c.logp for c in found] == pytest.approx([c.logp for c in wanted], abs=1e-4)
+    # variants: one completion or several, a grid or none, masks or none, window reached or not
+    assert 1 <= counters["stats"]["unique_graphs"] <= 8
+    graphs = counters["stats"]["unique_graphs"]
+    sample(model, True)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_compiler_s_failure_is_one_clear_error(backend):
+    def fail(*_):
+        raise OSError("no C++ compiler")
+
+    backend(fail)
+    with pytest.raises(InputError, match=r"--compile: torch\.compile failed: "):
+        sample(make(CONFIGS["llama"]), True)
