@@ -282,7 +282,7 @@ def test_resume_with_other_flags(train_refused, finished_run, adapter, flags, fr
 
 def test_resume_on_other_data(train_refused, data, adapter):
     data.write_bytes(lines(*PAIRS[:2]))
-    train_refused({"--alpha": 0.2, "--resume": None}, f"--data {data}: not what the run to --resume was")
+    train_refused({"--alpha": 0.2, "--resume": None}, f"--data {data}: not that of the run to --resume")
 
 
 def test_resume_after_a_kill_in_the_middle_of_a_metrics_row(finished_run, adapter, monkeypatch):
