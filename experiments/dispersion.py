@@ -111,7 +111,8 @@ def estimate_society() -> dict:
     model, tokenizer = load_model(folder / "reference")
     rows = read_pairs(folder / "debates.jsonl.gz")
     stats = reference_stats(model, tokenize(rows, tokenizer, 512), ROOT / "out/reference_cache", 4096)
-    unscaled = neg_log_dispersion(stats.entropy.double(), len(tokenizer)).numpy()
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    unscaled = neg_log_dispersion(stats.entropy.double(), vocab_size).numpy()
     prompts = np.array([row["prompt"] for row in rows])
     unscaled = np.array([unscaled[prompts == prompt].mean() for prompt in debates])
     truth = -np.log([debate["phi"] for debate in debates.values()])
