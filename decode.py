@@ -221,8 +221,8 @@ class SharedPromptCache:
     def start_step(self) -> None:
         """Slice the layers up to the newest token, and make the masks, for the attend() calls of a step.
 
-        A compiled model sees sizes that change from step to step as sizes of tensors alone: an int that
-        attend() read from this object would be a constant of the compiled code.
+        attend() takes all sizes from tensors: torch.compile would compile an int attribute as a constant, and
+        so again for every step.
         """
         self.calls, batch, end = 0, len(self.prompt_index), self.length + 1
         self.filled = [(k, v, *(x[:batch, :, :end] for x in own)) for k, v, *own in self.layers]

@@ -116,12 +116,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_length", "log_every", "eval_every", "save_every", "keep"):
             require(self, name, getattr(self, name) >= 1, "at least 1")
-        require(
-            self,
-            "micro_batch_tokens",
-            self.micro_batch_tokens is None or self.micro_batch_tokens >= 1,
-            "at least 1",
-        )
+        tokens = self.micro_batch_tokens
+        require(self, "micro_batch_tokens", tokens is None or tokens >= 1, "at least 1")
         for name in ("lora_rank", "max_steps", "warmup_steps", "max_grad_norm"):
             require(self, name, getattr(self, name) >= 0, "0 or more")
         for name in ("lr", "lora_alpha", "epochs"):
