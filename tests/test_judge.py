@@ -228,7 +228,8 @@ def test_wrong_flags_are_refused():
 # ---- the cache
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
 from judge import JudgeConfig, ask, rating
 prompts = [f"p{i}" for i in range(30)]
 ask(prompts, rating, JudgeConfig(sys.argv[1], "judge", cache=sys.argv[2], workers=4, timeout=30), "")
