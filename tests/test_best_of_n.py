@@ -1,4 +1,4 @@
-"""evaluate.py answers from rows to tables, the templates of sample.py, and .csv files."""
+"""evaluate.py answers from rows to tables, and the templates of sample.py."""
 
 import json
 import math
@@ -366,36 +366,6 @@ def test_bad_templates_end_in_one_line(template, row, fragment, refused, tiny_mo
 
 def test_fill_replaces_every_placeholder_once():
     assert fill("{a}{b}{c}{a}", a="{b}", b="{a}\\1") == "{b}{a}\\1{c}{b}"
-
-
-# ---- .csv files
-
-
-def test_rows_of_a_csv_file(tmp_path):
-    text = 'id,text,"a, b"\n1,"He said ""fig"",\r\nthen left",\n2,café,"x\n\ny"\n'
-    for encoding in ("utf-8", "utf-8-sig"):
-        (tmp_path / "a.csv").write_bytes(text.encode(encoding))
-        assert [*read_rows(tmp_path / "a.csv")] == [
-            (f"{tmp_path}/a.csv:1", {"id": "1", "text": 'He said "fig",\r\nthen left', "a, b": ""}),
-            (f"{tmp_path}/a.csv:2", {"id": "2", "text": "café", "a, b": "x\n\ny"}),
-        ]
-
-
-@pytest.mark.parametrize(
-    ("data", "fragment"),
-    [
-        (b"", "the file is empty"),
-        (b"a,b\n", "the file is empty"),
-        ("a,b\n1,é\n".encode("latin-1"), "not UTF-8"),
-        (b'a,b\n1,"2\n', "not readable as csv"),
-        (b'a,b\n1,"2"3\n', "not readable as csv"),
-        (b"a,b\n1," + b"2" * 200_000, "not readable as csv"),
-    ],
-)
-def test_bad_csv_files_are_named(data, fragment, tmp_path):
-    (tmp_path / "a.csv").write_bytes(data)
-    with pytest.raises(InputError, match=rf"a\.csv.*{fragment}"):
-        list(read_rows(tmp_path / "a.csv"))
 
 
 def test_files_of_the_same_name_are_called_by_their_folders():

@@ -1,7 +1,6 @@
 """evaluate.py from files to tables: every number against a direct computation, and bad input in one line."""
 
 import json
-import math
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -394,9 +393,3 @@ def test_message_prompts_are_grouped_by_the_whole_conversation(tmp_path):
     assert [len(group) for group in groups.values()] == [4, 4]
     prompts = [transcript(group[0].prompt) for group in groups.values()]
     assert prompts == ["Best fruit?", "user: Hi\n\nassistant: Yes?\n\nuser: Best fruit?"]
-
-
-def test_prompt_means_leave_out_what_is_missing():
-    groups = {"a": [0, 0], "b": [0], "c": [0, 0, 0]}
-    means = evaluate.prompt_means([1.0, 2.0, math.nan, math.nan, 4.0, 5.0], groups)
-    assert means[[0, 2]].tolist() == [1.5, 4.5] and math.isnan(means[1])

@@ -138,3 +138,30 @@ def test_unknown_flag_in_a_file_is_refused(monkeypatch, tmp_path):
     (tmp_path / "recipe.txt").write_text("--size 2\n--sise 3\n")
     with pytest.raises(InputError, match="unknown argument --sise"):
         parse_arguments(monkeypatch, f"@{tmp_path / 'recipe.txt'}")
+
+
+def test_rows_of_a_csv_file(tmp_path):
+    text = 'id,text,"a, b"\n1,"He said ""fig"",\r\nthen left",\n2,café,"x\n\ny"\n'
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "a.csv").write_bytes(text.encode(encoding))
+        assert [*read_rows(tmp_path / "a.csv")] == [
+            (f"{tmp_path}/a.csv:1", {"id": "1", "text": 'He said "fig",\r\nthen left', "a, b": ""}),
+            (f"{tmp_path}/a.csv:2", {"id": "2", "text": "café", "a, b": "x\n\ny"}),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("data", "fragment"),
+    [
+        (b"", "the file is empty"),
+        (b"a,b\n", "the file is empty"),
+        ("a,b\n1,é\n".encode("latin-1"), "not UTF-8"),
+        (b'a,b\n1,"2\n', "not readable as csv"),
+        (b'a,b\n1,"2"3\n', "not readable as csv"),
+        (b"a,b\n1," + b"2" * 200_000, "not readable as csv"),
+    ],
+)
+def test_bad_csv_files_are_named(data, fragment, tmp_path):
+    (tmp_path / "a.csv").write_bytes(data)
+    with pytest.raises(InputError, match=rf"a\.csv.*{fragment}"):
+        list(read_rows(tmp_path / "a.csv"))

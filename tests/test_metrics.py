@@ -26,6 +26,7 @@ from metrics import (
     win_rate,
     words,
 )
+from tables import prompt_means
 
 # integers: no row is so short that rounding changes its direction
 EMBEDDINGS = st.tuples(st.integers(2, 7), st.integers(1, 5)).flatmap(
@@ -316,3 +317,9 @@ def test_bootstrap_of_none_one_and_equal_values():
         bootstrap(np.array([]), np.mean, seed=0)
     assert np.isnan(bootstrap(np.array([1.0]), np.mean, seed=0)).all()
     assert bootstrap(np.full(5, 0.5), np.mean, seed=0) == (0.5, 0.5)
+
+
+def test_prompt_means_leave_out_what_is_missing():
+    groups = {"a": [0, 0], "b": [0], "c": [0, 0, 0]}
+    means = prompt_means([1.0, 2.0, math.nan, math.nan, 4.0, 5.0], groups)
+    assert means[[0, 2]].tolist() == [1.5, 4.5] and math.isnan(means[1])
