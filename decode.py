@@ -31,7 +31,7 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from files import InputError
-from model import dense, dense_masks, head_logits
+from model import compile_once, dense, dense_masks, head_logits
 from parallel import to_device
 from preferences import Packed, pack
 
@@ -99,12 +99,6 @@ def gumbel_max(probs: Tensor, rngs: Sequence[np.random.Generator]) -> Tensor:
     block = (blocks.sum(-1) / block_noise).argmax(-1)
     chosen = blocks[torch.arange(batch, device=block.device), block]
     return block * BLOCK + (chosen / token_noise).argmax(-1)
-
-
-@functools.cache
-def compile_model(model: PreTrainedModel) -> Callable[..., Any]:
-    """The model, compiled once for all batches and steps."""
-    return torch.compile(model, dynamic=True, recompile_limit=64)
 
 
 class SharedPromptCache:
@@ -254,7 +248,8 @@ class Batch:
         """
         self.model, self.device = model, model.get_input_embeddings().weight.device
         self.eos = torch.tensor([] if eos_token_id is None else eos_token_id).flatten()
-        self.has_stop, self.active, self.compile = has_stop, len(prompt_index), compile
+        self.has_stop, self.active = has_stop, len(prompt_index)
+        self.step_model = compile_once(model, dynamic=True) if compile else model
         self.tokens = torch.zeros(self.active, max_new_tokens, dtype=torch.long)
         self.scores = torch.zeros(self.active, 2, dtype=torch.float64)  # Completion's logp and sampled_logp
         self.length, self.finish = torch.zeros(2, self.active, dtype=torch.long)
@@ -337,8 +332,7 @@ class Batch:
             position = self.cache.prompt_lengths[self.cache.prompt_index] + step
             ids = self.tokens[: self.active, step]
             self.cache.start_step()
-            run = compile_model(self.model) if self.compile else self.model
-            self.logits = self.forward(run, ids[:, None], position[:, None], 1, self.cache.attend)
+            self.logits = self.forward(self.step_model, ids[:, None], position[:, None], 1, self.cache.attend)
             self.cache.length += 1
         return order
 

@@ -146,7 +146,8 @@ def block_mask(packed: Packed, window: int | None) -> Any:
 
 
 # One compiled function for all layers and steps. Each window, grad mode and size class compiles a variant
-# (Gemma: 12). Beyond recompile_limit, 8 by default, it would run eagerly and store all attention scores.
+# (FlexAttention in Gemma: 12). Beyond recompile_limit, 8 by default, it would run eagerly, and FlexAttention
+# would store all attention scores.
 compile_once = functools.cache(partial(torch.compile, recompile_limit=64))
 
 

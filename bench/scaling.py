@@ -9,7 +9,7 @@ predicted, the floor is
 Prompts are fed once per pair. Memory is what a pass adds to the process that holds model and adapter: it
 depends on the tokens in a forward pass, not on the number of pairs.
 
-    python bench/scaling.py          # writes assets/scaling.png; three minutes on two cores
+    python bench/scaling.py          # writes assets/scaling.png; four minutes on two cores
 """
 
 import sys

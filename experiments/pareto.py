@@ -227,8 +227,8 @@ def print_tables(results: list[dict[str, Any]]) -> None:
             print(f"{curve:24} by {diversity:8}", "   ".join(marks))
 
 
-def draw(results: list[dict[str, Any]], diversity: str, xlabel: str, path: Path) -> None:
-    """Draw each quality against one diversity; bars are standard errors over seeds."""
+def draw(results: list[dict[str, Any]], diversity: str, path: Path) -> None:
+    """Draw each quality against one of DIVERSITIES; bars are standard errors over seeds."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 5), layout="constrained")
     for axis, (quality, (ylabel, sign)) in zip(axes, QUALITIES.items(), strict=True):
         for curve, (style, grey) in STYLES.items():
@@ -240,7 +240,7 @@ def draw(results: list[dict[str, Any]], diversity: str, xlabel: str, path: Path)
             bars = [None if is_exact else mean_and_error(v)[1] for v in (y, x)]
             options = {"color": grey, "label": curve, "markersize": 5, "linewidth": 2 if is_exact else 1.3}
             axis.errorbar(x.mean(0), y.mean(0), *bars, fmt=style, elinewidth=0.8, **options)
-        axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.set(xlabel=DIVERSITIES[diversity], ylabel=ylabel)
         if sign < 0:
             axis.set_yscale("log")
             axis.invert_yaxis()
@@ -260,10 +260,8 @@ def main() -> None:
         results = results_by_seed(config)
     print_tables(results)
     path = Path(config.out_file)
-    for (diversity, xlabel), name in zip(
-        DIVERSITIES.items(), (path.name, f"{path.stem}_cosine.png"), strict=True
-    ):
-        draw(results, diversity, xlabel, path.with_name(name))
+    draw(results, "entropy", path)
+    draw(results, "cosine", path.with_name(f"{path.stem}_cosine.png"))
 
 
 if __name__ == "__main__":

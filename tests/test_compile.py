@@ -1,6 +1,6 @@
 """sample.py --compile: the samples are those without it, and the code is compiled for all steps at once."""
 
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -23,8 +23,9 @@ def backend(monkeypatch):
     """Sets the backend of torch.compile; the default one needs a C++ compiler."""
 
     def use(backend):
-        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-        decode.compile_model.cache_clear()
+        monkeypatch.setattr(
+            decode, "compile_once", cache(partial(torch.compile, recompile_limit=64, backend=backend))
+        )
         torch._dynamo.reset()
         counters.clear()
 

@@ -212,7 +212,7 @@ def test_nodes_that_share_no_folder_are_told_so(tmp_path, parallel):
         found = run_both("--resume")
     assert found[0][1] == 2
     errors = [line for stderr, _ in found for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "that all nodes share" in errors[0]
+    assert len(errors) == 1 and "must be a folder that all nodes share" in errors[0]
 
 
 def test_fsdp_holds_half_of_the_weights_on_each_of_two_processes():
