@@ -1,14 +1,15 @@
 """A run's folder: opening it, checkpoints that survive a crash at any moment, and the result.
 
-    run.json, metrics.jsonl                       flags; a row of numbers every few steps
+    run.json, metrics.jsonl                       flags and run_id; a row of numbers every few steps
     checkpoint/000100/state-0-of-2.safetensors    what process 0 holds: trained weights and optimizer state
                       state-1-of-2.safetensors    under FSDP the next rows; otherwise one file holds all
-                      state.json                  step, digests of model, data and each file
+                      state.json                  step, run_id, digests of model, data and each file
     adapter_model.safetensors ...                 at the end
 
 The flags and the step number determine the position in the data, the learning rate and the random seeds, so
 a checkpoint stores none of these. It is written under a hidden name, flushed to disk and then renamed. Its
-digests cover every byte, so damage is noticed. Any number of processes can resume from it.
+digests cover every byte, so damage is noticed. Any number of processes can resume from it. Its run_id says
+which run wrote it: --overwrite may be killed before it has removed the checkpoints of the run before.
 """
 
 import json
@@ -16,6 +17,7 @@ import os
 import shlex
 import shutil
 import sys
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +36,8 @@ from files import (
     atomic_write,
     digest_file,
     digest_json,
+    is_writable,
+    lock,
     require_file,
     require_same,
     write_json,
@@ -63,56 +67,94 @@ def open_run(config: Any) -> Path:
     out = Path(config.out_dir)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out_dir {out}: is a file")
-    above = next(path for path in (out, *out.resolve().parents) if path.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise InputError(f"--out_dir {out}: cannot write into {above}")
-    # hidden files are what a killed process was writing
-    if out.is_dir() and any(path.name[0] != "." and path.suffix not in LOGS for path in out.iterdir()):
-        if not (out / "run.json").is_file():
-            raise InputError(f"--out_dir {out}: holds files that are no run; name another folder")
-        # a run that failed before its first row has nothing to lose
-        files = [*out.glob("checkpoint/*"), *out.glob("*.safetensors"), *out.glob("metrics.jsonl")]
-        started = any(path.stat().st_size for path in files)
-        if started and not (config.overwrite or config.resume):
-            raise InputError(f"--out_dir {out}: holds a run; --resume continues it, --overwrite replaces it")
-        if config.resume:
-            require_same(asdict(config), read_flags(out), MAY_CHANGE)
+    if not is_writable(out):
+        raise InputError(f"--out_dir {out}: cannot write there")
+    check_folder(config, out)
     return out
 
 
-def read_flags(out: Path) -> dict[str, Any]:
-    """The flags of the run in a folder, from run.json. Raises InputError if the file is damaged."""
+def check_folder(config: Any, out: Path) -> None:
+    """Raise InputError if the folder holds something to keep, or the run to resume has other flags."""
+    # hidden files are what a killed process was writing
+    files = [path for path in out.glob("*") if path.name[0] != "." and path.suffix not in LOGS]
+    if not any(path.name != "reference_cache" for path in files):
+        return
+    if not (out / "run.json").is_file():
+        raise InputError(f"--out_dir {out}: holds files that are no run; name another folder")
+    # a run that failed before its first row has nothing to lose
+    files = [*out.glob("checkpoint/*"), *out.glob("*.safetensors"), *out.glob("metrics.jsonl")]
+    started = any(path.stat().st_size for path in files)
+    if started and not (config.overwrite or config.resume):
+        raise InputError(f"--out_dir {out}: holds a run; --resume continues it, --overwrite replaces it")
+    if config.resume:
+        require_same(asdict(config), read_run(out), MAY_CHANGE)
+
+
+def claim_run(config: Any, out: Path) -> None:
+    """Lock the run's folder for this run until distributed() ends. All processes must call it.
+
+    Raises InputError if another run has the lock, or has written there since open_run(). If not all processes
+    see the same folder, it raises InputError under FSDP, which could save no checkpoint, and warns under DDP.
+    """
+    if get_rank() == 0:
+        lock(out / ".lock")
+        check_folder(config, out)
+    barrier()
+    seen = all_gather((out / ".lock").read_text() if (out / ".lock").is_file() else "")
+    if len(set(seen)) > 1:
+        reason = f"--out_dir {out}: must be a folder that all nodes share"
+        if config.parallel == "fsdp":
+            raise InputError(reason)
+        if get_rank() == 0:
+            print(f"warning: {reason}, to --resume on all of them", file=sys.stderr)
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """run.json: the flags of the run in a folder and its run_id. Raises InputError if it is damaged."""
     try:
         return dict(json.loads((out / "run.json").read_bytes()))
     except (ValueError, TypeError):
         raise InputError(f"{out / 'run.json'}: damaged; --overwrite starts the run anew") from None
 
 
+def run_id(out: Path) -> str | None:
+    """Which run a folder holds; None if it has no run.json, or one without an id (version 0.1)."""
+    return read_run(out).get("run_id") if (out / "run.json").is_file() else None
+
+
 def saved_args(out: Path) -> list[str]:
     """The flags of the run in a folder, as a command line would give them."""
-    flags = read_flags(out) | {"out_dir": str(out), "overwrite": False}
+    flags = read_run(out) | {"out_dir": str(out), "overwrite": False}
+    flags.pop("run_id", None)
     values = {name: v if isinstance(v, list) else [v] for name, v in flags.items() if v is not None}
     return [word for name, value in values.items() for word in (f"--{name}", *map(str, value))]
 
 
-def start_run(config: Any, out: Path, start: int) -> None:
-    """Write run.json; keep the rows of metrics.jsonl before step `start`; remove a run to be overwritten."""
-    write_json(out / "run.json", asdict(config))  # first: a folder that has it can be resumed
-    if config.overwrite:
-        for folder in ("checkpoint", "tensorboard"):
-            shutil.rmtree(out / folder, ignore_errors=True)
-        old = ("adapter_*", "*.safetensors*", "*config.json", "*.jinja", "samples.jsonl*")
-        for path in {path for pattern in old for path in out.glob(pattern)}:
-            path.unlink()
+def metrics_before(out: Path, start: int) -> list[bytes]:
+    """The lines of metrics.jsonl before step `start`. Raises InputError if the file is damaged."""
     path = out / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if start else []
+    lines = path.read_bytes().splitlines(keepends=True) if start and path.is_file() else []
     try:
         complete = [line for line in lines if line.endswith(b"\n")]  # a killed run may leave half a line
-        kept = [line for line in complete if json.loads(line)["step"] < start]
+        return [line for line in complete if json.loads(line)["step"] < start]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: damaged; move it away to --resume without the old rows") from None
-    with atomic_write(path, "wb") as file:
-        file.writelines(kept)
+
+
+def start_run(config: Any, out: Path, metrics: list[bytes]) -> None:
+    """Write run.json, and metrics.jsonl with the lines `metrics`; remove a run that is overwritten."""
+    saved = read_run(out) if config.resume and (out / "run.json").is_file() else {"run_id": uuid.uuid4().hex}
+    # overwrite is true until the old run is gone: if this process is killed before, --resume removes the rest
+    overwrite = config.overwrite or saved.get("overwrite", False)
+    flags = asdict(config) | {"run_id": saved.get("run_id")}
+    write_json(out / "run.json", flags | {"overwrite": overwrite})  # first: a folder with it can be resumed
+    if overwrite:
+        old = ("adapter_*", "*.safetensors*", "*config.json", "*.jinja", "samples.jsonl*", "tensorboard/*")
+        for path in {path for pattern in (*old, "checkpoint/*") for path in out.glob(pattern)}:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()  # checkpoint/ itself may be a link
+        write_json(out / "run.json", flags | {"overwrite": False})
+    with atomic_write(out / "metrics.jsonl", "wb") as file:
+        file.writelines(metrics)
 
 
 def save_checkpoint(
@@ -125,8 +167,7 @@ def save_checkpoint(
 ) -> None:
     """Write the checkpoint of `step` into `folder`; delete later steps and all but the newest `keep`.
 
-    `digests` are those of model and data, which resume_run() compares. All processes must call it. Raises
-    InputError if rank 0 cannot see a file that another process wrote: nodes without a shared folder.
+    `digests` are those of model and data, which find_checkpoint() compares. All processes must call it.
     """
     new = folder / f".{step:06d}"
     if get_rank() == 0:
@@ -141,9 +182,7 @@ def save_checkpoint(
         written[name] = write_tensors(new / name, tensors)
     files = {name: sha256 for part in all_gather(written) for name, sha256 in part.items()}
     if get_rank() == 0:
-        if missing := [name for name in files if not (new / name).is_file()]:
-            raise InputError(f"{new / missing[0]}: missing: --out_dir must be a folder that all nodes share")
-        state = {"step": step, "files": files, **digests}
+        state = {"step": step, "run_id": run_id(folder.parent), "files": files, **digests}
         write_json(new / "state.json", {**state, "sha256": digest_json(state)})
         path = folder / new.name[1:]
         shutil.rmtree(path, ignore_errors=True)  # only a damaged one can be there
@@ -160,16 +199,20 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest undamaged checkpoint and its state.json; None if there is none. Warns of damaged ones.
+    """The newest undamaged checkpoint of the run, and its state.json; None if there is none.
 
-    Raises InputError if all are damaged. All processes must call it: they share the reading.
+    Warns of damaged ones. Raises InputError if all are damaged. All processes must call it: they share the
+    reading.
     """
     names, warnings = [path.name for path in checkpoints(folder)], []
     if any(other != names for other in all_gather(names)):
         raise InputError(f"{folder}: differs between processes: it must be a folder that all nodes share")
+    run = run_id(folder.parent)
     for path in reversed(checkpoints(folder)):
         state, damage = _verify(path)
         damages = [damage for damage in all_gather(damage) if damage]
+        if not damages and state.get("run_id") != run:
+            continue  # of a run that is being overwritten
         if not damages:
             for warning in warnings if get_rank() == 0 else ():
                 print(f"warning: {warning}; going on from {path.name}", file=sys.stderr)
@@ -180,20 +223,16 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def resume_run(config: Any, digests: dict[str, str], model: nn.Module, optimizer: Optimizer) -> int:
-    """Restore the run's newest undamaged checkpoint and return its step, or 0 if there is none.
+def find_checkpoint(config: Any, digests: dict[str, str]) -> tuple[Path, dict[str, Any]] | None:
+    """newest_checkpoint() of the run to resume; None if there is none.
 
     Raises InputError if the run had another model or other data, or if every checkpoint is damaged.
     """
-    newest = newest_checkpoint(Path(config.out_dir) / "checkpoint")
-    if newest is None:
-        return 0
-    path, state = newest
-    for name in ("model", "data"):
-        if state[name] != digests[name]:
+    newest = newest_checkpoint(Path(config.out_dir) / "checkpoint") if config.resume else None
+    for name in ("model", "data") if newest else ():
+        if newest[1][name] != digests[name]:
             raise InputError(f"--{name} {getattr(config, name)}: not that of the run to --resume")
-    load_checkpoint(path, state, model, optimizer)
-    return state["step"]
+    return newest
 
 
 def load_checkpoint(path: Path, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
@@ -210,7 +249,7 @@ def load_checkpoint(path: Path, state: dict[str, Any], model: nn.Module, optimiz
                 value = torch.zeros_like(p)
                 _fill_rows(value, files, key)
             else:  # the optimizer's count of steps
-                value = files[0].get_tensor(key)
+                value = files[0].get_tensor(key).to(p.device)  # fused AdamW counts on the GPU
             optimizer.state[p][key.removeprefix(f"{name}|")] = value
 
 

@@ -104,23 +104,30 @@ def check_memory(config: Any, device: torch.device) -> None:
     if folder.is_dir() and not (folder / "config.json").is_file():
         return  # an adapter's folder: it has no config.json, and its base is not checked
     with loading(f"--model {name}"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, trust_remote_code=False))
-    low = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    size = (2 if low else 4) if config.lora_rank else 12 if config.optimizer == "rmsprop" else 16
-    needed = size * sum(p.numel() for p in model.parameters())
+        files = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(files).parameters())
+    dtype = "bfloat16" if config.dtype == "auto" and device.type == "cuda" else config.dtype
+    loaded = count * (2 if dtype == "bfloat16" and config.lora_rank else 4)
+    needed = loaded * (1 if config.lora_rank else 3 if config.optimizer == "rmsprop" else 4)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share this machine's memory
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here
+
+    def refuse_above(total: int, needed: int, place: str, hint: str) -> None:
+        if needed > total:
+            have = f"about {needed / 1e9:.0f} GB without activations, and {place} has {total / 1e9:.0f} GB"
+            raise InputError(f"--model {name}: training needs {have}: try {hint}")
+
+    hint = "--parallel fsdp on more processes" if config.lora_rank else "--lora_rank 16, or --parallel fsdp"
     if config.parallel == "fsdp":
         needed //= get_world_size()
+        # Each process loads all weights on the host and keeps a shard. An adapter's base in the dtype of its
+        # files is not loaded but mapped, and processes share that memory
+        if device.type == "cuda" and not (config.lora_rank and str(files.dtype).endswith(dtype)):
+            refuse_above(host, loaded, "each process on the host", "fewer processes on each machine")
     if device.type == "cuda":
-        total, place = torch.cuda.mem_get_info(device)[1], "the GPU"
+        refuse_above(torch.cuda.mem_get_info(device)[1], needed, "the GPU", hint)
     else:
-        total, place = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here, "each process"
-    if needed > total:
-        have = f"about {needed / 1e9:.0f} GB without activations, and {place} has {total / 1e9:.0f} GB"
-        hint = (
-            "--parallel fsdp on more processes" if config.lora_rank else "--lora_rank 16, or --parallel fsdp"
-        )
-        raise InputError(f"--model {name}: training needs {have}: try {hint}")
+        refuse_above(host, needed, "each process", hint)
 
 
 def probe_pairs(ids: list[int]) -> list[tuple[list[int], list[int], list[int]]]:

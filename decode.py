@@ -3,7 +3,7 @@
     batch = Batch(model, prompts, prompt_index, max_new_tokens, eos_token_id)
     while batch.active:
         probs = next_token_probs(batch.logits)
-        batch.append(gumbel_max(probs, rngs), probs)
+        batch.append(gumbel_max(probs, exponential_noise(rng, *probs.shape)), probs)
 
 A step feeds the newest token of every unfinished completion. Its query attends to the keys of its prompt and
 to the keys of its own completion, under one softmax:
@@ -79,8 +79,13 @@ def next_token_probs(
     return probs / probs.sum(-1, keepdim=True) if top_p < 1.0 or min_p > 0 else probs
 
 
-def gumbel_max(probs: Tensor, rngs: Sequence[np.random.Generator]) -> Tensor:
-    """Sample a token from each row p of probs (batch, vocab); row i uses rngs[i]. Returns token ids (batch,).
+def exponential_noise(rng: np.random.Generator, count: int, vocab: int) -> np.ndarray:
+    """The random numbers with which gumbel_max samples `count` tokens, a row for each."""
+    return rng.standard_exponential((count, -(-vocab // BLOCK) + BLOCK))
+
+
+def gumbel_max(probs: Tensor, noise: np.ndarray) -> Tensor:
+    """Sample a token from each row p of probs (batch, vocab) with a row of noise. Returns token ids (batch,).
 
     This is the Gumbel-max trick in its exponential-race form: argmax_v p(v) / E(v), with independent E(v) ~
     Exponential(1), equals argmax_v [log p(v) + G(v)], since G = -log E is Gumbel noise. p need not sum to 1.
@@ -93,9 +98,8 @@ def gumbel_max(probs: Tensor, rngs: Sequence[np.random.Generator]) -> Tensor:
     if vocab % BLOCK:
         probs = F.pad(probs, (0, -vocab % BLOCK))
     blocks = probs.view(batch, -1, BLOCK)
-    count = blocks.shape[1]
-    noise = np.stack([rng.standard_exponential(count + BLOCK) for rng in rngs])
-    block_noise, token_noise = to_device(torch.from_numpy(noise), probs.device).split([count, BLOCK], 1)
+    noise = to_device(torch.from_numpy(noise), probs.device)
+    block_noise, token_noise = noise.split([blocks.shape[1], BLOCK], 1)
     block = (blocks.sum(-1) / block_noise).argmax(-1)
     chosen = blocks[torch.arange(batch, device=block.device), block]
     return block * BLOCK + (chosen / token_noise).argmax(-1)

@@ -9,13 +9,16 @@ import argparse
 import contextlib
 import csv
 import difflib
+import fcntl
 import gzip
 import hashlib
 import json
 import os
 import re
 import shlex
+import socket
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import field, fields
@@ -111,8 +114,9 @@ def parse(config: type[Config], description: str | None, args: list[str] | None 
     """Read a config dataclass from the command line and from @files (flags with values, # comments).
 
     `args` are the command line's arguments unless given. If the dataclass has a class method
-    `default_args(args)`, the arguments that it returns are read before those of the command line. Raises
-    InputError for anything that cannot be read.
+    `default_args(args)`, the arguments that it returns are read before those of the command line. A path
+    below data/ that the working directory lacks is the project's own. Raises InputError for anything that
+    cannot be read.
     """
 
     def split(line: str) -> list[str]:
@@ -141,6 +145,10 @@ def parse(config: type[Config], description: str | None, args: list[str] | None 
         close = difflib.get_close_matches(name, [f"--{field.name}" for field in fields(config)], 1)
         advice = f"did you mean {close[0]}?" if close else "--help lists the flags"
         raise InputError(f"unknown argument {unknown[0]}; {advice}")
+    for name, value in vars(values).items():
+        if isinstance(value, str) and value.startswith("data/") and not Path(value).exists():
+            own = Path(__file__).parent / value
+            setattr(values, name, str(own) if own.exists() else value)
     return values
 
 
@@ -242,6 +250,45 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 # ---- writing
+
+
+def is_writable(path: str | Path) -> bool:
+    """Whether files can be made at or below a path that need not exist yet."""
+    above = next(path for path in (Path(path), *Path(path).resolve().parents) if path.exists())
+    return above.is_dir() and os.access(above, os.W_OK)
+
+
+_locks: list[IO] = []
+
+
+def lock(path: str | Path) -> None:
+    """Hold a file `path` as a lock until release_locks() or the end of this process, however it ends.
+
+    A scheduler may start a job again while the old one still ends. Raises InputError if another process has
+    the lock.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = path.read_text() or "another process"
+        raise InputError(f"{path.parent}: {owner} writes there: wait until it ends, or end it") from None
+    if not os.fstat(file.fileno()).st_nlink:  # released, and so removed, between open() and flock()
+        return lock(path)
+    _locks.append(file)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} of {socket.gethostname()}, started at {time.time():.0f}")
+    file.flush()
+
+
+def release_locks() -> None:
+    """Release what lock() holds."""
+    while _locks:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(_locks[-1].name)
+        _locks.pop().close()
 
 
 @contextlib.contextmanager

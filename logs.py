@@ -7,7 +7,9 @@ starts at (alpha - beta) times the reference's log-ratio.
 """
 
 import json
+import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -46,6 +48,22 @@ def open_loggers(config: Any, out: Path) -> list[Callable[[dict[str, float]], No
         loggers.append(lambda row: [writer.add_scalar(name, row[name], row["step"]) for name in row])
         loggers.append(lambda _: writer.flush())
     return loggers
+
+
+def print_device(device: torch.device, dtype: str) -> None:
+    """Print device, dtype and torch's version; warn if training is on the CPU and a GPU seems to be there."""
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    print(f"{device}{gpu}, {dtype}, torch {torch.__version__}")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # the user wants the CPU
+    if device.type == "cuda" or hidden or get_rank() > 0:
+        return
+    if torch.version.cuda or torch.version.hip:
+        reason = "this torch is made for GPUs, but it finds none (is the driver too old for it?)"
+    elif shutil.which("nvidia-smi"):
+        reason = "this machine has nvidia-smi, but this torch is made for CPUs: install one made for CUDA"
+    else:
+        return
+    print(f"WARNING: training ON THE CPU: {reason}", file=sys.stderr)
 
 
 def print_start(

@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from files import (
@@ -38,6 +36,28 @@ from files import (
 from parallel import full_tensor, get_rank
 
 SCORE = "base_model.model.score.weight"  # the head of a reward model, in PEFT's naming
+
+
+class DropoutLinear(torch.autograd.Function):
+    """dropout(x) A^T, (..., rank), from x (..., in) and A (rank, in).
+
+    The backward pass makes the dropped copy of x again, from x, which layers with the same input share, and a
+    mask of one byte an element. Autograd would keep a dropped copy for each layer.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, a: Tensor, dropout: float) -> Tensor:
+        dropped, mask = torch.native_dropout(x, dropout, True)
+        ctx.save_for_backward(x, a, mask)
+        ctx.scale = 1 / (1 - dropout)
+        return dropped @ a.T
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, a, mask = ctx.saved_tensors
+        drop = torch.ops.aten.native_dropout_backward  # x * mask * scale
+        grad_a = grad.flatten(0, -2).T @ drop(x, mask, ctx.scale).flatten(0, -2)
+        return drop(grad @ a, mask, ctx.scale) if ctx.needs_input_grad[0] else None, grad_a, None
 
 
 class LoRALinear(nn.Module):
@@ -57,20 +77,11 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        if self.training and self.dropout:
-            # recomputed in the backward pass: only x is stored, and layers with the same input share it.
-            # Otherwise each layer stores a dropout mask and a dropped copy of x: 60% more memory for a Llama
-            low = checkpoint(self.project_down, x, use_reentrant=False)
-        else:
-            low = self.project_down(x)
-        b = self.lora_B.to(x.dtype).T
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype).T
+        low = DropoutLinear.apply(x, a, self.dropout) if self.training and self.dropout else x @ a.T
         if y.ndim == 2:
             return y.addmm_(low, b, alpha=self.scale)
         return y.baddbmm_(low, b.expand(len(y), -1, -1), alpha=self.scale)  # into y: no second output is made
-
-    def project_down(self, x: Tensor) -> Tensor:
-        """A dropout(x), (..., rank)."""
-        return F.dropout(x, self.dropout, self.training) @ self.lora_A.to(x.dtype).T
 
     def delta(self) -> Tensor:
         """(alpha / rank) B A as one matrix, in the layout of the base's weight."""

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -74,18 +74,19 @@ def pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) ->
     or a reward model: a sequence classifier with one label, whose head `score` reads the hidden state at the
     last fed token of each completion.
     """
-    # parallel.shard() makes packed_forward a method of a sharded model: FSDP gathers the weights around it
+    # parallel.shard() makes packed_forward a method of a sharded model: FSDP gathers the weights around it.
+    # It would also copy the row to the GPU, tensor by tensor, and wait for each
+    packed = packed.to(model.get_input_embeddings().weight.device)
     forward = getattr(model, "packed_forward", partial(packed_forward, model))
     return forward(packed, entropy)
 
 
 def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Stats:
-    """What pair_stats runs."""
+    """What pair_stats runs, on a row that is on the model's device."""
     if model.config._attn_implementation != "packed":
         model.set_attn_implementation("packed")
-    device = model.get_input_embeddings().weight.device
-    packed = packed.to(device)
-    attend = RowAttention(packed)
+    device = packed.ids.device
+    attend = RowAttention(packed, getattr(model, "attention", "flex"))
     hidden = model.base_model(
         input_ids=packed.ids[None],
         position_ids=packed.position[None],
@@ -109,7 +110,8 @@ def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Sta
         logp, token_entropy = TokenLogProbs.apply(hidden, weight, head.bias, packed.target, softcap, entropy)
 
     def sum_by_completion(values: Tensor) -> Tensor:  # index_add would add in a random order on a GPU
-        sums = torch.segment_reduce(values, "sum", lengths=packed.counts)
+        # unsafe: without it, the CPU waits twice for the GPU to check the lengths, which pack() counted
+        sums = torch.segment_reduce(values, "sum", lengths=packed.counts, unsafe=True)
         return sums.view(-1, packed.completions).clone()  # FSDP's hooks on outputs warn of views
 
     length = packed.counts.to(logp.dtype).view(-1, packed.completions).clone()
@@ -139,27 +141,55 @@ def dense_masks(packed: Packed, window: int | None) -> list[Tensor]:
     return [rule(None, None, span[:, None], span[None, :]) for span in spans]
 
 
-def block_mask(packed: Packed, window: int | None) -> Any:
-    """The rule as a FlexAttention BlockMask over the whole row."""
-    size = len(packed.ids)
-    return create_block_mask(attention_rule(packed, window), None, None, size, size, device=packed.ids.device)
+def block_mask(packed: Packed, window: int | None) -> BlockMask:
+    """The rule as a FlexAttention BlockMask over the row: which blocks of 128 x 128 hold allowed pairs.
+
+    The kernel skips blocks without any, and asks the rule only in blocks where not every pair is allowed.
+    Equal to create_block_mask's, whose vmaps keep the CPU busy for ten times as long.
+    """
+    rule, tokens, size = attention_rule(packed, window), len(packed.ids), 128
+    index = torch.arange(tokens, device=packed.ids.device)
+    allowed = F.pad(rule(None, None, index[:, None], index), (0, -tokens % size, 0, -tokens % size))
+    counts = allowed.view(-(-tokens // size), size, -1, size).sum((1, 3))[None, None]
+    full = counts == size * size
+    lists = []  # for each row of blocks: how many key blocks to visit, and a permutation that has them first
+    for visit in ((counts > 0) & ~full, full):
+        order = visit.int().argsort(dim=-1, descending=True, stable=True)
+        lists += [visit.sum(-1, dtype=torch.int32), order.int()]
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=size, mask_mod=rule, seq_lengths=(tokens, tokens))
 
 
-# One compiled function for all layers and steps. Each window, grad mode and size class compiles a variant
-# (FlexAttention in Gemma: 12). Beyond recompile_limit, 8 by default, it would run eagerly, and FlexAttention
-# would store all attention scores.
-compile_once = functools.cache(partial(torch.compile, recompile_limit=64))
+@functools.cache
+def compile_once(function: Callable, **options: Any) -> Callable:
+    """torch.compile(function, **options): one compiled function for all layers and steps.
+
+    Each window, grad mode and size class compiles a variant (FlexAttention in Gemma: 12). Beyond 8 variants,
+    torch would by default run the function eagerly, and FlexAttention would store all attention scores.
+    """
+    torch._dynamo.config.recompile_limit = 64  # an argument of torch.compile only from torch 2.12
+    return torch.compile(function, **options)
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, softcap: float | None) -> Tensor:
+def flex(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float, softcap: float | None
+) -> Tensor:
     """FlexAttention over the row, (1, heads, T, head size) in and out; compiled on CUDA."""
 
     def capped(score: Tensor, *_: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
     run = compile_once(flex_attention) if query.is_cuda else flex_attention
-    grouped = query.shape[1] != key.shape[1]
-    return run(query, key, value, capped if softcap else None, mask, scale, enable_gqa=grouped)
+    return run(
+        query,
+        key,
+        value,
+        capped if softcap else None,
+        mask,
+        scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        # rows under 128 tokens would get the kernel made for decoding, which takes no such groups of heads
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+    )
 
 
 def dense(
@@ -185,18 +215,49 @@ def dense(
 
 
 class RowAttention:
-    """Attention of a packed row. Layers with the same window share one mask."""
+    """Attention of a packed row. Layers with the same window share one mask.
 
-    def __init__(self, packed: Packed):
-        self.attention, make_mask = (flex, block_mask) if packed.ids.is_cuda else (dense, dense_masks)
-        self.mask = functools.cache(partial(make_mask, packed))  # window -> mask
-        self.calls = 0
+    `attention` is "flex" (FlexAttention on CUDA, wherever it compiles) or "dense".
+    """
+
+    def __init__(self, packed: Packed, attention: str = "flex"):
+        self.mask = functools.cache(lambda make_mask, window: make_mask(packed, window))
+        self.attention, self.calls = attention, 0
 
     def __call__(
         self, _layer: nn.Module, *qkv: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         self.calls += 1
-        return self.attention(*qkv, self.mask(window), scale, softcap)
+        if self.attention == "flex" and qkv[0].is_cuda:
+            mask = self.mask(block_mask, window)
+            if flex_compiles(*qkv, mask, scale, softcap):
+                return flex(*qkv, mask, scale, softcap)
+        return dense(*qkv, self.mask(dense_masks, window), scale, softcap)
+
+
+COMPILES: dict[tuple, bool] = {}  # what flex_compiles found, by heads, head sizes, dtypes and softcap
+
+
+def flex_compiles(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float, softcap: float | None
+) -> bool:
+    """Whether FlexAttention compiles for such heads, forward and backward; warns once if it does not.
+
+    It needs Triton and a C compiler, and not every accelerator has both.
+    """
+    kind = (query.shape[1], key.shape[1:4:2], value.shape[3], query.dtype, value.dtype, softcap)
+    if kind not in COMPILES:
+        try:
+            with torch.enable_grad():
+                trial = [x.detach().requires_grad_() for x in (query, key, value)]
+                torch.autograd.grad(flex(*trial, mask, scale, softcap).sum(), trial)
+            COMPILES[kind] = True
+        except Exception as error:  # whatever a compiler raises
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            text = "FlexAttention does not compile here, and the dense masks in its place take longer"
+            print(f"warning: {text}: {reason}", file=sys.stderr)
+            COMPILES[kind] = False
+    return COMPILES[kind]
 
 
 def packed_attention(

@@ -27,8 +27,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from files import InputError, print_error
+from files import InputError, print_error, release_locks
 
+BUCKET = 2**26  # gradients that travel in one all_reduce: 256 MB in float32
 TIMEOUT = timedelta(hours=1)  # for a collective: rank 0 may be writing a large checkpoint meanwhile
 
 
@@ -65,7 +66,7 @@ def _init_process_group() -> dist.Store:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",  # all_gather's objects travel by gloo
         store=store,
         rank=rank,
         world_size=world_size,
@@ -82,7 +83,7 @@ def distributed() -> Iterator[None]:
 
     If one process raises InputError, it prints the message and exits with code 2; torchrun then ends the
     others. Processes that raise the same error, or lose the connection because of it, exit silently.
-    Signal handlers are restored at the end.
+    At the end, locks are released and signal handlers restored.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     store = _init_process_group() if "RANK" in os.environ else None
@@ -102,6 +103,7 @@ def distributed() -> Iterator[None]:
         sys.stdout.flush()
         os._exit(2)  # sys.exit would wait for processes that wait for this one
     finally:
+        release_locks()
         torch.set_flush_denormal(False)
         for number, handler in handlers.items():
             if signal.getsignal(number) is not handler:
@@ -127,9 +129,9 @@ def all_reduce(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes, on the tensor's own device."""
     if get_world_size() == 1:
         return tensor
-    total = tensor.to(get_device(), copy=True)
+    total = tensor.clone()
     dist.all_reduce(total)
-    return total.to(tensor.device)
+    return total
 
 
 def all_gather(value: Any) -> list[Any]:
@@ -147,14 +149,24 @@ def barrier() -> None:
 
 
 def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Sum the gradients over all processes, in place, in one all_reduce."""
+    """Sum the gradients over all processes, in place: one all_reduce for every BUCKET elements.
+
+    An adapter is one bucket. All weights of a large model would not fit a second time.
+    """
     if get_world_size() == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(total.view_as(gradient))
+    buckets, size = [], BUCKET
+    for gradient in (p.grad for p in parameters if p.grad is not None):
+        if size + gradient.numel() > BUCKET:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(gradient)
+        size += gradient.numel()
+    for bucket in buckets:
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat)
+        for gradient, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(total.view_as(gradient))
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

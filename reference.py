@@ -45,17 +45,19 @@ def reference_stats(
     """The reference's Stats of every example, (examples, 2) on the CPU, read from the cache in `folder`.
 
     What the cache lacks is computed, in micro-batches of at most `max_tokens` tokens, shared between the
-    processes. The file's name is a digest of the model and the examples, so that no other run's file is read.
-    `key` stands for the model in the digest: give it if the model got an adapter since it was loaded, or if
-    the numbers depend on more than its weights. An interrupted pass goes on where it stopped; a damaged file
-    is written again.
+    processes. `key` stands for the model in the cache's key: give it if the model got an adapter since it was
+    loaded, or if the numbers depend on more than its weights. An interrupted pass goes on where it stopped. A
+    file that is damaged, or not of this model and these examples, is written again.
     """
-    path = folder / f"{digest_json([key or digest_model(model), examples])[:32]}.safetensors"
+    key = digest_json([key or digest_model(model), examples])
+    path = folder / f"{key[:32]}.safetensors"
     stats = torch.full((len(Stats._fields), len(examples), 2), math.nan)  # NaN: not computed yet
     with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-        cached = {name: file.get_tensor(name) for name in Stats._fields}
-        if file.metadata() == {"sha256": digest_tensors(cached)}:
-            stats = torch.stack(list(cached.values()))
+        cached = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        layout = {name: (x.shape, x.dtype) for name, x in cached.items()}
+        expected = dict.fromkeys(Stats._fields, (stats[0].shape, stats.dtype))
+        if layout == expected and file.metadata() == {"key": key, "sha256": digest_tensors(cached)}:
+            stats = torch.stack([cached[name] for name in Stats._fields])
     stats = all_reduce(stats if get_rank() == 0 else torch.zeros_like(stats))  # what rank 0 could read
 
     missing = stats[0].isnan().any(1)
@@ -78,7 +80,7 @@ def reference_stats(
         new.zero_()
         if get_rank() == 0 and (last or time.monotonic() - saved > SAVE_SECONDS):
             tensors = dict(zip(Stats._fields, stats, strict=True))
-            write_tensors(path, tensors, {"sha256": digest_tensors(tensors)})
+            write_tensors(path, tensors, {"key": key, "sha256": digest_tensors(tensors)})
             saved = time.monotonic()
     bar.close()
     return Stats(*stats)

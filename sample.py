@@ -26,7 +26,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,21 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from checks import max_positions
-from decode import Batch, Completion, decode_continuation, gumbel_max, next_token_probs
+from decode import (
+    Batch,
+    Completion,
+    decode_continuation,
+    exponential_noise,
+    gumbel_max,
+    next_token_probs,
+)
 from files import (
     InputError,
     atomic_write,
     digest_json,
     error_prefix,
     flag,
+    lock,
     parse,
     read_template,
     require,
@@ -68,9 +76,16 @@ def sample_batch(
 
     `sampling_params` are those of next_token_probs.
     """
+
+    def stream(rng: np.random.Generator) -> Iterator[np.ndarray]:
+        while True:  # 16 steps a call: for 128 samples, a call for each step takes as long as a GPU's step
+            yield from exponential_noise(rng, 16, batch.logits.shape[-1])
+
+    streams = [stream(rng) for rng in rngs]
     while batch.active:
         probs = next_token_probs(batch.logits, **sampling_params)
-        batch.append(gumbel_max(probs, [rngs[i] for i in batch.ancestor[: batch.active].tolist()]), probs)
+        noise = np.stack([next(streams[i]) for i in batch.ancestor[: batch.active].tolist()])
+        batch.append(gumbel_max(probs, noise), probs)
     return batch.completions(batch.ancestor.argsort().tolist())
 
 
@@ -101,7 +116,8 @@ def sample_global_batch(
             probs, tempered = probs[order], tempered[order]
             log_weights[:] = log_weights.logsumexp(0) - math.log(particles)
         if batch.active:
-            order = batch.append(gumbel_max(tempered.softmax(-1), [rng] * batch.active), probs)
+            noise = exponential_noise(rng, *tempered.shape)
+            order = batch.append(gumbel_max(tempered.softmax(-1), noise), probs)
             log_weights = log_weights[order]
     weights = log_weights.softmax(0)
     ess = 1 / torch.zeros_like(weights).index_add(0, batch.ancestor, weights).square().sum().item()
@@ -334,12 +350,20 @@ def main() -> None:
     out = Path(config.out_file or folder / "samples.jsonl") if writes else None
     if out and out.is_dir():
         raise InputError(f"--out_file {out}: is a folder")
-    if out and get_rank() == 0 and out.exists() and not (config.overwrite or config.resume):
-        raise InputError(f"--out_file {out}: exists; --overwrite replaces it, --resume continues it")
+    is_writer = out and get_rank() == 0
+
+    def check_new() -> None:
+        if is_writer and out.exists() and not (config.overwrite or config.resume):
+            raise InputError(f"--out_file {out}: exists; --overwrite replaces it, --resume continues it")
+
+    check_new()
     model, tokenizer = load_model(config.model, str(get_device()), get_dtype())
     encoded, ends = encode(rows, config, model, tokenizer)
+    if is_writer:
+        lock(out.with_name(f".{out.name}.lock"))
+        check_new()  # another process may have written it meanwhile
 
-    count, total, is_writer = config.num_samples, config.num_samples * len(rows), out and get_rank() == 0
+    count, total = config.num_samples, config.num_samples * len(rows)
     chunk = max(1, config.batch_size // count)  # prompts that a process samples at a time
     digest = digest_json(encoded)
     lines = lines_to_keep(out, config, digest) if is_writer else []

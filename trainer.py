@@ -37,11 +37,21 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import parallel
-from checkpoint import export, open_run, resume_run, save_checkpoint, saved_args, start_run
+from checkpoint import (
+    claim_run,
+    export,
+    find_checkpoint,
+    load_checkpoint,
+    metrics_before,
+    open_run,
+    save_checkpoint,
+    saved_args,
+    start_run,
+)
 from checks import check_inputs, check_memory, check_objective, check_packable
-from files import InputError, digest_json, error_prefix, flag, require
+from files import InputError, digest_json, error_prefix, flag, is_writable, require
 from formats import read_pairs
-from logs import flops_per_token, open_loggers, peak_memory, print_row, print_start, speed
+from logs import flops_per_token, open_loggers, peak_memory, print_device, print_row, print_start, speed
 from lora import add_lora, lora_disabled, lora_layers
 from model import Stats, load_model, packed_forward, pair_stats
 from preferences import count_tokens, describe, micro_batches, pack, tokenize
@@ -60,12 +70,12 @@ LoadModel = Callable[[str, str, torch.dtype], tuple[PreTrainedModel, PreTrainedT
 Load = Callable[[str, PreTrainedTokenizerBase, int, bool], Sequence]
 Prepare = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Sequence, Stats], dict[str, Any]]
 SEED_STRIDE = 1000003  # between the seeds of epochs (their order) and of steps (their dropout)
-MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 2048}  # a CPU is as fast with 512, in half the memory
 CHOICES = {
     "schedule": ("constant", "linear", "cosine"),
     "optimizer": ("adamw", "rmsprop"),
     "dtype": ("auto", "float32", "bfloat16"),
     "parallel": ("ddp", "fsdp"),
+    "attention": ("flex", "dense"),
 }
 
 
@@ -106,10 +116,13 @@ class TrainConfig:
     wandb: bool = flag(False, "Log to Weights & Biases too.")
     tensorboard: bool = flag(False, "Log to --out_dir/tensorboard too.")
     # memory and devices
-    micro_batch_tokens: int | None = flag(None, "Tokens per forward pass (default: 512; on a GPU 2048).")
+    micro_batch_tokens: int | None = flag(
+        None, "Tokens per forward pass (default: 512; on a GPU 2048, or 8192 if it has 80 GB)."
+    )
     checkpoint_activations: bool = flag(False, "Save memory: run each layer again in the backward pass.")
     parallel: str = flag("ddp", "With torchrun: ddp (each process holds the whole model) or fsdp (a shard).")
     dtype: str = flag("auto", "float32, bfloat16 or auto: bfloat16 on CUDA, else float32.")
+    attention: str = flag("flex", "On a GPU: flex (FlexAttention, compiled) or dense (needs no compiler).")
 
     society = "recipes/society.txt"  # flags for the built-in world, if neither --model nor --data is given
 
@@ -149,6 +162,13 @@ def load_pairs(
     rows = read_pairs(path, chat)
     with error_prefix(path):
         return tokenize(rows, tokenizer, max_length)
+
+
+def default_micro_batch_tokens(device: torch.device) -> int:
+    """Tokens per forward pass: enough to keep the device busy, and no more than its memory holds for 7B."""
+    if device.type == "cpu":
+        return 512  # as fast as 2,048, in half the memory
+    return 8192 if torch.cuda.get_device_properties(device).total_memory >= 80e9 else 2048
 
 
 def batch_indices(step: int, size: int, count: int, seed: int) -> list[int]:
@@ -250,12 +270,13 @@ def train(
     out, device = open_run(config), parallel.get_device()
     check_memory(config, device)
     fsdp = config.parallel == "fsdp"
-    max_tokens = config.micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
+    max_tokens = config.micro_batch_tokens or default_micro_batch_tokens(device)
     bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     # LoRA: a bfloat16 base and a float32 adapter. All weights: float32 weights, autocast to bfloat16
     dtype = torch.bfloat16 if bfloat16 and config.lora_rank else torch.float32
     mixed = bfloat16 and not config.lora_rank
     forward = torch.autocast(device.type, torch.bfloat16, enabled=mixed)(packed_forward)
+    print_device(device, "bfloat16" if bfloat16 else "float32")
 
     # ---- model and data
     place = "cpu" if fsdp else str(device)  # FSDP moves the shards
@@ -274,6 +295,7 @@ def train(
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
     if config.checkpoint_activations:
         parallel.checkpoint_activations(model)
+    model.attention = config.attention
     if fsdp:
         parallel.shard(model, device, mixed, forward)
     else:
@@ -281,10 +303,24 @@ def train(
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
         check_packable(model, config.model)
 
+    # ---- the run's folder: what is wrong with it, or with the objective, is told before the reference pass
+    claim_run(config, out)
+    checkpoint = find_checkpoint(config, digests)
+    start = checkpoint[1]["step"] if checkpoint else 0
+    size = min(config.batch_size, len(examples))
+    steps = config.max_steps or math.ceil(config.epochs * len(examples) / size)
+    if start > steps:
+        raise InputError(f"--max_steps, --epochs: {steps:,} steps, but the run to --resume is at {start:,}")
+    metrics = metrics_before(out, start)
+    if not prepare:
+        check_objective(objective, len(examples[0]) - 1, reference, device)
+
     # ---- the reference pass: the model is still untrained and its adapter is off, so it is the reference
     ref = eval_ref = None
     if reference:
         cache = out.parent / "reference_cache"  # shared by the runs of a sweep
+        if not is_writable(cache):  # --out_dir is a mounted volume
+            cache = out / "reference_cache"
         # float32 weights under autocast, and FSDP's bfloat16 copies of them, round differently
         key = f"{digests['model']} {config.parallel if mixed else ''}"
         with lora_disabled(model):
@@ -293,7 +329,7 @@ def train(
                 for some in (examples, held_out)
             )
 
-    # ---- optimizer, resume
+    # ---- optimizer, checkpoint
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "adamw":  # beta2 = 0.95: a run of a hundred steps must forget its first gradients
         fused = device.type == "cuda"  # the default on CUDA, foreach, needs a second copy of all weights
@@ -302,13 +338,10 @@ def train(
         )
     else:
         optimizer = torch.optim.RMSprop(parameters, lr=config.lr)
-    size = min(config.batch_size, len(examples))
-    steps = config.max_steps or math.ceil(config.epochs * len(examples) / size)
-    start = resume_run(config, digests, model, optimizer) if config.resume else 0
-    if start > steps:
-        raise InputError(f"--max_steps, --epochs: {steps:,} steps, but the run to --resume is at {start:,}")
+    if checkpoint:
+        load_checkpoint(*checkpoint, model, optimizer)
     if parallel.get_rank() == 0:
-        start_run(config, out, start)
+        start_run(config, out, metrics)
     parallel.barrier()  # no process writes into the folder before it holds run.json
     if prepare:
         objective = partial(objective, **prepare(model, tokenizer, examples, ref))

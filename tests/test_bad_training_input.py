@@ -290,10 +290,7 @@ def test_resume_after_a_kill_in_the_middle_of_a_metrics_row(finished_run, adapte
     steps = [json.loads(line)["step"] for line in metrics.open()]
     with metrics.open("a") as file:
         file.write('{"step": 3, "lo')
-    flags = json.loads((adapter / "run.json").read_bytes()) | {"out_dir": str(adapter), "resume": True}
-    monkeypatch.setattr(
-        sys, "argv", ["train_dpl.py", *(f"--{k}={v}" for k, v in flags.items() if v is not None)]
-    )
+    monkeypatch.setattr(sys, "argv", ["train_dpl.py", "--resume", "--out_dir", str(adapter)])
     train_dpl.main()
     assert [json.loads(line)["step"] for line in metrics.open()] == steps
 

@@ -23,9 +23,7 @@ def backend(monkeypatch):
     """Sets the backend of torch.compile; the default one needs a C++ compiler."""
 
     def use(backend):
-        monkeypatch.setattr(
-            decode, "compile_once", cache(partial(torch.compile, recompile_limit=64, backend=backend))
-        )
+        monkeypatch.setattr(decode, "compile_once", cache(partial(torch.compile, backend=backend)))
         torch._dynamo.reset()
         counters.clear()
 

@@ -111,7 +111,7 @@ def test_data(outcome, tiny_model_folder, tmp_path, name, damage, seed):
 @pytest.mark.parametrize("name", ["state.json", "state-0-of-1.safetensors"])
 @everywhere
 def test_checkpoint(outcome, capsys, run, tmp_path, name, damage, seed):
-    folder = shutil.copytree(run / "run" / "checkpoint", tmp_path / "checkpoint")
+    folder = shutil.copytree(run / "run", tmp_path / "run") / "checkpoint"
     before, newest = checkpoints(folder)
     whole, draw = json.loads((newest / "state.json").read_bytes()), random.Random(seed)
     (newest / name).write_bytes(damage((newest / name).read_bytes(), draw))
@@ -153,7 +153,7 @@ EDITS = {
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 def test_edited_checkpoint(run, tmp_path, edit):
-    folder = shutil.copytree(run / "run" / "checkpoint", tmp_path / "checkpoint")
+    folder = shutil.copytree(run / "run", tmp_path / "run") / "checkpoint"
     before, newest = checkpoints(folder)
     edit(newest)
     assert newest_checkpoint(folder)[0] == before

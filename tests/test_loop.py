@@ -213,7 +213,7 @@ def test_a_log_file_in_the_run_s_folder_is_no_obstacle(config, tmp_path):
 
 def test_a_run_that_failed_before_its_first_row_may_be_started_again(config, tmp_path):
     with pytest.raises(ZeroDivisionError):
-        train(config, lambda *_: 1 / 0)
+        train(config, partial(objective, config=config), prepare=lambda *_: 1 / 0)
     assert (tmp_path / "run" / "run.json").exists()
     run(replace(config, max_steps=1))
     with pytest.raises(InputError, match="holds a run"):

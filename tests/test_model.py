@@ -30,7 +30,7 @@ import checks
 import model as model_file
 from checks import check_packable, max_positions
 from files import InputError
-from model import RowAttention, block_mask, dense, flex, pair_stats
+from model import block_mask, dense, dense_masks, flex, pair_stats
 from preferences import Pair, pack
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -154,7 +154,7 @@ def test_flex_attention_follows_the_same_rule(window, softcap):
     torch.manual_seed(0)
     query = torch.randn(1, 4, len(packed.ids), 16)
     key, value = torch.randn(2, 1, 2, len(packed.ids), 16)
-    wanted = dense(query, key, value, RowAttention(packed).mask(window), 0.25, softcap)
+    wanted = dense(query, key, value, dense_masks(packed, window), 0.25, softcap)
     found = flex(query, key, value, block_mask(packed, window), 0.25, softcap)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 

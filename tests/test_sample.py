@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 import decode
 import sample as sample_file
-from decode import Batch, gumbel_max, keep_in_place
+from decode import Batch, exponential_noise, gumbel_max, keep_in_place
 from files import InputError
 from model import load_model, pair_stats
 from preferences import encode_prompts, end_tokens, pack
@@ -55,7 +55,7 @@ def test_next_token_probs_equals_transformers(seed, temperature, top_k, top_p, m
 def test_gumbel_max_samples_in_proportion_to_probs(vocab):
     probs = torch.rand(vocab, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     count, rng = 40_000, np.random.default_rng(0)
-    tokens = gumbel_max(probs.expand(count, -1), [rng] * count)
+    tokens = gumbel_max(probs.expand(count, -1), exponential_noise(rng, count, vocab))
     expected = probs / probs.sum() * count
     statistic = ((tokens.bincount(minlength=vocab) - expected) ** 2 / expected).sum().item()
     assert statistic < chi2.ppf(1 - 1e-4, vocab - 1)
