@@ -27,7 +27,14 @@ def extra(*names):
 
 
 def test_packages_are_those_of_the_requirement_files():
-    core = set(PROJECT["dependencies"])
+    """But for torch: .venv pins a release that the project's range allows."""
+    [torch] = [package for package in requirements("requirements.txt") if package.startswith("torch")]
+    release, lowest = (
+        tuple(map(int, re.search(r"[\d.]+", package)[0].split(".")))
+        for package in (torch, *(p for p in PROJECT["dependencies"] if p.startswith("torch")))
+    )
+    assert torch.startswith("torch==") and release >= lowest
+    core = {torch, *(package for package in PROJECT["dependencies"] if not package.startswith("torch"))}
     assert core | extra("plots") == requirements("requirements.txt")
     assert extra("dev") == requirements("requirements-dev.txt") | extra("plots")
 
