@@ -44,6 +44,7 @@ from files import (
     write_tensors,
 )
 from lora import save_lora
+from model import save_tokenizer
 from parallel import all_gather, barrier, full_tensor, get_rank, get_world_size, to_local
 
 # flags that may change when a run is resumed (model and data: the path may, the content may not)
@@ -275,7 +276,7 @@ def export(out: Path, config: Any, model: PreTrainedModel, tokenizer: Any, row: 
             (out / ".weights").rmdir()
     if get_rank() > 0:
         return
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     with atomic_write(out / "README.md") as file:
         file.write(model_card(out.name, config, row))
     print(f"wrote {out}")

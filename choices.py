@@ -31,6 +31,7 @@ import torch
 
 import metrics
 from checks import check_packable, max_positions
+from encode import answer_lead, encode_answers, encode_prompts
 from files import (
     InputError,
     error_prefix,
@@ -44,7 +45,6 @@ from files import (
 from formats import message
 from model import load_model
 from parallel import get_device, get_dtype
-from preferences import encode_continuations, encode_prompts
 from reference import score_completions
 from tables import check_outputs, new_figure, save_figure
 
@@ -131,8 +131,12 @@ def choice_probs(
         prompts.append(message("user", text) if chat else text)
         letters.append(LETTERS[: len(question.options)])
     encoded = encode_prompts(prompts, tokenizer)
-    continuations = encode_continuations([x if chat else f" {x}" for x in LETTERS], tokenizer)
-    ids = dict(zip(LETTERS, continuations, strict=True))
+    # what the template writes before an answer comes before the letter: a space, or an empty <think></think>
+    lead = answer_lead(prompts[0], tokenizer) if chat else " "
+    continuations = encode_answers(
+        [prompts[0]] * len(LETTERS), [lead + letter for letter in LETTERS], tokenizer
+    )
+    ids = {letter: ids[:-1] for letter, ids in zip(LETTERS, continuations, strict=True)}  # no end token
     longest = max(map(len, encoded)) + max(map(len, continuations)) - 1  # the last token is no input
     if longest > max_positions(model):
         raise InputError(f"a question has {longest} tokens, and the model {max_positions(model)} positions")

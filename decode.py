@@ -16,7 +16,6 @@ cache stores and reads a copy for every completion; with long prompts that is mo
 values is allocated at the start. A finished completion is no longer fed to the model.
 """
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from files import InputError
 from model import compile_once, dense, dense_masks, head_logits
@@ -368,15 +367,3 @@ def keep_in_place(indices: list[int]) -> list[int]:
     present = set(indices)
     others = list((Counter(indices) - Counter(range(len(indices)))).elements())
     return [i if i in present else others.pop() for i in range(len(indices))]
-
-
-def decode_continuation(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text of token ids that follow other text. (SentencePiece decoders drop the first space of a text.)"""
-    anchor, length = _anchor(tokenizer)
-    return tokenizer.decode(anchor + ids)[length:]
-
-
-@functools.cache
-def _anchor(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    [anchor] = tokenizer(["a"], add_special_tokens=False).input_ids
-    return anchor, len(tokenizer.decode(anchor))

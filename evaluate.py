@@ -42,6 +42,7 @@ from best_of_n import AnswersConfig, answers
 from checks import check_packable, max_positions
 from choices import ChoicesConfig, choices
 from data.society.truth import compare_samples, print_comparison
+from encode import encode_answers, encode_prompts
 from files import InputError, error_prefix, flag, parse, read_rows, require, run_command, write_json
 from formats import last_turn, read_sample, to_texts, transcript
 from judge import (
@@ -56,7 +57,7 @@ from judge import (
 )
 from model import load_model, loading
 from parallel import get_device, get_dtype
-from preferences import encode_answers, encode_prompts, micro_batches
+from preferences import micro_batches
 from reference import score_completions
 from tables import (
     Columns,
@@ -246,8 +247,9 @@ def quality(config: QualityConfig) -> None:
             check_packable(model, config.reference)
             for column, groups in zip(columns, files, strict=True):
                 samples = flatten(groups)
-                prompts, answers = to_texts(samples, config.chat)
-                encoded = encode_prompts(prompts, tokenizer), encode_answers(prompts, answers, tokenizer)
+                prompts, answers, options = to_texts(samples, config.chat)
+                answers = encode_answers(prompts, answers, tokenizer, options)
+                encoded = encode_prompts(prompts, tokenizer, options), answers
                 for sample, ids in zip(samples, encoded[1], strict=True):
                     if sample.finish in ("length", "stop") and len(ids) > 1:
                         ids.pop()

@@ -21,22 +21,25 @@ ASSISTANT = "\n\nAssistant:"  # HH-RLHF writes this before each answer
 KEYS = ("prompt", "chosen", "rejected")
 
 
-def read_pairs(path: str | Path, chat: bool = False) -> list[dict[str, Text]]:
-    """Rows with keys prompt, chosen and rejected: all three strings, or all three message lists.
+def read_pairs(path: str | Path, chat: bool = False) -> list[dict[str, Any]]:
+    """Rows with keys prompt, chosen and rejected, strings or message lists, and template_options().
 
-    Completions that repeat their prompt lose it, and the number of such rows is printed. With `chat`, strings
-    become messages. Raises InputError naming the file and row for a row in none of the formats above.
+    Completions that repeat their prompt lose it, strings only if all of the file do; the number is printed.
+    With `chat`, strings become messages. Raises InputError naming the file and row for a row in none of the
+    formats above.
     """
-    pairs, repeats = [], 0
-    for where, row in read_rows(path):
+    rows, pairs = list(read_rows(path)), []
+    texts = [row for _, row in rows if isinstance(row.get("prompt"), str)]
+    texts_repeat = all(map(_repeats_prompt, texts))  # of one row, it may be chance: "Hi", "High time"
+    repeats = 0
+    for where, row in rows:
         for key in ("chosen", "rejected"):
             if key not in row:
                 raise InputError(f"{where}: no key '{key}' (found {', '.join(map(repr, row)) or 'none'})")
         prompt, answers = row.get("prompt"), (row["chosen"], row["rejected"])
         if not (all(isinstance(a, str) for a in answers) or all(isinstance(a, list) for a in answers)):
             raise InputError(f"{where}: 'chosen' and 'rejected' must both be strings, or both message lists")
-        same_type = type(prompt) is type(answers[0])
-        if prompt and same_type and all(a[: len(prompt)] == prompt for a in answers):
+        if _repeats_prompt(row) and (texts_repeat or not isinstance(prompt, str)):
             answers, repeats = [a[len(prompt) :] for a in answers], repeats + 1
         if isinstance(answers[0], str):
             pair = _string_pair(prompt, *answers, where)
@@ -45,10 +48,37 @@ def read_pairs(path: str | Path, chat: bool = False) -> list[dict[str, Text]]:
         if chat and isinstance(pair[0], str):
             pair = to_messages(pair[0]), *(message("assistant", text.strip() or text) for text in pair[1:])
             check_messages(pair[0], where)
-        pairs.append(dict(zip(KEYS, pair, strict=True)))
+        pairs.append(dict(zip(KEYS, pair, strict=True)) | template_options(row, pair[0], where))
     if repeats:
         print(f"{path}: in {repeats:,} rows chosen and rejected repeat the prompt: removed from both")
     return pairs
+
+
+def _repeats_prompt(row: dict[str, Any]) -> bool:
+    """Whether both completions begin with the row's prompt, and with whole words of it."""
+    prompt, answers = row.get("prompt"), (row.get("chosen"), row.get("rejected"))
+    if not prompt or any(type(a) is not type(prompt) or a[: len(prompt)] != prompt for a in answers):
+        return False
+    ends = isinstance(prompt, list) or not prompt[-1:].isalnum()
+    return ends or not any(a[len(prompt) :][:1].isalnum() for a in answers)
+
+
+def template_options(row: dict[str, Any], prompt: Text, where: str) -> dict[str, dict[str, Any]]:
+    """{"options": arguments of the chat template} of a row with 'tools' or 'chat_template_kwargs', else {}.
+
+    Adds a row's 'system' to the messages of `prompt`, in place. Raises InputError with `where` if one of
+    these keys cannot have its effect, since the prompt is a string.
+    """
+    options = {"tools": row["tools"]} if row.get("tools") else {}
+    options |= row.get("chat_template_kwargs") or {}
+    for key in ("system", "tools", "chat_template_kwargs"):
+        if row.get(key) and isinstance(prompt, str):
+            raise InputError(f"{where}: '{key}' is for message lists: give --chat, or put it into the prompt")
+    if system := row.get("system"):
+        if not isinstance(system, str) or prompt[0]["role"] == "system":
+            raise InputError(f"{where}: 'system' must be a string, and the prompt have no system message")
+        prompt.insert(0, {"role": "system", "content": system})
+    return {"options": options} if options else {}
 
 
 def _string_pair(prompt: Any, chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
@@ -119,11 +149,12 @@ def check_messages(messages: list[Any], where: str) -> None:
         raise InputError(f"{where}: roles out of order: {', '.join(roles) or 'no message'}")
 
 
-def read_prompts(path: str | Path, template: str | None = None) -> list[dict[str, Any]]:
+def read_prompts(path: str | Path, template: str | None = None, chat: bool = False) -> list[dict[str, Any]]:
     """Rows with a 'prompt', a string or a message list; a .txt file holds one prompt per line.
 
     With `template`, the prompt is the template with {question} replaced by the row's 'question' (as in GSM8K)
-    or 'problem' (as in MATH). Raises InputError naming the file and row.
+    or 'problem' (as in MATH). With `chat`, strings become messages. The template_options() are added. Raises
+    InputError naming the file and row.
     """
     rows = []
     for where, row in read_rows(path):
@@ -134,7 +165,9 @@ def read_prompts(path: str | Path, template: str | None = None) -> list[dict[str
             check_messages(prompt, where)
         elif not isinstance(prompt, str):
             raise InputError(f"{where}: needs a 'prompt', a string or a message list")
-        rows.append(row)
+        if chat and isinstance(prompt, str):
+            row["prompt"] = to_messages(prompt)
+        rows.append(row | template_options(row, row["prompt"], where))
     return rows
 
 
@@ -146,11 +179,12 @@ def read_question(row: dict[str, Any], where: str) -> str:
     return question
 
 
-def read_examples(path: str | Path, chat: bool = False) -> list[tuple[Text, Text]]:
-    """(prompt, completion) of every row, for supervised fine-tuning: two strings or two message lists.
+def read_examples(path: str | Path, chat: bool = False) -> list[dict[str, Any]]:
+    """Rows with keys prompt and completion, for supervised fine-tuning, and their template_options().
 
-    A row holds "prompt" and "completion", or "messages", of which the last is the completion. With `chat`,
-    strings become messages. Raises InputError naming the file and row.
+    A row holds "prompt" and "completion", strings or message lists, or a message list and the string that
+    sample.py wrote after it; or "messages", of which the last is the completion. With `chat`, strings become
+    messages. Raises InputError naming the file and row.
     """
     examples = []
     for where, row in read_rows(path):
@@ -161,6 +195,8 @@ def read_examples(path: str | Path, chat: bool = False) -> list[tuple[Text, Text
             check_messages([*prompt, *completion], where)
             if len(completion) != 1 or completion[0]["role"] != "assistant" or not completion[0]["content"]:
                 raise InputError(f"{where}: the completion must be one assistant message with content")
+        elif isinstance(prompt, list) and prompt and isinstance(completion, str) and completion:
+            check_messages(prompt, where)
         elif not (isinstance(prompt, str) and isinstance(completion, str) and completion):
             raise InputError(
                 f"{where}: needs 'prompt' and a non-empty 'completion', strings or message lists"
@@ -168,7 +204,8 @@ def read_examples(path: str | Path, chat: bool = False) -> list[tuple[Text, Text
         elif chat:
             prompt, completion = to_messages(prompt), message("assistant", completion.strip() or completion)
             check_messages(prompt, where)
-        examples.append((prompt, completion))
+        options = template_options(row, prompt, where)
+        examples.append({"prompt": prompt, "completion": completion} | options)
     return examples
 
 
@@ -178,6 +215,8 @@ class Sample(NamedTuple):
     prompt: Text
     text: str
     finish: str | None = None  # "eos", "stop" or "length"; None if the file does not say
+    is_message: bool = False  # the text is a message's content, not what follows the prompt's tokens
+    options: dict[str, Any] | None = None  # template_options() of the row
 
 
 def read_sample(row: dict[str, Any], where: str) -> Sample:
@@ -190,7 +229,9 @@ def read_sample(row: dict[str, Any], where: str) -> Sample:
             prompt, text = row["instruction"], row["output"]
         else:
             prompt, text = row["prompt"], row["completion"]
-        sample = Sample(prompt, text["answer"] if isinstance(text, dict) else text, row.get("finish"))
+        text = text["answer"] if isinstance(text, dict) else text
+        options = template_options(row, prompt, where).get("options")
+        sample = Sample(prompt, text, row.get("finish"), "completion" not in row, options)
         is_text = isinstance(last_turn(sample.prompt), str) and isinstance(sample.text, str)
     except (KeyError, IndexError, TypeError, ValueError):
         is_text = False
@@ -211,14 +252,19 @@ def transcript(prompt: Text) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
-def to_texts(samples: list[Sample], chat: bool) -> tuple[list[Text], list[Text]]:
-    """(prompts, answers) of samples: strings, or message lists where the prompt is one or `chat` is set."""
-    prompts = [to_messages(s.prompt) if chat and isinstance(s.prompt, str) else s.prompt for s in samples]
-    answers = (
-        sample.text if isinstance(prompt, str) else message("assistant", sample.text)
-        for prompt, sample in zip(prompts, samples, strict=True)
-    )
-    return prompts, list(answers)
+def to_texts(samples: list[Sample], chat: bool) -> tuple[list[Text], list[Text], list[dict | None]]:
+    """(prompts, answers, options) of samples, as encode.py reads them; with `chat`, strings become messages.
+
+    What sample.py wrote after a message list follows the prompt's tokens as it is: the template's space
+    before an answer is in the text already.
+    """
+    prompts, answers = [], []
+    for sample in samples:
+        makes_messages = chat and isinstance(sample.prompt, str)
+        prompts.append(to_messages(sample.prompt) if makes_messages else sample.prompt)
+        is_message = makes_messages or (sample.is_message and isinstance(sample.prompt, list))
+        answers.append(message("assistant", sample.text) if is_message else sample.text)
+    return prompts, answers, [sample.options for sample in samples]
 
 
 def read_samples(path: str | Path, allow_empty: bool = False) -> dict[str, list[Sample]]:

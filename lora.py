@@ -254,7 +254,7 @@ def write_merged(adapter: str | Path, out: str | Path, overwrite: bool = False) 
     The weights keep the dtype of the base's files, so a bfloat16 base rounds the sum. The folder appears
     whole or not at all. Raises InputError if `out` exists, or with `overwrite` if it is anything but a model.
     """
-    from model import load_model  # not above: model.py imports this file
+    from model import load_model, save_tokenizer  # not above: model.py imports this file
 
     out = Path(out)
     if out.exists() and not overwrite:
@@ -266,7 +266,7 @@ def write_merged(adapter: str | Path, out: str | Path, overwrite: bool = False) 
     new = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
+        save_tokenizer(tokenizer, new)
         if out.exists():
             shutil.rmtree(out)
         os.replace(new, out)

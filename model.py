@@ -22,6 +22,8 @@ multiplies them by one number per token. (Only the gradient of a trained head ne
 
 import contextlib
 import functools
+import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -43,13 +45,23 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.masking_utils import eager_mask
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from files import InputError
+from files import InputError, write_json
 from lora import load_lora, merge_lora, read_adapter_config
 from preferences import Packed
 
 transformers_logging.disable_progress_bar()  # a small model loads faster than its bar draws
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES += (
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "spiece.model",
+    "tekken.json",
+)
+TOKENIZER_FILES += ("vocab.json", "merges.txt", "vocab.txt", "sentencepiece.bpe.model")
 CHUNK = {"cpu": 2**24, "cuda": 2**27}  # logits computed at once: 64 and 512 MiB in float32
 
 
@@ -434,6 +446,27 @@ def load_model(
     if broken:  # transformers would go on with random numbers
         raise InputError(f"--model {path}: {len(broken)} weights are missing or misshapen, first {broken[0]}")
     return model.to(device).eval(), tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a tokenizer into a folder: the files that it was loaded from.
+
+    tokenizer.save_pretrained() loses fields (Llama's and Mistral's `legacy`), and the tokenizer that is
+    loaded again then gives other ids. It is for tokenizers that were made here.
+    """
+    folder, source = Path(folder), tokenizer.name_or_path
+    folder.mkdir(parents=True, exist_ok=True)
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    paths = [cached_file(source, name, **quiet) for name in TOKENIZER_FILES] if source else []
+    if not any(paths):
+        tokenizer.save_pretrained(folder)
+        return
+    for path in filter(None, paths):
+        shutil.copyfile(path, folder / Path(path).name)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_bytes()) if path.is_file() else {}
+    if tokenizer.pad_token != config.get("pad_token"):  # a reward model's, which load_reward_model() chose
+        write_json(path, config | {"pad_token": tokenizer.pad_token})
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """Preference pairs: tokenise them, pack them into a row without padding, split a batch into micro-batches.
 
 A completion includes its end token (unless it was truncated), because a policy's probability of a text
-includes the decision to stop. Prompt and completion are tokenised apart: the prompt's ids are those that
-sample.py feeds the model, and the ids of both, one after the other, decode to the whole text.
+includes the decision to stop. encode.py makes the token ids.
 
 A micro-batch is one row. Prompt A B, chosen C D, rejected E F G become
 
@@ -18,12 +17,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from files import InputError, error_prefix
-from formats import Text, message
+from encode import encode_answers, encode_prompts
+from files import InputError
 from parallel import to_device
 
 
@@ -135,8 +133,9 @@ def tokenize(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_lengt
     dropped. Prints how many. Raises InputError if max_length is under 4 or if no pair is left.
     """
     prompts, chosen, rejected = ([row[key] for row in rows] for key in Pair._fields)
-    answers = (encode_answers(prompts, texts, tokenizer) for texts in (chosen, rejected))
-    encoded = [Pair(*ids) for ids in zip(encode_prompts(prompts, tokenizer), *answers, strict=True)]
+    options = [row.get("options") for row in rows]
+    answers = (encode_answers(prompts, texts, tokenizer, options) for texts in (chosen, rejected))
+    encoded = [Pair(*ids) for ids in zip(encode_prompts(prompts, tokenizer, options), *answers, strict=True)]
     pairs = [Pair(*truncate(pair, tokenizer.bos_token_id, max_length)) for pair in encoded]
     cut = sum(a != b for a, b in zip(encoded, pairs, strict=True))
     kept = [pair for pair in pairs if pair.chosen != pair.rejected]
@@ -169,105 +168,3 @@ def describe(example: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, w
     texts = [json.dumps(tokenizer.decode(ids), ensure_ascii=False) for ids in example]
     texts = [t if len(t) <= width else f"{t[: width // 2]} ... {t[-width // 2 :]}" for t in texts]
     return "\n".join(f"  {name:10} {text}" for name, text in zip(names, texts, strict=True))
-
-
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-
-
-def _apply_template(messages: list[dict], tokenizer: PreTrainedTokenizerBase, generate: bool) -> str:
-    if not tokenizer.chat_template:
-        raise InputError("message lists need a chat template, and the tokenizer has no chat template")
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-    except (TemplateError, TypeError) as error:
-        raise InputError(f"the chat template refuses the messages: {error}") from None
-
-
-def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of prompts, starting with one BOS if the tokenizer or its chat template writes one.
-
-    A message list goes through the chat template, up to where the assistant's answer starts.
-    Raises InputError for messages without a chat template, and for a prompt with no token at all.
-    """
-    texts = []
-    for number, prompt in enumerate(prompts, 1):
-        with error_prefix(f"row {number}"):
-            is_text = isinstance(prompt, str)
-            texts.append(prompt if is_text else _apply_template(prompt, tokenizer, generate=True))
-    bos = tokenizer.bos_token_id
-    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
-    encoded = _encode(texts, tokenizer)
-    for number, (prompt, text, ids) in enumerate(zip(prompts, texts, encoded, strict=True), 1):
-        needs_bos = adds_bos or (bos is not None and not ids)  # an empty prompt needs a token to start from
-        if isinstance(prompt, str) and needs_bos and ids[:1] != [bos]:
-            ids.insert(0, bos)
-        if not ids:
-            raise InputError(f"row {number}: the prompt {text!r} has no tokens, and the tokenizer no BOS")
-    return encoded
-
-
-def encode_continuations(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of texts that follow other text.
-
-    SentencePiece tokenizers (Llama 2, Mistral) put a space before every text that they encode, which is wrong
-    for a continuation. For them, encode `anchor + text` and drop the anchor's ids. Raises InputError if the
-    text merges with every anchor.
-    """
-    a, b = _encode(["a", "b"], tokenizer)
-    if tokenizer.decode(a + b) == "ab":
-        return _encode(texts, tokenizer)
-    anchors = ["\n", "a", "0", "."]
-    starts = _encode(anchors, tokenizer)
-
-    def after_anchor(text: str) -> list[int]:
-        for anchor, start in zip(anchors, starts, strict=True):
-            ids = _encode([anchor + text], tokenizer)[0]
-            if ids[: len(start)] == start:
-                return ids[len(start) :]
-        raise InputError(f"the tokenizer cannot encode the completion {text[:40]!r} apart from its prompt")
-
-    return [after_anchor(text) for text in texts]
-
-
-def encode_answers(
-    prompts: Sequence[Text], answers: Sequence[Text], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    """Token ids of each answer to its prompt, end token included: what the model itself would have to write.
-
-    With a chat template the end token is the special token that closes the assistant's turn, else EOS.
-    """
-    special = tuple({*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())})
-    texts, ended = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        text, has_end = answer, False
-        if not isinstance(answer, str):
-            opened = _apply_template(prompt, tokenizer, generate=True)
-            conversation = _apply_template([*prompt, *answer], tokenizer, generate=False)
-            if not conversation.startswith(opened):
-                raise InputError("the chat template changes the prompt before an answer; use rows of strings")
-            text, content = conversation[len(opened) :], answer[-1]["content"].strip()
-            after_content = (text.partition(content)[2] if content else text).rstrip()
-            has_end = after_content.endswith(special)  # the template closes the turn with a special token
-            if has_end:  # the model never writes the template's newline after <|im_end|>
-                text = text.rstrip()
-        texts.append(text)
-        ended.append(has_end)
-    if not all(ended) and tokenizer.eos_token_id is None:
-        raise InputError("the model's tokenizer has no end-of-sequence token, so completions could never end")
-    encoded = encode_continuations(texts, tokenizer)
-    return [ids if end else ids + [tokenizer.eos_token_id] for ids, end in zip(encoded, ended, strict=True)]
-
-
-def end_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]
-) -> list[int]:
-    """Every token id that ends a completion: the tokenizer's EOS, those in the model's generation config, and
-    if any prompt is a message list, the token that closes a turn in the chat template.
-    """
-    ids = model.generation_config.eos_token_id
-    ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
-    if messages := next((prompt for prompt in prompts if not isinstance(prompt, str)), None):
-        [answer] = encode_answers([messages], [message("assistant", "a")], tokenizer)
-        ids.add(answer[-1])
-    return sorted(ids)

@@ -41,11 +41,11 @@ from checks import max_positions
 from decode import (
     Batch,
     Completion,
-    decode_continuation,
     exponential_noise,
     gumbel_max,
     next_token_probs,
 )
+from encode import decode_continuation, encode_prompts, end_tokens
 from files import (
     InputError,
     atomic_write,
@@ -63,7 +63,6 @@ from files import (
 from formats import read_prompts, to_messages
 from model import load_model
 from parallel import all_gather, distributed, get_device, get_dtype, get_rank, get_world_size
-from preferences import encode_prompts, end_tokens
 
 FORMATS = ("jsonl", "messages", "alpaca_eval", "arena_hard")
 MAY_CHANGE = {"out_file", "overwrite", "resume"}  # flags that may change when a run is resumed
@@ -237,9 +236,9 @@ def encode(
     rows: list[dict], config: SampleConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of every prompt, and the end tokens. Raises InputError if prompts do not fit the model."""
-    prompts = [row["prompt"] for row in rows]
+    prompts, options = [row["prompt"] for row in rows], [row.get("options") for row in rows]
     with error_prefix(config.prompts if config.prompt is None else "--prompt"):
-        encoded, ends = encode_prompts(prompts, tokenizer), end_tokens(model, tokenizer, prompts)
+        encoded, ends = encode_prompts(prompts, tokenizer, options), end_tokens(model, tokenizer, prompts)
     new, limit = config.max_new_tokens, max_positions(model)
     needed = max(map(len, encoded)) + new - 1  # the last token is not fed
     if needed > limit:
@@ -301,15 +300,16 @@ def format_line(config: SampleConfig, row: dict, index: int, total: int, text: s
     prompt = row["prompt"]
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if config.format == "messages":
-        sample = {"messages": [*messages, {"role": "assistant", "content": text}]}
+        sample = {"messages": [*messages, {"role": "assistant", "content": text.strip()}]}
     elif config.format == "alpaca_eval":
-        sample = {"instruction": messages[-1]["content"], "output": text, "generator": config.model}
+        sample = {"instruction": messages[-1]["content"], "output": text.strip(), "generator": config.model}
     elif config.format == "arena_hard":
-        answer = {"role": "assistant", "content": {"answer": text}}
+        answer = {"role": "assistant", "content": {"answer": text.strip()}}
         sample = {"uid": row.get("uid", messages[-1]["content"]), "ans_id": str(index), "model": config.model}
         sample |= {"messages": [*messages, answer], "metadata": {"token_len": stats["tokens"]}}
     else:
         sample = {"prompt": prompt, "completion": text}
+        sample |= {"chat_template_kwargs": row["options"]} if "options" in row else {}
     line = json.dumps(sample | stats, ensure_ascii=False)
     if config.format == "alpaca_eval":  # one JSON list
         line = ("[" if index == 0 else " ") + line + ("]" if index == total - 1 else ",")
@@ -341,10 +341,10 @@ def main() -> None:
     """Sample every prompt of a file, or print samples of one prompt."""
     config = parse(SampleConfig, __doc__)
     template = read_template(config.prompt_template, "question") if config.prompt_template else None
-    rows = read_prompts(config.prompts, template) if config.prompt is None else [{"prompt": config.prompt}]
-    for row in rows:
-        if config.chat and isinstance(row["prompt"], str):
-            row["prompt"] = to_messages(row["prompt"])
+    if config.prompt is None:
+        rows = read_prompts(config.prompts, template, config.chat)
+    else:
+        rows = [{"prompt": to_messages(config.prompt) if config.chat else config.prompt}]
     folder = Path(config.model) if Path(config.model, "run.json").is_file() else Path()
     writes = config.out_file or config.prompt is None
     out = Path(config.out_file or folder / "samples.jsonl") if writes else None

@@ -32,10 +32,11 @@ from transformers.utils import logging as transformers_logging
 
 import model as models
 from checks import max_positions
+from encode import answer_lead, encode_answers, encode_prompts, render
 from files import InputError, error_prefix, flag, parse, require, run_command
-from formats import Text, read_pairs
+from formats import Text, message, read_pairs
 from model import Stats
-from preferences import Pair, encode_answers, encode_prompts, truncate
+from preferences import Pair
 from reference import score_completions
 from trainer import TrainConfig, train
 
@@ -87,20 +88,30 @@ def load_reward_model(
 
 
 def encode_texts(
-    prompts: Sequence[Text], answers: Sequence[Text], tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Text],
+    answers: Sequence[Text],
+    tokenizer: PreTrainedTokenizerBase,
+    options: Sequence[dict] | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids (prompt, answer) of each text as a reward model reads it, one after the other.
 
-    Messages go through the chat template as a whole conversation, which writes the only BOS. Strings end with
-    the end token. Padding tokens at the end of a text are removed: transformers skips them too. pack() never
-    feeds the last id of an answer, so each answer gets one padding token more.
+    Messages go through the chat template as a whole conversation, which writes the only BOS. A sampled text
+    after messages becomes the assistant's message. Strings end with the end token. Padding tokens at the end
+    of a text are removed: transformers skips them too. pack() never feeds the last id of an answer, so each
+    answer gets one padding token more.
     """
-    texts = []
-    encoded = encode_prompts(prompts, tokenizer), encode_answers(prompts, answers, tokenizer)
-    for prompt, answer, start, end in zip(prompts, answers, *encoded, strict=True):
-        text = start + end
-        if not isinstance(prompt, str):  # the template may go on after the end token
-            text = tokenizer.apply_chat_template([*prompt, *answer], return_dict=False)
+    texts, starts = [], encode_prompts(prompts, tokenizer, options)
+    for number, (prompt, answer, start) in enumerate(zip(prompts, answers, starts, strict=True), 1):
+        some = options[number - 1] if options else None
+        if isinstance(prompt, str):
+            text = start + encode_answers([prompt], [answer], tokenizer)[0]
+        else:
+            with error_prefix(f"row {number}"):
+                if isinstance(answer, str):  # the template writes its space before the answer again
+                    lead = answer_lead(prompt, tokenizer, some)
+                    answer = message("assistant", answer.removeprefix(lead).strip())
+                whole = render([*prompt, *answer], tokenizer, False, some)
+            text = tokenizer(whole, add_special_tokens=False).input_ids
         while len(text) > 1 and text[-1] == tokenizer.pad_token_id:
             text.pop()
         size = min(len(start), len(text) - 1) if text[: len(start)] == start else 1
@@ -111,20 +122,28 @@ def encode_texts(
 def load_texts(
     path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool = False
 ) -> list[Pair]:
-    """Token ids of a file's pairs, truncated to `max_length` tokens. Raises InputError naming the file."""
+    """Token ids of a file's pairs. Raises InputError naming the file.
+
+    Pairs above `max_length` tokens are dropped: a model that judges a text by its last token would judge a
+    text that was cut by a token in its middle.
+    """
     rows = read_pairs(path, chat)
     prompts, chosen, rejected = ([row[key] for row in rows] for key in Pair._fields)
+    options = [row.get("options") for row in rows]
     with error_prefix(path):
-        texts = (encode_texts(prompts, answers, tokenizer) for answers in (chosen, rejected))
+        texts = (encode_texts(prompts, answers, tokenizer, options) for answers in (chosen, rejected))
         pairs = []
         for (start, a), (other, b) in zip(*texts, strict=True):
             if start != other:
                 start, a, b = start[:1], start[1:] + a, other[1:] + b
-            pairs.append(Pair(*truncate((start, a, b), tokenizer.bos_token_id, max_length)))
-        kept = [pair for pair in pairs if pair.chosen != pair.rejected]
+            pairs.append(Pair(start, a, b))
+        fits = [pair for pair in pairs if len(pair.prompt) + max(map(len, pair[1:])) - 1 <= max_length]
+        kept = [pair for pair in fits if pair.chosen != pair.rejected]
+        dropped = f"dropped {len(pairs) - len(fits):,} longer than {max_length} tokens"
+        dropped += f" and {len(fits) - len(kept):,} with chosen equal to rejected"
         if not kept:
-            raise InputError("no pair left: chosen and rejected are equal in every row")
-    print(f"{len(kept):,} pairs, dropped {len(pairs) - len(kept):,} with chosen equal to rejected")
+            raise InputError(f"no pair left of {len(pairs):,}: {dropped}; --max_length sets the length")
+    print(f"{len(kept):,} pairs: {dropped}")
     return kept
 
 
@@ -133,9 +152,10 @@ def score_texts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Text],
     answers: Sequence[Text],
+    options: Sequence[dict] | None = None,
 ) -> np.ndarray:
     """The reward of each answer to its prompt, (texts,). Raises InputError for a text that is too long."""
-    texts = encode_texts(prompts, answers, tokenizer)
+    texts = encode_texts(prompts, answers, tokenizer, options)
     longest = max(len(start) + len(end) for start, end in texts) - 1
     if longest > max_positions(model):
         raise InputError(f"a text has {longest} tokens, and the model {max_positions(model)} positions")

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from encode import encode_answers, encode_prompts
 from files import error_prefix, flag, parse, run_command
 from formats import read_examples
 from model import Stats
-from preferences import encode_answers, encode_prompts, truncate
+from preferences import truncate
 from trainer import TrainConfig, train
 
 
@@ -36,11 +37,15 @@ def objective(policy: Stats, reference: None) -> dict[str, Tensor]:
 
 def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool) -> Sequence:
     """Token ids (prompt, completion) of a file's rows, each at most max_length tokens together."""
-    prompts, completions = zip(*read_examples(path, chat), strict=True)
+    rows, keys = read_examples(path, chat), ("prompt", "completion", "options")
+    prompts, completions, options = ([row.get(key) for row in rows] for key in keys)
     with error_prefix(path):
-        encoded = encode_prompts(prompts, tokenizer), encode_answers(prompts, completions, tokenizer)
-        bos = tokenizer.bos_token_id
-        return [truncate(example, bos, max_length) for example in zip(*encoded, strict=True)]
+        completions = encode_answers(prompts, completions, tokenizer, options)
+        encoded = list(zip(encode_prompts(prompts, tokenizer, options), completions, strict=True))
+        examples = [truncate(example, tokenizer.bos_token_id, max_length) for example in encoded]
+    cut = sum(list(a) != b for a, b in zip(encoded, examples, strict=True))
+    print(f"{len(examples):,} examples: truncated {cut:,} to {max_length} tokens")
+    return examples
 
 
 def finetune(config: SFTConfig) -> None:

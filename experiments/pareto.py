@@ -32,14 +32,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data.society.truth import list_stories, optimum, utility
-from decode import Batch, decode_continuation
+from decode import Batch
+from encode import decode_continuation, encode_answers, encode_prompts, end_tokens
 from evaluate import WORLD, embed
 from experiments.doctor import REFERENCE, TRAIN, run
 from experiments.temperature import story_logits, story_logp
 from files import flag, parse, require, run_command, write_json
 from metrics import cosine_diversity, unit_vectors
 from model import load_model
-from preferences import encode_answers, encode_prompts, end_tokens
 from reference import score_completions
 from sample import sample_batch, sample_global_batch
 from tables import mean_and_error

@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 from best_of_n import powers, samples_needed
 from data.society.truth import optimum
-from decode import decode_continuation
+from encode import decode_continuation, encode_answers, encode_prompts
 from evaluate import WORLD
 from experiments.doctor import REFERENCE, run
 from experiments.temperature import story_logits, story_logp
@@ -48,7 +48,6 @@ from files import flag, parse, require, run_command, write_json
 from formats import read_pairs
 from metrics import pass_at_k
 from model import load_model
-from preferences import encode_answers, encode_prompts
 from sample import sample
 from tables import mean_and_error
 

@@ -34,12 +34,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data.society.truth import compare_samples, list_stories, read_story
-from decode import Batch, decode_continuation, next_token_probs
+from decode import Batch, next_token_probs
+from encode import decode_continuation, encode_answers, encode_prompts, end_tokens
 from evaluate import WORLD
 from experiments.doctor import stack
 from files import InputError, flag, parse, run_command
 from model import load_model
-from preferences import encode_answers, encode_prompts, end_tokens
 from sample import sample_batch, sample_global_batch
 
 VOCAB, LENGTH, END = 6, 6, 0  # of the random model: token ids, most tokens of a text, the end token

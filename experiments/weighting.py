@@ -59,12 +59,11 @@ sys.path.insert(0, str(ROOT))
 
 from data.society.make_world import exact_logp
 from data.society.truth import mallows_favourites, mallows_pair
-from decode import decode_continuation
+from encode import decode_continuation, encode_prompts
 from evaluate import WORLD
 from experiments.doctor import REFERENCE, run
 from files import flag, parse, require, run_command, write_json
 from model import Stats, load_model
-from preferences import encode_prompts
 from reference import score_completions
 from sample import sample
 from tables import mean_and_error

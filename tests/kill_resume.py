@@ -1,11 +1,12 @@
-"""Kill a run at random moments, resume it each time, and compare its end with the run that nobody killed.
+"""Kill runs at random moments, resume each until it ends, and compare it with the run that nobody killed.
 
-One process is killed at random times and in the middle of checkpoint writes; of two processes, one or both.
-What one process ends with (the adapter, every row of metrics.jsonl) must be the undisturbed run's to the bit;
-what two end with must be within 1e-5 of it, since they add up the gradient in another order.
+Every script, one process or two, a run that overwrites another, and two processes that want one folder. A
+kill comes at a random time, or in the middle of a write. What one process ends with (adapter, rows of
+metrics.jsonl, samples) must be the undisturbed run's to the bit; what two processes end with must be within
+1e-5 of it, since they add up the gradient in another order.
 
-    python tests/kill_resume.py               # 25 kills, several minutes
-    python tests/kill_resume.py --kills 4     # about a minute
+    python tests/kill_resume.py               # 100 kills, half an hour
+    python tests/kill_resume.py --kills 9     # one of each kind, three minutes
 """
 
 import argparse
@@ -21,72 +22,112 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-FLAGS = "@recipes/society.txt --batch_size 8 --max_steps 40 --lr 1e-3 --save_every 2 --log_every 1 "
-FLAGS += "--eval_every 20 --resume"
+TRAIN = "@recipes/society.txt --batch_size 8 --max_steps 40 --lr 1e-3 "
+TRAIN += "--save_every 2 --log_every 1 --eval_every 20"
+SAMPLE = "--model data/society/reference --num_samples 8 --batch_size 8 --prompts data/society/prompts.jsonl"
 CLOCKS = ("examples_per_second", "tokens_per_second", "peak_memory_gb")
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-# name: (Python's arguments before the script, the script's flags)
+# name: (Python's arguments before the script, the script, its own flags)
 KINDS = {
-    "one process": ((), ()),
-    "two processes, ddp": (TWO, ()),
-    "two processes, fsdp": (TWO, ("--parallel", "fsdp")),
+    "train_dpl.py": ((), "train_dpl.py", ()),
+    "two processes, ddp": (TWO, "train_dpl.py", ()),
+    "two processes, fsdp": (TWO, "train_dpl.py", ("--parallel", "fsdp")),
+    "overwriting": ((), "train_dpl.py", ()),
+    "two at once": ((), "train_dpl.py", ()),
+    "train_mallows.py": ((), "train_mallows.py", ()),
+    "train_reward.py": ((), "train_reward.py", ()),
+    "train_sft.py": ((), "train_sft.py", ()),
+    "sample.py": ((), "sample.py", ()),
 }
 
 
-def start(kind: str, data: Path, out: Path) -> subprocess.Popen:
-    """Start the run of `out`, or go on with it."""
-    launcher, flags = KINDS[kind]
-    files = ("--data", data, "--eval_data", data, "--out_dir", out)
-    command = [sys.executable, *launcher, "train_dpl.py", *FLAGS.split(), *map(str, files), *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(kind: str, folder: Path, out: Path, *more: str) -> list[subprocess.Popen]:
+    """Start the run of `out`, or go on with it; "two at once" starts it twice."""
+    launcher, script, flags = KINDS[kind]
+    if script == "sample.py":
+        words = [*SAMPLE.split(), "--out_file", out / "samples.jsonl"]
+    else:
+        data = folder / ("completions.jsonl" if script == "train_sft.py" else "rows.jsonl")
+        words = [*TRAIN.split(), "--data", data, "--eval_data", data, "--out_dir", out]
+    command = [sys.executable, *launcher, script, *words, *flags, *(more or ("--resume",))]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(1 + (kind == "two at once"))]
 
 
-def finish(process: subprocess.Popen) -> None:
-    """Wait for a run that must end well."""
-    _, errors = process.communicate(timeout=300)
-    if process.returncode:
-        sys.exit(f"a run ended with code {process.returncode}:\n{errors}")
+def finish(processes: list[subprocess.Popen]) -> None:
+    """Wait for a run that must end well. Of two at once, one may be refused."""
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    failed = [error for process, error in zip(processes, errors, strict=True) if process.returncode]
+    refused = [error for error in failed if "writes there: wait until it ends" in error.splitlines()[-1]]
+    if len(failed) > len(refused) or len(refused) == len(processes):
+        sys.exit("a run ended badly:\n" + "\n".join(failed))
 
 
-def kill(process: subprocess.Popen, everyone: bool, draw: random.Random) -> None:
+def kill(processes: list[subprocess.Popen], everyone: bool, draw: random.Random) -> None:
     """SIGKILL to all processes of a run, or to one of torchrun's, at which torchrun must end the rest."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = [int(child) for child in children]
-    for victim in [process.pid, *ranks] if everyone or not ranks else [draw.choice(ranks)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(victim, signal.SIGKILL)
-    process.communicate(timeout=120)
+    for process in processes:
+        with contextlib.suppress(FileNotFoundError):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            ranks = [int(child) for child in children]
+            for victim in [process.pid, *ranks] if everyone or not ranks else [draw.choice(ranks)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim, signal.SIGKILL)
+    for process in processes:
+        process.communicate(timeout=120)
 
 
-def hurt(kind: str, data: Path, out: Path, kills: int, seconds: float, draw: random.Random) -> None:
-    """Kill a run of about `seconds` again and again, then let it finish; one that ends first starts anew."""
-    done = 0
+def hurt(
+    kind: str, folder: Path, out: Path, old: Path, kills: int, seconds: float, draw: random.Random
+) -> Iterator[str]:
+    """Kill a run of about `seconds` again and again, then let it finish; one that ends first starts anew.
+
+    A run that overwrites begins with a copy of the run in `old`. Yields a line for each kill.
+    """
+
+    def writes() -> bool:
+        if kind == "overwriting" and not any(path.name > "000002" for path in out.glob("checkpoint/*")):
+            return (out / "run.json").read_bytes() != (old / "run.json").read_bytes()
+        return any(out.glob("checkpoint/.*")) or any(out.glob(".samples.jsonl.[0-9]*"))  # half written
+
+    done, flags = 0, ()
     while done < kills:
-        process, inside = start(kind, data, out), draw.random() < 0.5
+        if kind == "overwriting" and not out.exists():
+            shutil.copytree(old, out)
+            flags = ("--overwrite",)
+        processes, inside = start(kind, folder, out, *flags), draw.random() < 0.5
+        flags = ()
         moment = time.monotonic() + draw.uniform(0.2, 1) * seconds
-        while process.poll() is None and time.monotonic() < moment:
+        while processes[0].poll() is None and time.monotonic() < moment:
             time.sleep(0.001)
-        # a hidden folder is a checkpoint half written
-        while inside and process.poll() is None and not any((out / "checkpoint").glob(".*")):
+        while inside and processes[0].poll() is None and not writes():
             time.sleep(0.0002)
-        if process.poll() is not None:
-            finish(process)
+        if processes[0].poll() is not None:
+            if kind == "overwriting" and "the run to --resume had" in (error := processes[0].stderr.read()):
+                flags = ("--overwrite",)  # it was killed before it changed anything
+                assert error.count("\n") == 1
+                continue
+            finish(processes)
             shutil.rmtree(out)
             continue
-        kill(process, draw.random() < 0.5, draw)
+        kill(processes, draw.random() < 0.5, draw)
         done += 1
-        left = ", ".join(sorted(path.name for path in (out / "checkpoint").glob("*"))) or "no checkpoint"
-        print(f"  kill {done:2}, {'in a write' if inside else 'any moment'}: left {left}", flush=True)
-    finish(start(kind, data, out))
+        left = ", ".join(sorted(path.name for path in out.glob("checkpoint/*"))) or "no checkpoint"
+        yield f"  kill {done:2}, {'in a write' if inside else 'any moment'}: left {left}"
+    if kind == "overwriting" and (out / "run.json").read_bytes() == (old / "run.json").read_bytes():
+        flags = ("--overwrite",)
+    finish(start(kind, folder, out, *flags))
 
 
 def results(out: Path) -> tuple[bytes, list[dict]]:
-    """The final adapter's bytes, and metrics.jsonl without clocks."""
+    """What a run leaves, without clocks: the final adapter's bytes and metrics.jsonl, or the samples."""
+    if (out / "samples.jsonl").exists():
+        return (out / "samples.jsonl").read_bytes(), []
     with open(out / "metrics.jsonl") as file:
         rows = [{k: v for k, v in json.loads(line).items() if k not in CLOCKS} for line in file]
     return (out / "adapter_model.safetensors").read_bytes(), rows
@@ -105,25 +146,35 @@ def distance(found: Path, wanted: Path) -> float:
 def main() -> None:
     """Every kind of run, `--kills` kills in all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    draw, each = random.Random(args.seed), args.kills // 4
+    draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, whole = Path(name), {}
         with gzip.open(ROOT / "data/society/test.jsonl.gz", "rt") as lines:
-            (folder / "rows.jsonl").write_text("".join(itertools.islice(lines, 60)))
-        whole, began = folder / "undisturbed" / "run", time.monotonic()
-        finish(start("one process", folder / "rows.jsonl", whole))
-        seconds = time.monotonic() - began
-        for kind, kills in zip(KINDS, (args.kills - 2 * each, each, each), strict=True):
+            rows = list(itertools.islice(map(json.loads, lines), 60))
+        texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+        for file, some in (("rows.jsonl", rows), ("completions.jsonl", texts)):
+            (folder / file).write_text("".join(json.dumps(row) + "\n" for row in some))
+        old = folder / "old" / "run"
+        finish(start("train_dpl.py", folder, old, "--alpha", "0.5"))
+        for number, (kind, (_, script, _)) in enumerate(KINDS.items()):
+            if script not in whole:
+                whole[script], began = folder / "undisturbed" / script, time.monotonic()
+                finish(start(script, folder, whole[script]))
+                seconds = time.monotonic() - began
+            kills = (args.kills + number) // len(KINDS)
             print(f"{kind}: {kills} kills", flush=True)
             out = folder / kind / "run"  # beside it, a reference cache of its own
-            hurt(kind, folder / "rows.jsonl", out, kills, 1.5 * seconds, draw)
-            gap = distance(out, whole)
-            if gap > 1e-5 or (kind == "one process" and results(out) != results(whole)):
-                sys.exit(f"{kind}: the killed run ended elsewhere, {gap:.1g} away")
-            print(f"  ended {gap:.1g} away from the undisturbed run", flush=True)
+            for line in hurt(
+                kind, folder, out, old, kills, (1.5 if script != "sample.py" else 1) * seconds, draw
+            ):
+                print(line, flush=True)
+            exact = results(out) == results(whole[script])
+            if not exact and (KINDS[kind][0] != TWO or distance(out, whole[script]) > 1e-5):
+                sys.exit(f"{kind}: the killed run ended elsewhere")
+            print(f"  ended {'as the undisturbed run' if exact else 'within 1e-5 of it'}", flush=True)
 
 
 if __name__ == "__main__":

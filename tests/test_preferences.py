@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sample
+from encode import encode_answers, encode_prompts
 from files import InputError
 from formats import read_pairs, read_prompts, to_messages
-from preferences import describe, encode_answers, encode_prompts, pack, tokenize, truncate
+from preferences import describe, pack, tokenize, truncate
 
 STRINGS = {"prompt": "Best fruit?", "chosen": " The fig.", "rejected": " Mud."}
 USER = {"role": "user", "content": "Best fruit?"}
@@ -97,16 +98,23 @@ def test_every_format_reads_as_one_pair(tmp_path, name, row, pair):
     ids=["strings", "messages", "long conversations"],
 )
 def test_a_prompt_repeated_by_both_completions_is_removed_and_counted(tmp_path, capsys, row, pair):
-    path = write_rows(tmp_path / "rows.jsonl", [row, STRINGS, row])
+    path = write_rows(tmp_path / "rows.jsonl", [row, MESSAGES, row])
     pair = dict(zip(("prompt", "chosen", "rejected"), pair, strict=True))
-    assert read_pairs(path) == [pair, STRINGS, pair]
+    assert read_pairs(path) == [pair, MESSAGES, pair]
     printed = capsys.readouterr().out
     assert printed == f"{path}: in 2 rows chosen and rejected repeat the prompt: removed from both\n"
 
 
-def test_a_prompt_that_one_completion_repeats_is_left(tmp_path, capsys):
-    row = {"prompt": "The fig", "chosen": "The fig is it.", "rejected": " Mud."}
-    assert read_pairs(write_rows(tmp_path / "rows.jsonl", [row])) == [row]
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"prompt": "The fig", "chosen": "The fig is it.", "rejected": " Mud."}],
+        [{"prompt": "Hi", "chosen": "Hi there.", "rejected": "Hi!"}, STRINGS],  # not in every row
+        [{"prompt": "Hi", "chosen": "High time.", "rejected": "Hi!"}],  # inside a word
+    ],
+)
+def test_a_prompt_that_is_repeated_by_chance_is_left(tmp_path, capsys, rows):
+    assert read_pairs(write_rows(tmp_path / "rows.jsonl", rows)) == rows
     assert capsys.readouterr().out == ""
 
 
@@ -212,21 +220,26 @@ def test_samples_text_encodes_to_the_sampled_tokens(tokenizer, tmp_path, monkeyp
 def test_chat_completion_has_exactly_one_eos_without_end_of_turn(chat_tokenizer, monkeypatch, template, end):
     monkeypatch.setattr(chat_tokenizer, "chat_template", template)
     (found,) = encode_answers([[USER]], [[FIG]], chat_tokenizer)
-    assert chat_tokenizer.decode([*chat_tokenizer.encode("a"), *found]).endswith("aThe fig." + end)
+    assert chat_tokenizer.decode([*chat_tokenizer.encode("a"), *found]).endswith("The fig." + end)
     assert found.count(chat_tokenizer.eos_token_id) == 1
 
 
-def test_an_answer_that_ends_in_an_added_token_still_gets_its_eos(chat_tokenizer, monkeypatch):
+def test_an_answer_that_ends_in_an_added_token_still_gets_its_eos_and_only_one(chat_tokenizer, monkeypatch):
     tokenizer = copy.deepcopy(chat_tokenizer)
     tokenizer.add_tokens(["</p>"])
     monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}")
     for content in ("<p>A fig</p>", "A fig</s>"):
-        (found,) = encode_answers([[USER]], [[{"role": "assistant", "content": content}]], tokenizer)
-        assert tokenizer.decode([*tokenizer.encode("a"), *found]).endswith(f"a{content}</s>")
+        prompts, answers = [[USER], "a"], [[{"role": "assistant", "content": content}], content]
+        for found in encode_answers(prompts, answers, tokenizer):
+            text = tokenizer.decode([*tokenizer.encode("a"), *found])
+            assert text.endswith("a" + content.removesuffix("</s>") + "</s>")
 
 
 def test_a_row_that_the_template_refuses_is_named(chat_tokenizer, monkeypatch):
-    template = "{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+    template = (
+        "{{ messages[0].content }}{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}"
+    )
+    template += "{% endif %}"
     monkeypatch.setattr(chat_tokenizer, "chat_template", template)
     with pytest.raises(InputError, match="row 2: the chat template refuses the messages: not this"):
         encode_prompts([[USER], [{"role": "user", "content": "no"}]], chat_tokenizer)
@@ -238,7 +251,8 @@ def test_lines_of_a_text_file_are_prompts(tmp_path):
 
 
 def test_template_that_rewrites_its_prompt_is_refused(chat_tokenizer, monkeypatch):
-    monkeypatch.setattr(chat_tokenizer, "chat_template", "{{ messages | length }}")
+    template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(chat_tokenizer, "chat_template", template)
     with pytest.raises(InputError, match="changes the prompt before an answer"):
         encode_answers([[USER]], [[FIG]], chat_tokenizer)
 

@@ -25,9 +25,10 @@ from transformers import AutoTokenizer, LlamaConfig
 import decode
 import sample as sample_file
 from decode import Batch, exponential_noise, gumbel_max, keep_in_place
+from encode import encode_prompts, end_tokens
 from files import InputError
 from model import load_model, pair_stats
-from preferences import encode_prompts, end_tokens, pack
+from preferences import pack
 from sample import next_token_probs, sample, sample_batch, sample_global, sample_global_batch
 
 

@@ -31,9 +31,10 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 from data.society.truth import mallows_favourites, preference, read_story
+from encode import encode_answers, encode_prompts
 from files import Help, atomic_write, write_json
 from model import load_model, pair_stats
-from preferences import encode_answers, encode_prompts, pack
+from preferences import pack
 from sample import sample
 from train_sft import SFTConfig, finetune
 
