@@ -215,17 +215,17 @@ def _answer_text(
 
     Beside a tool call, some templates write no text.
     """
-    whole, plain = (render(turns, tokenizer, False, options) for turns in ([*prompt, *answer], prompt))
+    whole, last = render([*prompt, *answer], tokenizer, False, options), prompt[-1]["content"].strip()
     before, after = around_answer(prompt, tokenizer, options)
-    start, is_extended = len(opened), opened.startswith(plain)
+    start, turns = len(opened), opened.rfind(last) + len(last) if last else 0  # where the prompt's texts end
     if not whole.startswith(opened):
         # the generation prompt may go on where answers do not, with `<think>`: they follow it all the same
         start = len(os.path.commonprefix([opened, before]))
-        if not (is_extended and start >= len(plain) and whole.startswith(opened[:start])):
+        if not (start >= turns and whole.startswith(opened[:start])):
             raise InputError("the chat template changes the prompt before an answer; use rows of strings")
     text = whole[start:]
     fields = [name for name in FIELDS if not (name == "content" and answer[0].get("tool_calls"))]
-    _require_all(answer[0], fields, whole[len(plain) :] if is_extended else text)
+    _require_all(answer[0], fields, whole[turns:])
     size = len(text) - len(after) if text.endswith(after) else 0
     found = [(text.find(end, size), end) for end in ends.values() if text.find(end, size) >= 0]
     if found:
