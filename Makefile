@@ -8,8 +8,9 @@ demo: .venv/core
 test: .venv/dev
 	$(BIN)/python -m pytest -q -n 2
 
-gpu: .venv/core  # everything that needs a GPU, checked and timed
-	$(BIN)/python bench/gpu.py
+gpu:  # everything that needs a GPU, checked and timed; with $(PYTHON)'s own torch and transformers if it has them
+	if $(PYTHON) -c "import torch, transformers" 2> /dev/null; then $(PYTHON) bench/gpu.py; \
+	else make .venv/core && $(BIN)/python bench/gpu.py; fi
 
 world: .venv/core  # make data/society anew
 	$(BIN)/python data/society/make_world.py

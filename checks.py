@@ -135,22 +135,31 @@ def probe_pairs(ids: list[int]) -> list[tuple[list[int], list[int], list[int]]]:
     return [(ids[:4], ids[4:8], ids[5:10]), (ids[2:5], ids[6:7], ids[7:12])]
 
 
-@torch.no_grad()
-def packing_gap(model: PreTrainedModel, pairs: Sequence[Sequence[list[int]]]) -> float:
-    """Largest difference in nats, over the texts of pairs, of the packed forward from the model's own.
+def own_values(model: PreTrainedModel, pairs: Sequence[Sequence[list[int]]]) -> Tensor:
+    """The model's own log-probability of every text of pairs, (texts,): one plain forward for each.
 
-    A reward model's rewards are compared instead. Exceptions of the model are not caught.
+    A reward model's rewards instead.
     """
-    plain = []
+    values = []
     for prompt, *completions in pairs:
         for completion in completions:
             row = torch.tensor([prompt + completion], device=model.device)
             if model.get_output_embeddings() is None:
-                plain.append(model(row[:, :-1]).logits[0, 0].float())
+                values.append(model(row[:, :-1]).logits[0, 0].float())
                 continue
             logp = model(row).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-            plain.append(logp.gather(1, row[0, len(prompt) :, None]).sum())
-    return (pair_stats(model, pack(pairs)).logp.flatten() - torch.stack(plain)).abs().max().item()
+            values.append(logp.gather(1, row[0, len(prompt) :, None]).sum())
+    return torch.stack(values)
+
+
+@torch.no_grad()
+def packing_gap(model: PreTrainedModel, pairs: Sequence[Sequence[list[int]]]) -> float:
+    """Largest difference in nats, over the texts of pairs, of the packed forward from the model's own.
+
+    Exceptions of the model are not caught.
+    """
+    plain = own_values(model, pairs)
+    return (pair_stats(model, pack(pairs)).logp.flatten() - plain).abs().max().item()
 
 
 def check_packable(model: PreTrainedModel, path: str) -> None:

@@ -1,6 +1,5 @@
 """The experiments: each part against an independent calculation, and a short run of each script."""
 
-import importlib
 import itertools
 import json
 import math
@@ -10,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, first_pairs
+from conftest import first_pairs
 from scipy.stats import chisquare
 
 from data.society.truth import list_stories, story_distributions
@@ -295,24 +294,3 @@ def test_the_lead_at_equal_diversity():
     assert math.isnan(lead[0]) and lead[1:].tolist() == pytest.approx([0.75, 0.0])
     [lead] = pareto.gaps(results, "other", "cosine", "cross_entropy")  # there, less is better
     assert lead[1:].tolist() == pytest.approx([-0.75, 0.0])
-
-
-# ---- the report for GPUs
-
-
-def test_the_gpu_report_in_its_small_form(tmp_path, monkeypatch, capsys):
-    """All parts but training, which other tests run; and a part that fails is reported."""
-    monkeypatch.syspath_prepend(ROOT / "bench")
-    gpu = importlib.import_module("gpu")
-    parts = [name for name in gpu.PARTS if name != "training"]
-    monkeypatch.setattr("sys.argv", ["gpu.py", "--out_file", str(tmp_path / "gpu.md"), "--parts", *parts])
-    with pytest.raises(SystemExit, match="0"):
-        gpu.main()
-    report = (tmp_path / "gpu.md").read_text()
-    assert report.endswith("failed: nothing\n") and all(f"## {name}\n" in report for name in parts)
-    assert "no GPU" in report.splitlines()[0] and "## training" not in report
-    monkeypatch.setattr(gpu, "flex", lambda q, *_: q)  # attention that attends to nothing
-    with pytest.raises(SystemExit, match="1"):
-        gpu.main()
-    report = (tmp_path / "gpu.md").read_text()
-    assert "FAILED: AssertionError: forward differs by" in report and "failed: attention\n" in report
