@@ -264,6 +264,8 @@ def flex_compiles(
                 trial = [x.detach().requires_grad_() for x in (query, key, value)]
                 torch.autograd.grad(flex(*trial, mask, scale, softcap).sum(), trial)
             COMPILES[kind] = True
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a compiler raises
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             text = "FlexAttention does not compile here, and the dense masks in its place take longer"
