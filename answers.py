@@ -4,6 +4,7 @@ A sampled solution counts as correct if its final answer equals the reference an
 
     gsm8k_answer    the number after "####", else the last number of the text    (GSM8K, Cobbe et al. 2021)
     math_answer     the LaTeX in the last \boxed{}                               (MATH, Hendrycks et al. 2021)
+    after_thinking  the text without what a reasoning model thinks, where the first two do not look
     answers_equal   true for \frac{1}{2} and 0.5
     answer_key      an answer in one fixed spelling
 
@@ -11,7 +12,8 @@ answers_equal compares in three steps:
 
 1. Spelling. Answers with the same answer_key are equal: \dfrac12 and \frac{1}{2}.
 2. Numbers. Two integers, decimals or fractions of integers are compared exactly: 0.333333 is not 1/3.
-3. Mathematics. The package math-verify reads all other answers into sympy: x^2-1 equals (x-1)(x+1).
+3. Mathematics. The package math-verify reads all other answers into sympy: x^2-1 equals (x-1)(x+1). Decimals
+   become fractions, rational numbers are compared exactly, and irrational ones to DIGITS digits.
 
 Two traps:
 - A model can write anything, and sympy would compute 9^{9^{9^9}} for years. math-verify therefore runs in a
@@ -36,33 +38,45 @@ CPU_SECONDS = 5  # for one comparison. CPU time: the verdict must not depend on 
 WALL_SECONDS = 30  # for one comparison, in case the machine gives the child no CPU time
 MEMORY = 2 << 30  # bytes, for the child
 MAX_LENGTH = 1000  # characters; math-verify is not asked about longer answers
+DIGITS = 1000  # irrational numbers that agree in so many significant digits are equal
 
 # ---- the answer of a text
 
 NUMBER = re.compile(
     r"(?P<minus>(?<![A-Za-z0-9)\]%$])-)?"  # 3-4 has no negative number
-    r"(?:\\?[$€£] ?(?P<inner_minus>-)?)?"
+    r"(?:\\?[$€£¥₹] ?(?P<inner_minus>-)?)?"
     r"(?<![A-Za-z0-9])(?:(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)|(?<!\.)(?=\.[0-9]))"
     r"(?:(?<=[0-9])/(?P<below>0*[1-9][0-9]*)(?![0-9/])"
     r"|(?:\.(?P<decimals>[0-9]+))?(?:[eE](?P<exponent>[+-]?[0-9]{1,3})(?!\w))?)"
 )
+NUMBER_RULES = [  # before NUMBER: thousands in LaTeX or with thin spaces, 70{,}000 and 1\,500; the 2 of m^2
+    (r"(?<=[0-9])(?:\s*\{\s*,\s*\}\s*|,?\\[,!;: ]|[~\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))", ","),
+    (r"(?<=[A-Za-z}])\^\{?-?[0-9]+\}?", ""),
+]
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 UNICODE = str.maketrans({"−": "-", "–": "-", "－": "-", "°": r"^\circ ", "π": r"\pi "})
+
+
+def after_thinking(text: str) -> str:
+    """What follows the last </think>, up to a <think> after it: "" for thinking that was cut off."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def gsm8k_answer(text: str) -> str | None:
     r"""The final number of a GSM8K solution in one fixed spelling: "1000" for "#### $1,000.00 dollars".
 
     The answer is the first number on the line of the first "####", because a model may go on with another
-    question; in a text without "####" it is the last number of the text. Signs, decimals, thousands
-    commas and exponents (1e3) are read. Currency, units and zeros that change nothing are dropped. A fraction
-    of integers stays a fraction, "1/2". The - of "3-4" and of dates is not a sign. Of a mixed
-    number only a part is read: "#### 5 1/2" gives 5.
+    question; in a text without "####" it is the last number of the text. Thinking is left out. Signs,
+    decimals, thousands (1,000 and 1{,}000) and exponents (1e3) are read. Currency, units and zeros that
+    change nothing are dropped. A fraction of integers stays a fraction, "1/2". The - of "3-4" and of dates is
+    not a sign. Of a mixed number only a part is read: "#### 5 1/2" gives 5.
 
     Returns None if there is no number, or none on the line of "####". (Cobbe et al. 2021)
     """
+    text = after_thinking(text)
     _, mark, rest = text.partition("####")
-    numbers = list(NUMBER.finditer((rest.split("\n", 1)[0] if mark else text).translate(UNICODE)))
+    line = rest.split("\n", 1)[0] if mark else text
+    numbers = list(NUMBER.finditer(_apply(NUMBER_RULES, line.translate(UNICODE))))
     if not numbers:
         return None
     number = numbers[0 if mark else -1]
@@ -83,7 +97,7 @@ def _spell_number(
 
 
 def math_answer(text: str) -> str | None:
-    r"""The LaTeX in the last \boxed{} or \fbox{} of a text.
+    r"""The LaTeX in the last \boxed{} or \fbox{} of a text, after its thinking.
 
     Braces inside the box are matched; \{ and \} are not counted. "\boxed 5" has no braces:
     its answer ends at the next $, \), \] or line end, as in the MATH authors' code. Of two nested boxes,
@@ -92,6 +106,7 @@ def math_answer(text: str) -> str | None:
     Returns None if there is no box, or if the last one is empty or not closed. A text that stops inside its
     last box was cut off, and an earlier box may hold an intermediate result. (Hendrycks et al. 2021)
     """
+    text = after_thinking(text)
     boxes = list(BOX.finditer(text))
     if not boxes:
         return None
@@ -118,6 +133,7 @@ PLAIN_RULES = [  # (pattern, replacement) in this order; a backslash pair, the e
     (r"^[ +-]*[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])", lambda match: match[0].replace(",", "")),
     (r"(?<=\d) ?i(?![A-Za-z])", " i"),  # math-verify takes the i of 2i for a real variable
     (r"(\d) (\d+) ?/ ?(\d+)", r"\1\\frac{\2}{\3}"),  # 1 1/2 would become 11/2 without its space
+    (r"(?<![\w.^])(\d+(?:\.\d+)?) ?\(", r"\1\\cdot("),  # math-verify takes 2(1.5) for 2 + 1.5
     (r"(?<!\.)\. ?$", ""),
 ]
 KEY_RULES = [  # after PLAIN_RULES, to compare strings; math-verify still gets %, units and \text{}
@@ -175,7 +191,8 @@ def answers_equal(gold: str | None, answer: str | None) -> bool:
 
     Takes two strings of LaTeX or plain text, as gsm8k_answer and math_answer return them, from any thread.
     The order counts in tuples, intervals and matrices; it does not in \{1,2\} and in 1,2. The answers (1,2),
-    [1,2] and \{1,2\} differ. 50\% equals 50 and 0.5. x=5 equals 5 but not y=5. None and "" equal nothing.
+    [1,2] and \{1,2\} differ. 50\% equals 50 and 0.5. x=5 equals 5 but not y=5, and 2x=6 is not 6. x<3
+    equals (-\infty,3). None and "" equal nothing. The verdict is the same with the two exchanged.
 
     Returns False also if math-verify fails or needs more than CPU_SECONDS or MEMORY, and if answers longer
     than MAX_LENGTH have different keys. Raises InputError if math-verify is needed and cannot be imported. It
@@ -279,6 +296,7 @@ def _serve() -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGPROF, signal.SIGALRM))
     try:
+        _make_exact()
         _verify("x+x", "2x")  # the imports and the tables of the parser: no comparison pays for them
     except ImportError as error:
         print(" ".join(str(error).split()), file=replies, flush=True)
@@ -297,9 +315,41 @@ def _serve() -> None:
         print(json.dumps(equal), file=replies, flush=True)
 
 
+def _make_exact() -> None:
+    """Replace the two functions of math-verify that round, for this process.
+
+    Its parser reads 0.1 as a float. It compares two numbers at an absolute tolerance, and everything on the
+    way to them too, so that 2^{-60} equals 2^{-61} and (2^{2005}+1)/2^{2006} equals 1/2^{2006}.
+    """
+    from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
+    from math_verify import grader
+    from math_verify.grader import is_atomic_or_pct_atomic, safe_sympy_doit, sympy_numeric_eq
+    from sympy import MatrixBase, MatrixExpr, Number, Rational
+    from sympy.core.evalf import PrecisionExhausted
+
+    def exact(a, b, *options) -> bool:
+        kinds = [isinstance(x, (MatrixBase, MatrixExpr)) for x in (a, b)]
+        kinds += [is_atomic_or_pct_atomic(x, Number) for x in (a, b)]
+        if any(kinds) and sympy_numeric_eq(a, b, *options):  # element by element, or by ==
+            return True
+        difference = safe_sympy_doit(a - b)
+        if not getattr(difference, "is_number", False):
+            return False  # math-verify then simplifies the difference
+        if difference.is_Rational:
+            return not difference
+        try:
+            return difference.evalf(2, maxn=DIGITS, strict=True) == 0
+        except PrecisionExhausted:
+            return True
+
+    grader.sympy_numeric_eq = exact
+    _Latex2Sympy.parse_number = lambda _, text: Rational(text.replace(",", ""))
+
+
 def _verify(gold: str, answer: str) -> bool:
-    """math-verify's verdict, except that a set is no tuple or interval, and [2,1] is not (2,1)."""
+    """math-verify's verdict in both orders. But a set is no tuple or interval, and [2,1] is not (2,1)."""
     from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify.grader import is_assignment_relation, is_equation, take_last_relation
     from sympy import FiniteSet, Interval, Tuple
 
     latex = [LatexExtractionConfig()]  # without ExprExtractionConfig, which calls sympy's parse_expr, an eval
@@ -308,13 +358,17 @@ def _verify(gold: str, answer: str) -> bool:
         values += parse(rf"\boxed{{{text}}}", latex, fallback_mode="no_fallback", parsing_timeout=None)[:1]
     if len(values) < 2:
         return False
-    for one, other in (values, values[::-1]):
+    for i, (one, other) in enumerate((values, values[::-1])):
         if isinstance(one, FiniteSet) and isinstance(other, (Tuple, Interval)):
             return False
+        if is_equation(one) and not is_equation(other):  # a+b=5 and f(2)=5 are 5, but 2x=6 is not 6
+            if one.free_symbols and not is_assignment_relation(one):
+                return False
+            values[i] = take_last_relation(one).rhs
     if all(isinstance(value, Tuple) for value in values) and (gold[0], gold[-1]) != (answer[0], answer[-1]):
         return False
-    # math-verify rounds to 6 decimals by default, which makes 10^{-7} and 2\cdot10^{-7} equal
-    return bool(verify(*values, float_rounding=12, timeout_seconds=None))
+    options = {"allow_set_relation_comp": True, "timeout_seconds": None}
+    return all(verify(*pair, **options) for pair in (values, values[::-1]))
 
 
 if __name__ == "__main__":

@@ -32,16 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer
 
 import metrics
 from best_of_n import AnswersConfig, answers
-from checks import check_packable, max_positions
+from checks import check_packable
 from choices import ChoicesConfig, choices
 from data.society.truth import compare_samples, print_comparison
+from embedding import embed
 from encode import encode_answers, encode_prompts
 from files import InputError, error_prefix, flag, parse, read_rows, require, run_command, write_json
 from formats import last_turn, read_sample, to_texts, transcript
@@ -55,13 +52,14 @@ from judge import (
     pool_prompts,
     rate_pools,
 )
-from model import load_model, loading
+from model import load_model
 from parallel import get_device, get_dtype
-from preferences import micro_batches
 from reference import score_completions
 from tables import (
     Columns,
     SamplesConfig,
+    equally_many,
+    first_samples,
     flatten,
     prompt_means,
     read_files,
@@ -109,7 +107,7 @@ def society(config: SocietyConfig) -> None:
 class DiversityConfig(SamplesConfig):
     """Flags of evaluate.py diversity."""
 
-    embedder: str | None = flag(None, "Text encoder: folder, hub name, or its name at --embeddings_url.")
+    embedder: str | None = flag(None, "Sentence encoder: folder, hub name, or its name at --embeddings_url.")
     embeddings_url: str | None = flag(None, "OpenAI-compatible endpoint that computes the embeddings.")
     api_key_env: str = flag("OPENAI_API_KEY", "Environment variable with that endpoint's key.")
     budget: int = flag(20, "Words of each text that the second set of lexical metrics sees.")
@@ -130,31 +128,6 @@ class DiversityConfig(SamplesConfig):
             require(self, name, condition, wanted)
 
 
-@torch.no_grad()
-def embed(texts: Sequence[str], encoder: str, max_tokens: int = 4096) -> np.ndarray:
-    """Embeddings of texts, (texts, d): mean over a text's tokens of the encoder's last hidden states.
-
-    `encoder` is a folder or hub name. Texts of similar length are padded in batches of about `max_tokens`
-    tokens. Texts that are too long for the encoder are truncated.
-    """
-    with loading(f"--embedder {encoder}"):
-        tokenizer = AutoTokenizer.from_pretrained(encoder)
-        model = AutoModel.from_pretrained(encoder, use_safetensors=True, dtype=torch.float32)
-    model = model.to(get_device()).eval()
-    limit = int(min(tokenizer.model_max_length, max_positions(model), 10**9))
-    ids = tokenizer(list(texts), truncation=True, max_length=limit).input_ids
-    means = torch.empty(len(texts), model.config.hidden_size)
-    bar = tqdm(total=len(texts), desc="embeddings", unit="text", disable=None)
-    for batch in micro_batches(range(len(texts)), [[row] for row in ids], max_tokens):
-        rows = [torch.tensor(ids[i], device=model.device) for i in batch]
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        hidden = model(pad_sequence(rows, batch_first=True), attention_mask=mask).last_hidden_state
-        means[batch] = ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu()
-        bar.update(len(batch))
-    bar.close()
-    return means.numpy()
-
-
 def lexical_metrics(texts: Sequence[str], vocabulary: dict[int, int]) -> dict[str, float]:
     """Metrics of the words of one prompt's texts; vocabulary[n] is the number of different n-grams."""
     result = {
@@ -171,14 +144,21 @@ def diversity(config: DiversityConfig) -> None:
     """How different the samples of a prompt are: by embeddings (DPL paper, equation 44) and by n-grams.
 
     Word metrics favour short texts, so each is computed twice: on whole texts, and on their first --budget
-    words. All metrics favour nonsense, so --reward_model adds all of them for the good samples alone. EAD's
-    vocabulary is the number of different n-grams in all texts read.
+    words. All metrics favour nonsense, so --reward_model adds all of them for the good samples alone. Most
+    change with the number of samples, so both files are compared by the first samples of a prompt, equally
+    many. EAD's vocabulary is the number of different n-grams in all texts.
+
+    Each text is embedded as the package sentence-transformers would: its pooling, its layers, its truncation,
+    and its prompt only if the encoder has a default one.
     """
-    files = read_files(config)
+    files = equally_many(config, read_files(config))
+    if max(map(len, files[0].values())) < 2:
+        also = f", in {config.baseline} too" if config.baseline else ""
+        raise InputError(f"{config.samples}: diversity needs two samples of a prompt{also}; see sample.py")
     texts = [texts_by_prompt(groups) for groups in files]
     every = sorted({text for groups in texts for group in groups for text in group})
     index = {text: i for i, text in enumerate(every)}
-    vocabulary = {n: len(metrics.count_ngrams(every, n)) for n in ORDERS}
+    vocabulary = {n: max(1, len(metrics.count_ngrams(every, n))) for n in ORDERS}
     embeddings = None
     if config.embeddings_url:
         options = {"api_key_env": config.api_key_env, "timeout": 60.0, "retries": 5}
@@ -208,11 +188,13 @@ def diversity(config: DiversityConfig) -> None:
         least = config.reward_threshold
         least = float(np.median(rewards[1])) if least is None else least
         print(f"good samples: reward at least {least:.4g}")
+        good = []
         for column, groups, reward in zip(columns, files, rewards, strict=True):
             parts = zip(groups.values(), split(reward, groups), strict=True)
-            good = [[s.text for s, r in zip(*part, strict=True) if r >= least] for part in parts]
+            good.append([[s.text for s, r in zip(*part, strict=True) if r >= least] for part in parts])
             column["share of good samples"] = prompt_means(reward >= least, groups)
-            column |= of_file(good, " | good")
+        for column, groups in zip(columns, first_samples(good), strict=True):
+            column |= of_file(groups, " | good")
     report_means(config, columns, files)
 
 

@@ -158,9 +158,10 @@ def parse(config: type[Config], description: str | None, args: list[str] | None 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("file:row", row) for each JSON object of a .jsonl, .jsonl.gz, .json or .parquet file.
 
-    A line of a .txt file becomes {"prompt": line}. The first line of a .csv file names its columns. Rows are
-    counted from 1; in .jsonl and .txt files a row's number is its line number. Raises InputError for a
-    file that is missing, empty, truncated, not UTF-8 or not JSON, and for a row that is not an object.
+    A .json file holds one list, or JSON lines. A line of a .txt file becomes {"prompt": line}. The first line
+    of a .csv file names its columns. Rows are counted from 1; in JSON lines and .txt files a row's number is
+    its line number. Raises InputError for a file that is missing, empty, truncated, not UTF-8 or not JSON,
+    and for a row that is not an object.
     """
     path, count = Path(path), 0
     require_file(path)
@@ -204,10 +205,19 @@ def _loads(text: str) -> Any:
     return value
 
 
+def _is_json_lines(path: Path) -> bool:
+    """Whether a .json file begins with a line that is a whole JSON object, and goes on."""
+    with open(path, "rb") as file, contextlib.suppress(ValueError):
+        lines = filter(bytes.strip, file)
+        return isinstance(json.loads(next(lines, b"")), dict) and any(lines)
+    return False
+
+
 def _parse(path: Path) -> Iterator[tuple[int, Any]]:
     name, number = path.name, 0
     try:
-        if name.endswith((".jsonl", ".jsonl.gz", ".txt")):
+        is_lines = name.endswith((".jsonl", ".jsonl.gz", ".txt"))
+        if is_lines or (name.endswith(".json") and _is_json_lines(path)):
             with (gzip.open if name.endswith(".gz") else open)(path, "rb") as lines:
                 for number, line in enumerate(lines, 1):  # bytes: a decoding error then names its own row
                     text = line.decode("utf-8-sig")

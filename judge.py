@@ -12,6 +12,7 @@ Answers are written to --cache as they arrive and never asked for again. When a 
     time-out, cut connection, malformed body, HTTP 408, 409, 429 or 5xx:  it is sent again, --retries times
     all retries failed, another HTTP 4xx, no rating or verdict in it:     the answer is missing
     HTTP 401, 403, 404, or never a connection, or MAX_FAILURES in a row:  the run stops with an InputError
+    HTTP 4xx that names max_tokens or temperature, as OpenAI's newer models refuse them:  it is sent without
 
 Missing answers are counted, never guessed or cached. The next run asks for them again. The same run does
 not, because at temperature 0 the same request most likely gets the same answer.
@@ -39,6 +40,7 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session, hf_raise_for_status
 from tqdm import tqdm
 
+from answers import after_thinking
 from files import InputError, digest_json, fill, flag, read_template, require
 
 Texts = Sequence[str]
@@ -73,7 +75,7 @@ class JudgeConfig:
     timeout: float = flag(60.0, "Seconds to wait for the endpoint before a request is sent again.")
     workers: int = flag(8, "Requests side by side.")
     retries: int = flag(5, "How often a failed request is sent again.")
-    max_new_tokens: int = flag(512, "Longest answer of the judge, in tokens.")
+    max_new_tokens: int = flag(512, "Longest answer of the judge, its reasoning included, in tokens.")
 
     def __post_init__(self) -> None:
         _read_key(self.api_key_env)
@@ -196,10 +198,6 @@ def _side_by_side(function: Callable[[str], Any], items: Texts, workers: int) ->
             tasks.put(None)
 
 
-def _settings(config: JudgeConfig) -> dict[str, Any]:
-    return {"model": config.judge_model, "temperature": 0, "max_tokens": config.max_new_tokens}
-
-
 def _look_up(prompts: Texts, config: JudgeConfig) -> tuple[dict[str, str], dict[str, str]]:
     """Return {prompt: answer} for the prompts in the cache and {prompt: digest} for the others, each once.
 
@@ -215,7 +213,8 @@ def _look_up(prompts: Texts, config: JudgeConfig) -> tuple[dict[str, str], dict[
         if not (isinstance(row, dict) and row.keys() == {"key", "answer"}):
             raise InputError(f"--cache {path}:{number}: not an answer of a judge; give another file")
         cached[row["key"]] = row["answer"]
-    digests = {prompt: digest_json({"prompt": prompt} | _settings(config)) for prompt in prompts}
+    settings = {"model": config.judge_model, "temperature": 0, "max_tokens": config.max_new_tokens}
+    digests = {prompt: digest_json({"prompt": prompt} | settings) for prompt in prompts}
     texts = {prompt: cached[digest] for prompt, digest in digests.items() if digest in cached}
     return texts, {prompt: digest for prompt, digest in digests.items() if digest not in cached}
 
@@ -232,15 +231,27 @@ def ask(prompts: Texts, parse: Callable[[str], Any], config: JudgeConfig, label:
     about missing answers. Identical prompts are sent once. Raises InputError as the module's docstring says.
     """
     texts, waiting = _look_up(prompts, config)
-    key, stop = _read_key(config.api_key_env), Event()
+    key, stop, first = _read_key(config.api_key_env), Event(), 0  # first: of the forms that the judge takes
+    cold, new = {"temperature": 0}, {"max_completion_tokens": config.max_new_tokens}
+    forms = [cold | {"max_tokens": config.max_new_tokens}, cold | new, new]
+    where = config.endpoint, config.api_key_env, config.retries, stop
     client = InferenceClient(base_url=config.endpoint, api_key=key, timeout=config.timeout)
 
-    def send(prompt: str) -> str:
-        output = client.chat_completion([{"role": "user", "content": prompt}], **_settings(config))
+    def send(prompt: str, form: dict[str, int]) -> str:
+        message = [{"role": "user", "content": prompt}]
+        output = client.chat_completion(message, model=config.judge_model, extra_body=form)
         return _scrub(output.choices[0].message.content or "", key)
 
     def request(prompt: str) -> str:
-        return _request(lambda: send(prompt), config.endpoint, config.api_key_env, config.retries, stop)
+        nonlocal first
+        for n in range(first, len(forms)):
+            try:
+                answer = _request(lambda form=forms[n]: send(prompt, form), *where)
+                first = max(first, n)  # not earlier: a refusal may have had another reason
+                return answer
+            except RefusedError as error:
+                if forms[n] is forms[-1] or not re.search("max_tokens|temperature", str(error)):
+                    raise
 
     path, reasons, in_a_row = Path(config.cache), Counter(), 0
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -270,6 +281,8 @@ def ask(prompts: Texts, parse: Callable[[str], Any], config: JudgeConfig, label:
                 bar.update()
         finally:
             stop.set()
+    if forms[first] is new:
+        print(f"warning: {label}: the judge refuses temperature 0, so its answers vary", file=sys.stderr)
     if reasons:
         causes = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
         missing = f"{reasons.total()} of {bar.total} answers missing"
@@ -318,17 +331,17 @@ def read_judge_prompt(config: JudgeConfig, name: str, *placeholders: str) -> str
 
 
 def rating(text: str) -> float | None:
-    """X of the first readable "Rating: X" after any </think>; None if there is none or X is not in 1..5.
+    """X of the first readable "Rating: X" after_thinking(); None if there is none or X is not in 1..5.
 
     The first, because the rating comes before its explanation (DPL paper, section B.1). "X/5" is read as X.
     """
-    match = RATING.search(text.rpartition("</think>")[2])
+    match = RATING.search(after_thinking(text))
     return float(match[1]) if match and 1 <= float(match[1]) <= 5 else None
 
 
 def verdict(text: str) -> str | None:
-    """Return "A", "B" or "tie" for the last [[A]], [[B]] or [[C]] of an answer; None if there is none."""
-    matches = re.findall(r"\[\[([ABC])\]\]", text)
+    """Return "A", "B" or "tie" for the last [[A]], [[B]] or [[C]] after_thinking(); None if there is none."""
+    matches = re.findall(r"\[\[([ABC])\]\]", after_thinking(text))
     return {"A": "A", "B": "B", "C": "tie"}[matches[-1]] if matches else None
 
 

@@ -26,8 +26,6 @@ Problems with a right answer, and multiple choice:
 
 Is model A better than model B? win_rate averages a judge's answers over both orders of showing the two texts.
 How far can chance move a mean over prompts? bootstrap gives a 95% interval.
-
-    python -c "from metrics import self_bleu; print(self_bleu(['I like figs.', 'I like tea.']))"
 """
 
 import itertools
@@ -96,17 +94,20 @@ def vendi_score(embeddings: np.ndarray) -> float:
 
 # ---- words and n-grams
 
-# A token is one punctuation mark or a run of other characters. A run may contain apostrophes, a full stop or
-# comma between two digits (3.5), and a hyphen unless it follows a digit (well-known, but 10 - year).
-MARKS = r"!-&(-,./:-@\[-`{-~¡«·»¿\u2012-\u2015\u201a-\u2027\u2030-\u205e"
+# A token is one mark, one character of a script without spaces, or a run of others. A run may contain
+# apostrophes, a full stop or comma between two digits (3.5), and a hyphen that follows no digit (well-known).
+MARKS = (  # ASCII, typography, symbols, Thai, Lao, Burmese, Khmer, then Chinese and Japanese with their marks
+    r"!-&(-,./:-@\[-`{-~¡«·»¿\u2012-\u2015\u201a-\u2027\u2030-\u205e\u2100-\u2bff\u0e00-\u0eff\u1000-\u109f"
+    r"\u1780-\u17ff\u2e80-\u312f\u31a0-\u9fff\uf900-\ufaff\ufe10-\ufe4f\uff00-\uffef\U00020000-\U000323af"
+)
 WORD = re.compile(rf"(?:[^\s\-{MARKS}]|(?<![0-9])-|(?<=[0-9])[.,](?=[0-9]))+|\S")
 
 
 def words(text: str) -> list[str]:
-    """Split a text into words and punctuation marks, after Unicode normalisation NFC; the case is kept.
+    """Words, marks and characters of scripts without spaces in a text, in Unicode NFC; the case is kept.
 
-    For languages with spaces between words. On English the tokens are those of sacrebleu's 13a tokenizer,
-    except that typographic marks (“ ” – — …) are split off too and entities (&amp;) are not decoded.
+    On English the tokens are those of sacrebleu's 13a tokenizer, on Chinese those of its zh, except that
+    typographic marks and symbols (“ ” — … →) are always split off and entities (&amp;) are not decoded.
     """
     return WORD.findall(unicodedata.normalize("NFC", text))
 

@@ -192,7 +192,9 @@ class SampleConfig:
     out_file: str | None = flag(None, "Default: samples.jsonl, in the --model folder if that is a run.")
     overwrite: bool = flag(False, "Replace --out_file.")
     resume: bool = flag(False, "Continue --out_file of an interrupted run; start it if there is none.")
-    format: str = flag("jsonl", "jsonl, messages, alpaca_eval (a .json file) or arena_hard (version 2).")
+    format: str = flag(
+        "jsonl", "jsonl, messages; for one sample: alpaca_eval (.json), arena_hard (version 2)."
+    )
     num_samples: int = flag(16, "Completions per prompt.")
     max_new_tokens: int = flag(256, "Longest completion, in tokens.")
     stop: list[str] | None = flag(None, "Strings that end a completion; they are removed from its text.")
@@ -221,6 +223,11 @@ class SampleConfig:
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("seed", self.seed >= 0, "0 or more"),
             ("format", self.format in FORMATS, f"one of {', '.join(FORMATS)}"),
+            (
+                "num_samples",
+                self.num_samples == 1 or self.format not in ("alpaca_eval", "arena_hard"),
+                f"1 for --format {self.format}: its readers want one answer a prompt",
+            ),
             (
                 "prompt_template",
                 self.prompt_template is None or self.prompt is None,

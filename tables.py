@@ -54,6 +54,25 @@ def read_files(config: SamplesConfig) -> list[Groups]:
     return [{prompt: groups[prompt] for prompt in shared} for groups in files]
 
 
+def first_samples(files: list[list[list]]) -> list[list[list]]:
+    """Of each prompt the first samples, as many as every file has; files[i][j] are file i's of prompt j."""
+    counts = [min(map(len, groups)) for groups in zip(*files, strict=True)]
+    return [[group[:n] for group, n in zip(groups, counts, strict=True)] for groups in files]
+
+
+def equally_many(config: SamplesConfig, files: list[Groups]) -> list[Groups]:
+    """The files with first_samples() of each prompt; says so if some are left out."""
+    cut = first_samples([list(groups.values()) for groups in files])
+    for path, groups, kept in zip((config.samples, config.baseline), files, cut, strict=False):
+        if len(flatten(groups)) > sum(map(len, kept)):
+            most = f"{max(map(len, kept))} of up to {max(map(len, groups.values()))}"
+            reason = "as many as the other file has, because the metrics depend on their number"
+            print(
+                f"warning: {path}: the first {most} samples of a prompt are used, {reason}", file=sys.stderr
+            )
+    return [dict(zip(groups, kept, strict=True)) for groups, kept in zip(files, cut, strict=True)]
+
+
 def report_means(config: SamplesConfig, columns: list[Columns], files: list[Groups]) -> None:
     """Print means over prompts, their intervals and what the files hold; write --out_file."""
     heads = ("samples", "baseline", "difference") if len(columns) == 2 else ("samples",)

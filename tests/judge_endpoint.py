@@ -10,6 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Endpoint(ThreadingHTTPServer):
     """Answers prompt p with script[p], one action a request, and then with answer(p); logs every request.
 
+    A request with a parameter of `refused`, {parameter: message}, gets HTTP 400 with that message. `bodies`
+    are the parameters of all others.
+
     An action is a text to answer with, seconds to sleep before answer(p), a tuple (status, headers, body),
     "cut" for half a body, or "drop" for no response at all. The prompt of a request for embeddings is
     "embeddings". `active` and `peak` are numbers of requests side by side, `done` is that of full responses.
@@ -19,6 +22,7 @@ class Endpoint(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         self.script, self.log, self.keys, self.done, self.active, self.peak = {}, [], set(), 0, 0, 0
+        self.refused, self.bodies = {}, []
         self.answer = lambda prompt: "Rating: 4\nThey differ."
         self.delay, self.lock = 0, threading.Lock()
 
@@ -40,6 +44,7 @@ class Handler(BaseHTTPRequestHandler):
         server, start = self.server, time.time()
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         prompt = body["messages"][0]["content"] if "messages" in body else "embeddings"
+        refusals = [message for name, message in server.refused.items() if name in body]
         with server.lock:
             server.log.append((start, prompt))
             server.keys.add(self.headers["authorization"])
@@ -47,6 +52,10 @@ class Handler(BaseHTTPRequestHandler):
             server.peak = max(server.peak, server.active)
             actions = server.script.get(prompt)
             action = actions.pop(0) if actions else server.delay
+            if refusals:
+                action = (400, {}, json.dumps({"error": {"message": refusals[0]}}))
+            else:
+                server.bodies.append({x: body[x] for x in body if x not in ("messages", "input", "stream")})
         if isinstance(action, int | float):
             time.sleep(action)
             action = "ok" if prompt == "embeddings" else server.answer(prompt)

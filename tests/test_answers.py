@@ -1,12 +1,6 @@
-r"""Final answers and their equality: cases by hand, hostile answers, and the death of the child process."""
+r"""Final answers, their spellings, and their equality where math-verify is not needed: cases by hand."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,9 +8,6 @@ from hypothesis import strategies as st
 
 import answers
 from answers import answer_key, answers_equal, gsm8k_answer, math_answer
-from files import InputError
-
-BOUND = 30  # seconds: an answer that is never decided would take longer
 
 
 @pytest.fixture
@@ -68,6 +59,21 @@ def no_child(monkeypatch):
         ("1/2 cup", "1/2"),
         ("3/04.", "3/4"),
         ("1/0", "0"),  # no fraction
+        (r"so \boxed{70{,}000} dollars", "70000"),
+        (r"It earns \$1{,}500.", "1500"),
+        (r"a loss of -\$1{,}500.50", "-1500.5"),
+        ("a debt of -¥5", "-5"),
+        (r"11,\! 111,\! 111", "111"),  # a list
+        (r"10,\!080 ways", "10080"),
+        (r"\boxed{\$2\,000\text{ per week}}", "2000"),
+        (r"\boxed{18\text{ cm}^2}", "18"),
+        (r"18 m^{3}", "18"),
+        (r"10^{3}", "3"),
+        (r"3{,}5 or 3\,4", "4"),
+        ("<think>#### 42? Or 5.</think>\nSo it is 18.", "18"),
+        ("#### 42?</think>\n#### 18\n#### 7", "18"),  # the prompt opened it
+        ("<think>One</think> #### 18 <think>Or 7?", "18"),
+        ("<think>It may be #### 42", None),  # cut off
         ("CO2 and x5", None),
         ("no number", None),
         ("", None),
@@ -87,6 +93,7 @@ def test_gsm8k_answer_does_not_depend_on_the_spelling(number, form):
         f"{number}.0",
         f"{number:,}.00",
         f"{number}".replace("-", "−"),
+        *(f"{number:,}".replace(",", comma) for comma in ("{,}", r"\,", r"\ ", r",\!", "\u2009", "\u202f")),
     ):
         assert gsm8k_answer("2 + 2 = 4, so " + form.format(spelling)) == str(number)
         assert gsm8k_answer(f"#### {form.format(spelling)}\n#### 7") == str(number)
@@ -104,7 +111,7 @@ def test_gsm8k_answer_of_huge_numbers(no_child):
     assert gsm8k_answer(f"#### {digits}.0") == digits
     assert gsm8k_answer("1" + ",222" * 10**5) == "1" + "222" * 10**5
     assert answers_equal(digits, digits + ".0") and not answers_equal(digits, digits + "1")
-    assert time.monotonic() - start < BOUND
+    assert time.monotonic() - start < 30  # seconds
 
 
 # ---- MATH
@@ -126,6 +133,9 @@ def test_gsm8k_answer_of_huge_numbers(no_child):
         (r"\(\boxed5\)", "5"),
         ("\\boxed{1,\n2}", "1,\n2"),
         (r"\boxed{1} then \boxed{2", None),  # cut off
+        (r"<think>Or \boxed{1}?</think> It is \boxed{2}.", "2"),
+        (r"<think>Or \boxed{1}?</think> It is 2.", None),
+        (r"<think>Or \boxed{1}?", None),
         (r"\boxed{}", None),
         (r"\boxed{ }", None),
         (r"\boxed", None),
@@ -174,6 +184,7 @@ def test_math_answer(text, answer):
         (r"\text{(C)}", "C"),
         (r"\textbf{(C)}", r"\text{C}"),
         (r"1\frac{1}{2}", "1 1/2"),
+        ("2(x+1)", r"2\cdot\left(x+1\right)"),
     ],
 )
 def test_equal_spellings_and_numbers_need_no_math_verify(no_child, gold, answer):
@@ -226,160 +237,3 @@ def test_an_empty_answer_equals_nothing(no_child, empty):
 )
 def test_answer_key(answer, key):
     assert answer_key(answer) == key
-
-
-# ---- equality by math-verify
-
-
-@pytest.mark.parametrize(
-    "gold, answer",
-    [
-        ("x^2+2x+1", "(x+1)^2"),
-        ("(a+5)(b+2)", "ab + 2a + 5b + 10"),
-        (r"\frac{x^2-1}{x-1}", "x+1"),
-        (r"\sqrt{8}", r"2\sqrt2"),
-        (r"\frac{\sqrt2}{2}", r"\frac{1}{\sqrt{2}}"),
-        (r"\frac{3\sqrt{3}}4", r"\frac34\sqrt3"),
-        (r"\frac{\pi}{2}", r"\pi/2"),
-        (r"50\%", "0.5"),
-        (r"50\%", r"\frac{1}{2}"),
-        ("3.5", r"3\frac12"),
-        ("6.72\\times10^{-5}", ".0000672"),
-        ("6 - 5i", r"- 5 i + 6"),
-        ("x=5", "5"),
-        ("y=2x+1", "2x-y+1=0"),
-        (r"1\pm\sqrt{19}", r"1+\sqrt{19}, 1-\sqrt{19}"),
-        (r"\pm 2", "-2, 2"),
-        ("3, 5, 7", "7,5,3"),
-        (r"\{1,2\}", r"\{2,1\}"),
-        (r"\{1,2\}", "2,1"),
-        (r"2\text{ or }3", "3, 2"),
-        (r"(3,\pi/2)", r"(3.0,\frac{\pi}{2})"),
-        ("(1,2]", r"(1,\frac{4}{2}]"),
-        (r"(-\infty,-1)\cup(1,\infty)", r"(1,\infty)\cup(-\infty,-1)"),
-        (r"\begin{pmatrix}-1/3\\2\end{pmatrix}", r"\begin{bmatrix} -\frac13 \\ 2.0 \end{bmatrix}"),
-        (r"2^{10}", "1024"),
-        (r"5x-7y+4=0", "4 + 5x = 7y"),
-        ("52_8", "52"),
-        (r"6\text{ p.m.}", "6"),
-    ],
-)
-def test_equal_mathematics(gold, answer):
-    assert answers_equal(gold, answer)
-
-
-@pytest.mark.parametrize(
-    "gold, answer",
-    [
-        ("x^2+2x+1", "(x+1)^3"),
-        ("x^2+2x+1", "y^2+2y+1"),
-        (r"\sqrt{8}", r"2\sqrt3"),
-        (r"\frac{1}{3}", r"33.3\%"),
-        (r"\pi", "3.14159265"),
-        (r"10^{-7}", r"2\cdot10^{-7}"),
-        ("x=5", "y=5"),
-        ("x=5", "6"),
-        ("(1,2)", "[1,2]"),
-        ("(1,2]", "(1,2)"),
-        ("(1,2]", "[1,2)"),
-        (r"[2,\infty)", r"(2,\infty)"),
-        ("(1,2)", "(2,1)"),
-        ("(2,1)", "[2,1]"),
-        ("(1,2)", r"\{1,2\}"),
-        ("(1,2,3)", r"\{1,2,3\}"),
-        ("(1,2)", "1,2"),
-        ("(1,2)", "(1,2,3)"),
-        (r"\{1,2\}", r"\{1,3\}"),
-        ("5,6", "6"),
-        ("3, 100", "3100"),
-        ("12", "1 2"),
-        ("(1,200)", "1200"),
-        (r"1\pm\sqrt{2}", r"1+\sqrt{2}"),
-        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
-        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
-        (r"\text{even}", r"\text{odd}"),
-        (r"\text{dog}", "god"),
-        (r"\text{A}", "B"),
-        ("6-5i", "6+5i"),
-        ("x<2", r"x\le2"),
-        (r"\text{no solution}", "0"),
-    ],
-)
-def test_different_mathematics(gold, answer):
-    assert not answers_equal(gold, answer) and not answers_equal(answer, gold)
-
-
-# ---- hostile answers and the child process
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "{" * 10_000,
-        "{" * 900,
-        r"\frac{" * 100,
-        r"\boxed{" * 100,
-        "9**9**9",
-        "9^{9^{9^9}}",
-        "\\" * 999,
-        "5 \x00 \ud800 x",
-        "__import__('os').abort()",
-    ],
-)
-def test_hostile_answers_take_bounded_time(monkeypatch, answer):
-    monkeypatch.setattr(answers, "CPU_SECONDS", 0.3)
-    start = time.monotonic()
-    assert not answers_equal("7", answer)
-    assert answers_equal(answer, answer)
-    math_answer(rf"\boxed{{{answer}")
-    gsm8k_answer(answer)
-    assert time.monotonic() - start < BOUND
-
-
-def test_worker_threads(monkeypatch):
-    monkeypatch.setattr(answers, "CPU_SECONDS", 0.5)
-    pairs = [("x+x", "2x"), ("7", "9^{9^{9^9}}"), ("x+x", "3x"), ("x+x", "x*2"), ("(1,x)", "(1,y)")]
-    with ThreadPoolExecutor(3) as pool:
-        verdicts = list(pool.map(lambda pair: answers_equal(*pair), pairs))
-    assert verdicts == [True, False, False, True, False]
-
-
-def test_a_killed_child_is_replaced():
-    assert answers_equal("x+x", "2x")
-    first = answers._child.pid
-    os.kill(first, signal.SIGKILL)
-    assert answers_equal("x+x", "2x") and not answers_equal("x+x", "3x")
-    assert answers._child.pid != first
-
-
-def test_an_interrupted_question_does_not_answer_the_next_one(monkeypatch):
-    child = answers._start_child()
-
-    class Interrupted:
-        def readline(self):
-            raise KeyboardInterrupt
-
-        close = child.stdout.close
-
-    monkeypatch.setattr(child, "stdout", Interrupted())
-    with pytest.raises(KeyboardInterrupt):
-        answers_equal("x+x", "2x")
-    assert not answers_equal("x+x", "3x")
-
-
-def test_the_child_ends_with_its_parent():
-    code = "import answers; answers.answers_equal('x+x', '2x'); print(answers._child.pid)"
-    root = Path(answers.__file__).parent
-    pid = int(subprocess.check_output([sys.executable, "-c", code], cwd=root, timeout=60))
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
-
-
-def test_missing_math_verify_is_one_clear_line(monkeypatch, tmp_path):
-    (tmp_path / "math_verify.py").write_text("raise ModuleNotFoundError(\"No module named 'math_verify'\")")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    answers._stop_child()
-    with pytest.raises(InputError, match="pip install math-verify") as error:
-        answers_equal("x+x", "2x")
-    assert "\n" not in str(error.value)
-    assert answers_equal("1,000", "1000.0") and not answers_equal("1/2", "0.25")

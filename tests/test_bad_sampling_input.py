@@ -65,6 +65,14 @@ def test_sample_with_bad_prompts(refused, tiny_model_folder, tmp_path, rows, fra
         (["--top_p", 0], "--top_p 0.0: must be in (0, 1]"),
         (["--batch_size", 0], "--batch_size 0: must be at least 1"),
         (["--format", "csv"], "--format csv: must be one of jsonl, messages, alpaca_eval, arena_hard"),
+        (
+            ["--format", "alpaca_eval", "--num_samples", 2],
+            "must be 1 for --format alpaca_eval: its readers want one answer",
+        ),
+        (
+            ["--format", "arena_hard", "--num_samples", 16],
+            "--num_samples 16: must be 1 for --format arena_hard",
+        ),
         (["--stop", "a", ""], "must be strings that are not empty"),
         (["--resume", "--overwrite"], "--resume True: must be given without --overwrite"),
         (["--global_temperature", 0], "--global_temperature 0.0: must be at least 1e-6"),

@@ -106,6 +106,19 @@ def test_rows_are_counted_as_an_editor_counts_lines(tmp_path_factory, zipped, ga
     assert list(read_rows(path)) == expected
 
 
+@pytest.mark.parametrize("start", [b"", b"\n", b"\xef\xbb\xbf"])
+def test_json_lines_in_a_json_file_are_read(tmp_path, start):
+    path = tmp_path / "rows.json"
+    path.write_bytes(start + '{"a": "é"}\r\n\n{"a": [1]}'.encode())
+    first = 1 + start.count(b"\n")
+    assert list(read_rows(path)) == [(f"{path}:{first}", {"a": "é"}), (f"{path}:{first + 2}", {"a": [1]})]
+    path.write_bytes(start + b'{"a": 1}\n{"a": ')
+    with pytest.raises(InputError, match=rf"rows\.json:{first + 1}: not JSON"):
+        list(read_rows(path))
+    path.write_bytes(start + b'[{"a": 1},\n{"a": 2}]')
+    assert [row for _, row in read_rows(path)] == [{"a": 1}, {"a": 2}]
+
+
 def test_flags_come_from_files_with_comments(monkeypatch, tmp_path):
     recipe = tmp_path / "recipe.txt"
     recipe.write_text(

@@ -9,18 +9,17 @@ import sys
 import threading
 import time
 from email.utils import formatdate
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT
-from hypothesis import given
-from hypothesis import strategies as st
 from judge_endpoint import Endpoint
 
 import judge
-from files import InputError
-from judge import JudgeConfig, ask, compare, count_calls, fetch_embeddings, fill, rate_pools, rating, verdict
+from files import InputError, digest_json
+from judge import JudgeConfig, ask, compare, count_calls, fetch_embeddings, rate_pools, rating, verdict
 
 KEY = "sk-secret-0123456789"
 ECHO = json.dumps({"error": {"message": f"wrong key {KEY}", "header": f"Bearer {KEY}"}})
@@ -174,6 +173,45 @@ def test_no_request_is_sent_again_after_the_run_stopped(endpoint, config):
         ask(list(endpoint.script), rating, config, "")
     time.sleep(0.5)
     assert endpoint.requests() == dict.fromkeys(endpoint.script, 1)
+
+
+NO_MAX_TOKENS = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
+NO_COLD = "Unsupported value: 'temperature' does not support 0. Only the default (1) value is supported."
+
+
+@pytest.mark.parametrize(
+    ("refused", "left"),
+    [
+        ({}, {"temperature": 0, "max_tokens": 512}),
+        ({"max_tokens": NO_MAX_TOKENS}, {"temperature": 0, "max_completion_tokens": 512}),
+        ({"max_tokens": NO_MAX_TOKENS, "temperature": NO_COLD}, {"max_completion_tokens": 512}),
+        ({"temperature": NO_COLD}, {"max_completion_tokens": 512}),
+    ],
+)
+def test_a_judge_that_refuses_a_parameter_is_asked_without(endpoint, config, capfd, refused, left):
+    prompts, config.workers, config.retries = [f"p{i}" for i in range(30)], 2, 0
+    endpoint.refused = refused
+    assert ask(prompts, rating, config, "") == [4] * 30
+    assert endpoint.bodies == [{"model": "judge"} | left] * 30
+    assert len(endpoint.log) <= 30 + 2 * 2  # each worker learns it once at most
+    assert ("refuses temperature 0" in capfd.readouterr().err) == ("temperature" in refused)
+    assert count_calls(prompts, config) == 0
+
+
+def test_a_refusal_for_another_reason_changes_no_other_request(endpoint, config):
+    config.workers = 1
+    endpoint.script = {"long": [(400, {}, "max_tokens is too large: the prompt has 9,000 tokens")] * 3}
+    assert ask(["long", "p"], rating, config, "") == [None, 4]
+    assert endpoint.bodies[-1] == {"model": "judge", "temperature": 0, "max_tokens": 512}
+    assert endpoint.requests() == {"long": 3, "p": 1}
+
+
+def test_an_old_cache_is_read(config, endpoint):
+    """The key of an answer is the digest of these fields, whatever the judge is sent."""
+    digest = digest_json({"prompt": "p", "model": "judge", "temperature": 0, "max_tokens": 512})
+    Path(config.cache).parent.mkdir()
+    Path(config.cache).write_text(json.dumps({"key": digest, "answer": "Rating: 2"}) + "\n")
+    assert ask(["p"], rating, config, "") == [2] and not endpoint.log
 
 
 def test_offline_mode_is_explained(endpoint, config, monkeypatch):
@@ -335,45 +373,6 @@ def test_prompt_files_are_the_users_to_replace(config, tmp_path):
     (tmp_path / "logical.txt").write_text("{prompt} {response}")
     with pytest.raises(InputError, match=r"logical\.txt: the placeholder \{responses\} is missing"):
         rate_pools(["Q"], [["a", "b"]], config)
-
-
-@given(st.dictionaries(st.sampled_from(["a", "b", "ab"]), st.text("ab{}\\"), min_size=1), st.text("ab{}"))
-def test_fill_replaces_in_one_pass(values, template):
-    parts = re.split(r"\{(" + "|".join(values) + r")\}", template)  # odd ones are names
-    expected = "".join(values[part] if i % 2 else part for i, part in enumerate(parts))
-    assert fill(template, **values) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Rating: 4\nThey differ.", 4),
-        ("**Rating:** 4/5", 4),
-        ("__Rating: 3__", 3),
-        ("rating: **2** / 5, since 3 of 4 agree", 2),
-        ("Rating = 3.5.", 3.5),
-        ("Rating: 3\n- 2 of them agree\nRating: 5", 3),
-        ("I use Rating: X.\nRating: 2", 2),
-        ("<think>Rating: 1?</think>Rating: 5 out of 5", 5),
-        *((text, None) for text in ("", "4", "Rating", "Rating: X", "They rate 4.", "underrating: 4")),
-        *((f"Rating: {number}", None) for number in ("0", "6", "-3", "45", "7/10", "4 out of 10")),
-        *((f"Rating: {number}", None) for number in ("3-4", "3 – 4", "3 or 4", "1,5", "4th", "4/50")),
-    ],
-)
-def test_ratings(text, expected):
-    assert rating(text) == expected
-
-
-@given(st.text(), st.sampled_from(["Rating: {}", "**rating**: {}/5", "RATING = `{}`"]), st.integers(-9, 99))
-def test_a_rating_is_read_if_it_is_on_the_scale(explanation, form, number):
-    text = f"{form.format(number)}\n{explanation.replace('</think>', '')}"
-    assert rating(text) == number if 1 <= number <= 5 else rating(text) != number
-
-
-@given(st.text("[]ABC \n"), st.sampled_from("ABC"), st.text("[]abc \n"))
-def test_the_last_verdict_counts(before, letter, after):
-    assert verdict(f"{before}[[{letter}]]{after}") == {"A": "A", "B": "B", "C": "tie"}[letter]
-    assert verdict(after) is None
 
 
 # ---- embeddings

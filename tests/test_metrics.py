@@ -12,6 +12,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from sacrebleu.tokenizers.tokenizer_char import TokenizerChar
+from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
 from metrics import (
     bootstrap,
@@ -117,6 +119,8 @@ def test_embeddings_without_direction_are_refused(embeddings):
         ("“Don’t”—wait…", "“ Don’t ” — wait …"),
         ("cafe\u0301  na\u00efve\n\tCafé", "café naïve Café"),
         ("हिन्दी \u200d👩\u200d🍳", "हिन्दी \u200d👩\u200d🍳"),
+        ("한국어 문장", "한국어 문장"),
+        ("GPT-4很好，3.5公里。", "GPT-4 很 好 ， 3.5 公 里 。"),
         (" \n", ""),
     ],
 )
@@ -131,7 +135,21 @@ def test_words_of_ascii_are_those_of_sacrebleu(text):
     assert words(text) == Tokenizer13a()(text).split()
 
 
-@given(st.text("a5.,-' \n“é\u0301", max_size=20), st.integers(0, 12))
+CHINESE = st.text("我的果很甜無，。！？、；：《》「」（）　“”—…①→℃％Ａ１ab5.,-' \n%", max_size=40)
+
+
+@given(CHINESE)
+def test_words_of_chinese_are_those_of_sacrebleu(text):
+    assume(not re.search(r"[.,]{2}[0-9]", text))  # as above
+    assert words(text) == TokenizerZh()(text).split()
+
+
+@given(st.text("กาที่ ລາວ ភាសា မြန်မာ ひらカナー", max_size=40))
+def test_words_of_other_scripts_without_spaces_are_characters(text):
+    assert words(text) == TokenizerChar()(unicodedata.normalize("NFC", text)).split()
+
+
+@given(st.text("a5.,-' \n“é\u0301我ก", max_size=20), st.integers(0, 12))
 def test_cut_words_keeps_the_first_words(text, budget):
     cut = cut_words(text, budget)
     assert words(cut) == words(text)[:budget]

@@ -123,7 +123,7 @@ def test_evaluate_prints_and_writes_its_result(world, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("format", sample.FORMATS)
 def test_evaluate_reads_every_format_of_sample_py(world, tmp_path, monkeypatch, format, as_messages):
     prompt, texts = world["story_prompt"], list_stories(world)[::100]
-    config, stats = sample.SampleConfig(format=format), {"tokens": 20, "logp": -5.0}
+    config, stats = sample.SampleConfig(format=format, num_samples=1), {"tokens": 20, "logp": -5.0}
     row = {"prompt": [{"role": "user", "content": prompt}] if as_messages else prompt}
     path = tmp_path / ("samples.json" if format == "alpaca_eval" else "samples.jsonl")
     lines = [sample.format_line(config, row, i, len(texts), text, stats) for i, text in enumerate(texts)]
