@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -40,9 +41,18 @@ class InputError(Exception):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a script's main(). An InputError is printed as one line on stderr, with exit code 2."""
+    """Run a script's main(). An InputError is printed as one line on stderr, with exit code 2.
+
+    Ctrl-C prints "interrupted". Once main() has ended, a script that gets another one dies of it in silence.
+    """
     try:
-        main()
+        try:
+            main()
+        finally:
+            # Python takes a good part of a second to exit, in which a KeyboardInterrupt would be a traceback
+            is_script = main.__module__ == "__main__"  # if not, this process goes on
+            if is_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
     except (InputError, OSError) as error:  # OSError: disk full, no permission, a folder in a file's place
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all of torchrun's processes read the same bad flags
             print_error(error)
