@@ -34,6 +34,7 @@ from files import (
     atomic_write,
     digest_file,
     digest_json,
+    parse_json,
     require_file,
     require_same,
     write_json,
@@ -83,7 +84,7 @@ def open_run(config: Any) -> Path:
 def read_flags(out: Path) -> dict[str, Any]:
     """The flags of the run in a folder, from run.json. Raises InputError if the file is damaged."""
     try:
-        return dict(json.loads((out / "run.json").read_bytes()))
+        return {**parse_json((out / "run.json").read_bytes())}
     except (ValueError, TypeError):
         raise InputError(f"{out / 'run.json'}: damaged; --overwrite starts the run anew") from None
 
@@ -108,7 +109,7 @@ def start_run(config: Any, out: Path, start: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True) if start else []
     try:
         complete = [line for line in lines if line.endswith(b"\n")]  # a killed run may leave half a line
-        kept = [line for line in complete if json.loads(line)["step"] < start]
+        kept = [line for line in complete if parse_json(line)["step"] < start]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: damaged; move it away to --resume without the old rows") from None
     with atomic_write(path, "wb") as file:
@@ -307,8 +308,11 @@ def _fill_rows(tensor: Tensor, files: list[Any], key: str) -> None:
 def _verify(path: Path) -> tuple[dict[str, Any], str]:
     """A checkpoint's state.json, and what is damaged in it or in this process's share of the files."""
     try:
-        state = json.loads((path / "state.json").read_bytes())
-        if state.pop("sha256") != digest_json(state):
+        state = parse_json((path / "state.json").read_bytes())
+        parts = len(state["files"])
+        names = {f"state-{part}-of-{parts}.safetensors" for part in range(parts)}
+        is_whole = state["step"] == int(path.name) and names and names == set(state["files"])
+        if state.pop("sha256") != digest_json(state) or not is_whole or not {"model", "data"} <= set(state):
             return {}, "state.json was changed"
         for name in sorted(state["files"])[get_rank() :: get_world_size()]:
             if digest_file(path / name) != state["files"][name]:

@@ -39,7 +39,7 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session, hf_raise_for_status
 from tqdm import tqdm
 
-from files import InputError, digest_json, fill, flag, read_template, require
+from files import InputError, digest_json, fill, flag, parse_json, read_template, require
 
 Texts = Sequence[str]
 
@@ -209,10 +209,11 @@ def _look_up(prompts: Texts, config: JudgeConfig) -> tuple[dict[str, str], dict[
     path, cached = Path(config.cache), {}
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else (), 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
-        if not (isinstance(row, dict) and row.keys() == {"key", "answer"}):
+        is_answer = isinstance(row, dict) and row.keys() == {"key", "answer"}
+        if not (is_answer and all(isinstance(value, str) for value in row.values())):
             raise InputError(f"--cache {path}:{number}: not an answer of a judge; give another file")
         cached[row["key"]] = row["answer"]
     digests = {prompt: digest_json({"prompt": prompt} | _settings(config)) for prompt in prompts}
@@ -237,7 +238,8 @@ def ask(prompts: Texts, parse: Callable[[str], Any], config: JudgeConfig, label:
 
     def send(prompt: str) -> str:
         output = client.chat_completion([{"role": "user", "content": prompt}], **_settings(config))
-        return _scrub(output.choices[0].message.content or "", key)
+        text = (output.choices[0].message.content or "").encode(errors="replace")  # half a surrogate pair
+        return _scrub(text.decode(), key)
 
     def request(prompt: str) -> str:
         return _request(lambda: send(prompt), config.endpoint, config.api_key_env, config.retries, stop)

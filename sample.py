@@ -46,6 +46,7 @@ from files import (
     error_prefix,
     flag,
     parse,
+    parse_json,
     read_template,
     require,
     require_same,
@@ -191,6 +192,8 @@ class SampleConfig:
     compile: bool = flag(False, "Compile the decoding step: minutes at the start, then faster steps.")
     seed: int = flag(0, "Seed of all random numbers.")
 
+    may_be_empty = ("prompt",)
+
     def __post_init__(self) -> None:
         t, tau = self.temperature, self.global_temperature
         for name, condition, wanted in (
@@ -211,7 +214,6 @@ class SampleConfig:
                 self.prompt_template is None or self.prompt is None,
                 "given without --prompt",
             ),
-            ("stop", all(self.stop or []), "strings that are not empty"),
             ("resume", not (self.resume and self.overwrite), "given without --overwrite"),
         ):
             require(self, name, condition, wanted)
@@ -309,7 +311,7 @@ def lines_to_keep(out: Path, config: SampleConfig, digest: str) -> list[bytes]:
         return []
     path = Path(f"{out}.flags.json")
     try:
-        saved = json.loads(path.read_bytes())
+        saved = parse_json(path.read_bytes())
         require_same(asdict(config), saved["config"], MAY_CHANGE)
         if saved["prompts"] != digest:
             raise InputError(f"--prompts {config.prompts}: not what the run to --resume was sampling")
