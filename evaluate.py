@@ -54,7 +54,7 @@ from judge import (
     pool_prompts,
     rate_pools,
 )
-from model import load_model, loading
+from model import load_model, loading, read_config
 from parallel import get_device, get_dtype
 from preferences import encode_answers, encode_prompts, micro_batches
 from reference import score_completions
@@ -137,11 +137,13 @@ def embed(texts: Sequence[str], encoder: str, max_tokens: int = 4096) -> np.ndar
     tokens. Texts that are too long for the encoder are truncated.
     """
     with loading(f"--embedder {encoder}"):
+        read_config(encoder)
         tokenizer = AutoTokenizer.from_pretrained(encoder)
-        model = AutoModel.from_pretrained(encoder, use_safetensors=True, dtype=torch.float32)
-    model = model.to(get_device()).eval()
-    limit = int(min(tokenizer.model_max_length, max_positions(model), 10**9))
-    ids = tokenizer(list(texts), truncation=True, max_length=limit).input_ids
+        model = AutoModel.from_pretrained(encoder, use_safetensors=True, dtype=torch.float32).eval()
+        limit = int(min(tokenizer.model_max_length, max_positions(model), 10**9))
+        ids = tokenizer(list(texts), truncation=True, max_length=limit).input_ids
+        _ = model(torch.tensor([[0]])).last_hidden_state  # fails for an encoder-decoder, for one
+    model = model.to(get_device())
     means = torch.empty(len(texts), model.config.hidden_size)
     bar = tqdm(total=len(texts), desc="embeddings", unit="text", disable=None)
     for batch in micro_batches(range(len(texts)), [[row] for row in ids], max_tokens):
@@ -177,13 +179,19 @@ def diversity(config: DiversityConfig) -> None:
     texts = [texts_by_prompt(groups) for groups in files]
     every = sorted({text for groups in texts for group in groups for text in group})
     index = {text: i for i, text in enumerate(every)}
-    vocabulary = {n: len(metrics.count_ngrams(every, n)) for n in ORDERS}
+    # at least 1: texts of one word have no pairs of words
+    vocabulary = {n: max(1, len(metrics.count_ngrams(every, n))) for n in ORDERS}
     embeddings = None
     if config.embeddings_url:
         options = {"api_key_env": config.api_key_env, "timeout": 60.0, "retries": 5}
         embeddings = fetch_embeddings(every, config.embeddings_url, config.embedder, **options)
     elif config.embedder:
         embeddings = embed(every, config.embedder)
+    if embeddings is not None:
+        norms = np.linalg.norm(embeddings, axis=1)
+        if bad := [text for text, norm in zip(every, norms, strict=True) if not 0 < norm < math.inf]:
+            what = f"the vector of {bad[0][:60]!r} (and of {len(bad) - 1:,} more texts)"
+            raise InputError(f"--embedder {config.embedder}: {what} is zero or not finite")
 
     def of_prompt(group: list[str]) -> dict[str, float]:
         result = {}

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -179,9 +178,12 @@ def _apply_template(messages: list[dict], tokenizer: PreTrainedTokenizerBase, ge
     if not tokenizer.chat_template:
         raise InputError("message lists need a chat template, and the tokenizer has no chat template")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-    except (TemplateError, TypeError) as error:
-        raise InputError(f"the chat template refuses the messages: {error}") from None
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        text.encode()
+    except Exception as error:  # a template is a program
+        reason = str(error) or type(error).__name__
+        raise InputError(f"the chat template refuses the messages: {reason}") from None
+    return text
 
 
 def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -223,7 +223,12 @@ def encode(
     rows: list[dict], config: SampleConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of every prompt, and the end tokens. Raises InputError if prompts do not fit the model."""
-    prompts = [row["prompt"] for row in rows]
+    prompts, own = [row["prompt"] for row in rows], model.generation_config.eos_token_id
+    ids = own if isinstance(own, list) else [] if own is None else [own]
+    if not all(type(id) is int and abs(id) < 2**31 for id in ids):
+        raise InputError(
+            f"--model {config.model}: generation_config.json: eos_token_id {own!r} is no token id"
+        )
     with error_prefix(config.prompts if config.prompt is None else "--prompt"):
         encoded, ends = encode_prompts(prompts, tokenizer), end_tokens(model, tokenizer, prompts)
     new, limit = config.max_new_tokens, max_positions(model)

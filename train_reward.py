@@ -80,7 +80,7 @@ def load_reward_model(
     if not hasattr(model, "score"):
         raise InputError(f"--model {path}: {type(model).__name__} has no head named score; give a decoder")
     for pad in (config.pad_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
-        if pad is not None:
+        if pad is not None and pad >= 0:  # -1 in some configs: none
             config.pad_token_id = tokenizer.pad_token_id = pad
             return model, tokenizer
     raise InputError(f"--model {path}: its tokenizer has neither a padding nor an end token")

@@ -1,12 +1,14 @@
 """Bad input to sample.py and evaluate.py, and to all as a user sees them: one line, exit code 2."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import FIG, PAIR, lines, truncate
+import torch
+from conftest import FIG, PAIR, USER, lines, truncate
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -142,6 +144,45 @@ def damage_rank_type(folder):
     edit_config(folder, r="two")
 
 
+def damage_rank_bool(folder):
+    edit_config(folder, r=True)
+
+
+def damage_rank_size(folder):
+    edit_config(folder, r=10**19)
+
+
+def damage_alpha(folder):
+    edit_config(folder, lora_alpha=float("inf"))
+
+
+def damage_base_name(folder):
+    edit_config(folder, base_model_name_or_path="a\0b")
+
+
+def damage_base_unicode(folder):
+    edit_config(folder, base_model_name_or_path="\ud800")
+
+
+def damage_depth(folder):
+    (folder / "adapter_config.json").write_text("[" * 100_000)
+
+
+def damage_base_into_a_circle(folder):
+    shutil.copytree(folder, folder.parent / "other")
+    edit_config(folder, base_model_name_or_path=str(folder.parent / "other"))
+    edit_config(folder.parent / "other", base_model_name_or_path=str(folder))
+
+
+def damage_dtype(folder, dtype=torch.float8_e4m3fn):
+    path = folder / "adapter_model.safetensors"
+    save_file({name: t.to(dtype) for name, t in load_file(path).items()}, path)
+
+
+def damage_dtype_complex(folder):
+    damage_dtype(folder, torch.complex64)
+
+
 def damage_weights(folder):
     truncate(folder / "adapter_model.safetensors")
 
@@ -162,10 +203,28 @@ def edit_config(folder, **values):
         (damage_config, ["adapter_config.json: not a LoRA adapter's configuration"]),
         (damage_kind, ["adapter_config.json: only plain LoRA adapters are read"]),
         (damage_start, ["adapter_config.json: only plain LoRA adapters are read"]),
-        (damage_base_into_itself, ["--model ", "base_model_name_or_path is missing or names this folder"]),
+        (damage_base_into_itself, ["--model ", "names no other model"]),
         (damage_base, ["--model ", "moved: cannot be loaded"]),
-        (damage_rank, ["adapter_model.safetensors: ", "lora_A is (2, 32), this model needs (3, 32)"]),
+        (
+            damage_rank,
+            ["adapter_model.safetensors: ", "lora_A.weight is (2, 64), but its configuration has r 3"],
+        ),
         (damage_rank_type, ["adapter_config.json: r must be a positive whole number"]),
+        (damage_rank_bool, ["adapter_config.json: r must be a positive whole number"]),
+        (
+            damage_rank_size,
+            ["adapter_model.safetensors: ", "but its configuration has r 10000000000000000000"],
+        ),
+        (damage_alpha, ["adapter_config.json: ", "lora_alpha a positive number"]),
+        (damage_base_name, ["--model ", "names no other model"]),
+        (damage_base_unicode, ["adapter_config.json: not a LoRA adapter's configuration"]),
+        (damage_depth, ["adapter_config.json: not a LoRA adapter's configuration", "nested too deeply"]),
+        (damage_base_into_a_circle, ["--model ", "names no other model"]),
+        (damage_dtype, ["adapter_model.safetensors: ", "float8_e4m3fn; only floats of 16, 32 or 64 bits"]),
+        (
+            damage_dtype_complex,
+            ["adapter_model.safetensors: ", "complex64; only floats of 16, 32 or 64 bits"],
+        ),
         (damage_weights, ["adapter_model.safetensors: cannot be read"]),
         (lose_weights, ["adapter_model.safetensors: cannot be read"]),
     ],
