@@ -191,10 +191,11 @@ def read_sample(row: dict[str, Any], where: str) -> Sample:
         else:
             prompt, text = row["prompt"], row["completion"]
         sample = Sample(prompt, text["answer"] if isinstance(text, dict) else text, row.get("finish"))
-        is_text = isinstance(last_turn(sample.prompt), str) and isinstance(sample.text, str)
-    except (KeyError, IndexError, TypeError, ValueError):
-        is_text = False
-    if not is_text:
+        turns = prompt if isinstance(prompt, list) else message("user", prompt)
+        parts = [turn[key] for turn in turns for key in ("role", "content")] + [sample.text]
+    except (KeyError, TypeError, ValueError):
+        parts = []
+    if len(parts) < 3 or not all(isinstance(part, str) for part in parts):
         raise InputError(f"{where}: needs string 'prompt' and 'completion', or another --format of sample.py")
     return sample
 

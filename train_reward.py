@@ -103,7 +103,7 @@ def encode_texts(
             text = tokenizer.apply_chat_template([*prompt, *answer], return_dict=False)
         while len(text) > 1 and text[-1] == tokenizer.pad_token_id:
             text.pop()
-        size = min(len(start), len(text) - 1) if text[: len(start)] == start else 1
+        size = max(1, min(len(start), len(text) - 1)) if text[: len(start)] == start else 1
         texts.append((text[:size], text[size:] + [tokenizer.pad_token_id]))
     return texts
 

@@ -262,6 +262,96 @@ def test_evaluate_with_bad_input(refused, tmp_path, data, flags, fragment):
     assert not (tmp_path / "o").exists()
 
 
+DEEP = "[" * 500 + "]" * 500
+SAMPLES = {
+    "message without a role": lines({"messages": [{"content": "a"}, FIG]}),
+    "message without content": lines({"messages": [{"role": "system"}, USER, FIG]}),
+    "string among the messages": lines({"messages": ["a", USER, FIG]}),
+    "content in parts": lines({"messages": [{**USER, "content": [{"type": "text", "text": "a"}]}, FIG]}),
+    "no prompt": lines({"messages": [FIG]}),
+    "nested too deep": f'{{"prompt": [{{"role": "user", "content": "a", "x": {DEEP}}}]}}\n'.encode(),
+}
+
+
+@pytest.mark.parametrize("rows", SAMPLES.values(), ids=SAMPLES)
+@pytest.mark.parametrize("command", [["diversity"], ["judge", "--dry_run"], ["society"]])
+def test_evaluate_with_bad_samples(refused, tmp_path, command, rows):
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(lines({"prompt": "a", "completion": "b"}) + rows)
+    refused(evaluate, [*command, "--samples", path], f"{path}:2: ")
+
+
+def diversity(monkeypatch, folder, *flags):
+    """What evaluate.py diversity writes of <folder>/samples.jsonl."""
+    words = ["diversity", "--samples", folder / "samples.jsonl", "--out_file", folder / "out.json", *flags]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    evaluate.main()
+    return json.loads((folder / "out.json").read_text())["metrics"]
+
+
+@pytest.mark.parametrize("text", ["\0", "\u200b", "a"])
+def test_texts_of_one_word_have_no_pairs_of_words(tmp_path, monkeypatch, text):
+    (tmp_path / "samples.jsonl").write_bytes(lines(*[{"prompt": "a", "completion": text}] * 4))
+    result = diversity(monkeypatch, tmp_path)
+    assert result["distinct-1"]["samples"]["mean"] == 1 / 4
+    assert result["distinct-2"] == result["EAD-2"] == {}
+
+
+@pytest.mark.parametrize("single", ["samples", "baseline"])
+def test_a_single_sample_has_no_diversity(tmp_path, monkeypatch, single):
+    for name in ("samples", "baseline"):
+        rows = [{"prompt": "a", "completion": f"b {i}"} for i in range(1 if name == single else 3)]
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(*rows))
+    result = diversity(monkeypatch, tmp_path, "--baseline", tmp_path / "baseline.jsonl")
+    [other] = {"samples", "baseline"} - {single}
+    assert {name: row["mean"] for name, row in result["unique texts"].items()} == {other: 1}
+
+
+@pytest.mark.parametrize(
+    "command", [["diversity"], ["winrate", "--dry_run"], ["quality", "--reference", "there"]]
+)
+@pytest.mark.parametrize("flag", ["samples", "baseline", "out_file"])
+def test_evaluate_with_an_empty_flag(refused, tmp_path, command, flag):
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(lines({"prompt": "a", "completion": "b"}))
+    flags = [*command, "--samples", path, "--baseline", path, f"--{flag}="]
+    refused(evaluate, flags, f"--{flag}: is empty; give a value, or leave the flag out")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"key": "a", "answer": 5}, {"key": [1], "answer": "[[A]]"}, {"key": "a", "answer": None}, ["a"]],
+)
+def test_cache_of_other_rows(refused, tmp_path, row):
+    samples, cache = tmp_path / "samples.jsonl", tmp_path / "cache.jsonl"
+    samples.write_bytes(lines({"prompt": "a", "completion": "b"}))
+    cache.write_bytes(lines({"key": "a", "answer": "[[A]]"}, row))
+    flags = ["winrate", "--samples", samples, "--baseline", samples, "--cache", cache, "--dry_run"]
+    refused(evaluate, flags, f"--cache {cache}:2: not an answer of a judge; give another file")
+
+
+def test_cache_with_a_damaged_line(tmp_path, monkeypatch, capsys):
+    """A line that is no JSON is what a killed run leaves: it is ignored, however deep its brackets are."""
+    samples, cache = tmp_path / "samples.jsonl", tmp_path / "cache.jsonl"
+    samples.write_bytes(lines({"prompt": "a", "completion": "b"}))
+    cache.write_text("[" * 100_000 + "\n")
+    flags = ["winrate", "--samples", samples, "--baseline", samples, "--cache", cache, "--dry_run"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+    evaluate.main()
+    assert capsys.readouterr().out == "1 requests would be sent\n"
+
+
+@pytest.mark.parametrize("name", ["none", "a list", "nested too deep"])
+def test_sample_resumes_only_with_its_flags(refused, tiny_model_folder, data, tmp_path, name):
+    out, texts = tmp_path / "out.jsonl", {"a list": "[]", "nested too deep": "[" * 100_000}
+    out.write_text("old\n")
+    if name in texts:
+        Path(f"{out}.flags.json").write_text(texts[name])
+    flags = ["--model", tiny_model_folder, "--prompts", data, "--out_file", out, "--resume", *SAMPLE]
+    refused(sample, flags, f"{out}.flags.json: missing or damaged")
+    assert out.read_text() == "old\n"
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "fragment"),
     [
