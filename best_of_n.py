@@ -88,7 +88,7 @@ def read_problems(path: str) -> list[Problem]:
             raise InputError(
                 f"{where}: needs an 'answer' with a number, or a 'solution' with a \\boxed answer"
             )
-        level = re.search("[0-9]+", str(row.get("level", "")))  # "Level 5", 5 or 5.0
+        level = re.search("[0-9]{1,9}", str(row.get("level", "")))  # "Level 5", 5 or 5.0
         problems.append(Problem(question, gold, read_answer, int(level[0]) if level else None))
     return problems
 

@@ -38,6 +38,7 @@ from files import (
     digest_json,
     is_writable,
     lock,
+    parse_json,
     require_file,
     require_same,
     write_json,
@@ -113,7 +114,7 @@ def claim_run(config: Any, out: Path) -> None:
 def read_run(out: Path) -> dict[str, Any]:
     """run.json: the flags of the run in a folder and its run_id. Raises InputError if it is damaged."""
     try:
-        return dict(json.loads((out / "run.json").read_bytes()))
+        return {**parse_json((out / "run.json").read_bytes())}
     except (ValueError, TypeError):
         raise InputError(f"{out / 'run.json'}: damaged; --overwrite starts the run anew") from None
 
@@ -137,7 +138,7 @@ def metrics_before(out: Path, start: int) -> list[bytes]:
     lines = path.read_bytes().splitlines(keepends=True) if start and path.is_file() else []
     try:
         complete = [line for line in lines if line.endswith(b"\n")]  # a killed run may leave half a line
-        return [line for line in complete if json.loads(line)["step"] < start]
+        return [line for line in complete if parse_json(line)["step"] < start]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: damaged; move it away to --resume without the old rows") from None
 
@@ -347,8 +348,11 @@ def _fill_rows(tensor: Tensor, files: list[Any], key: str) -> None:
 def _verify(path: Path) -> tuple[dict[str, Any], str]:
     """A checkpoint's state.json, and what is damaged in it or in this process's share of the files."""
     try:
-        state = json.loads((path / "state.json").read_bytes())
-        if state.pop("sha256") != digest_json(state):
+        state = parse_json((path / "state.json").read_bytes())
+        parts = len(state["files"])
+        names = {f"state-{part}-of-{parts}.safetensors" for part in range(parts)}
+        is_whole = state["step"] == int(path.name) and names and names == set(state["files"])
+        if state.pop("sha256") != digest_json(state) or not is_whole or not {"model", "data"} <= set(state):
             return {}, "state.json was changed"
         for name in sorted(state["files"])[get_rank() :: get_world_size()]:
             if digest_file(path / name) != state["files"][name]:

@@ -158,6 +158,7 @@ def diversity(config: DiversityConfig) -> None:
     texts = [texts_by_prompt(groups) for groups in files]
     every = sorted({text for groups in texts for group in groups for text in group})
     index = {text: i for i, text in enumerate(every)}
+    # at least 1: texts of one word have no pairs of words
     vocabulary = {n: max(1, len(metrics.count_ngrams(every, n))) for n in ORDERS}
     embeddings = None
     if config.embeddings_url:
@@ -165,6 +166,11 @@ def diversity(config: DiversityConfig) -> None:
         embeddings = fetch_embeddings(every, config.embeddings_url, config.embedder, **options)
     elif config.embedder:
         embeddings = embed(every, config.embedder)
+    if embeddings is not None:
+        norms = np.linalg.norm(embeddings, axis=1)
+        if bad := [text for text, norm in zip(every, norms, strict=True) if not 0 < norm < math.inf]:
+            what = f"the vector of {bad[0][:60]!r} (and of {len(bad) - 1:,} more texts)"
+            raise InputError(f"--embedder {config.embedder}: {what} is zero or not finite")
 
     def of_prompt(group: list[str]) -> dict[str, float]:
         result = {}

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import sys
 import time
@@ -28,6 +29,7 @@ from typing import IO, Any, NoReturn, TypeVar
 from transformers import HfArgumentParser
 
 Config = TypeVar("Config")
+MAX_DEPTH = 100  # of nested JSON
 SAFETENSORS_DTYPES = {
     "float64": "F64",
     "float32": "F32",
@@ -43,9 +45,18 @@ class InputError(Exception):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a script's main(). An InputError is printed as one line on stderr, with exit code 2."""
+    """Run a script's main(). An InputError is printed as one line on stderr, with exit code 2.
+
+    Ctrl-C prints "interrupted". Once main() has ended, a script that gets another one dies of it in silence.
+    """
     try:
-        main()
+        try:
+            main()
+        finally:
+            # Python takes a good part of a second to exit, in which a KeyboardInterrupt would be a traceback
+            is_script = main.__module__ == "__main__"  # if not, this process goes on
+            if is_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
     except (InputError, OSError) as error:  # OSError: disk full, no permission, a folder in a file's place
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all of torchrun's processes read the same bad flags
             print_error(error)
@@ -116,7 +127,8 @@ def parse(config: type[Config], description: str | None, args: list[str] | None 
     `args` are the command line's arguments unless given. If the dataclass has a class method
     `default_args(args)`, the arguments that it returns are read before those of the command line. A path
     below data/ that the working directory lacks is the project's own. Raises InputError for anything that
-    cannot be read.
+    cannot be read, and for an empty string, such as an unset $VARIABLE gives, unless the dataclass's class
+    attribute `may_be_empty` names the flag.
     """
 
     def split(line: str) -> list[str]:
@@ -135,11 +147,19 @@ def parse(config: type[Config], description: str | None, args: list[str] | None 
         argv = sys.argv[1:] if args is None else args
         if hasattr(config, "default_args"):
             argv = config.default_args(parser.parse_known_args(argv)[0]) + argv
+        for name, value in vars(parser.parse_known_args(argv)[0]).items():
+            texts = value if isinstance(value, list) else [value]
+            if "" in texts and name not in getattr(config, "may_be_empty", ()):
+                raise InputError(f"--{name}: is empty; give a value, or leave the flag out")
+            if any(isinstance(text, str) and "\0" in text for text in texts):  # no file can have such a name
+                raise InputError(f"--{name}: has a NUL character")
         values, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
     except UnicodeError:
         raise InputError("the command line or an @file is not UTF-8 text") from None
+    except RecursionError:
+        raise InputError("an @file names itself, or too many others") from None
     if unknown:
         name = unknown[0].split("=")[0]
         close = difflib.get_close_matches(name, [f"--{field.name}" for field in fields(config)], 1)
@@ -198,8 +218,22 @@ def fill(template: str, **values: str) -> str:
     return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match[1]], template)
 
 
-def _loads(text: str) -> Any:
-    value = json.loads(text)
+def parse_json(text: str | bytes) -> Any:
+    """A JSON document's value. Raises ValueError for no JSON, no UTF-8, and lists nested beyond MAX_DEPTH.
+
+    Python reads deeper ones, but fails to copy, write or render them with a RecursionError.
+    """
+    text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+    try:
+        value = json.loads(text)
+        level = [value] if text.count("[") + text.count("{") > MAX_DEPTH else []
+        for _ in range(MAX_DEPTH):
+            children = (x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list))
+            level = [child for some in children for child in some]
+    except RecursionError:
+        level = [text]
+    if level:
+        raise ValueError("nested too deeply")
     if "\\ud" in text.lower():  # half a surrogate pair is valid JSON but cannot be encoded as UTF-8
         json.dumps(value, ensure_ascii=False).encode()
     return value
@@ -223,10 +257,10 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
                     text = line.decode("utf-8-sig")
                     if text.strip():
                         is_text = name.endswith(".txt")
-                        yield number, {"prompt": text.rstrip("\r\n")} if is_text else _loads(text)
+                        yield number, {"prompt": text.rstrip("\r\n")} if is_text else parse_json(text)
         elif name.endswith(".json"):
             text = path.read_bytes().decode("utf-8-sig")
-            rows = _loads(text) if text.strip() else []
+            rows = parse_json(text) if text.strip() else []
             if not isinstance(rows, list):
                 raise InputError(f"{path}: expected a JSON list of objects, found {type(rows).__name__}")
             yield from enumerate(rows, 1)
@@ -253,8 +287,6 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
     except ValueError as error:  # not JSON, or an integer with too many digits for Python
         reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
         raise InputError(f"{path}:{number or getattr(error, 'lineno', 1)}: not JSON: {reason}") from None
-    except RecursionError:
-        raise InputError(f"{path}:{max(number, 1)}: JSON nested too deeply") from None
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise InputError(f"{path}: damaged or cut-short gzip file, after row {number}") from None
 

@@ -230,12 +230,13 @@ def read_sample(row: dict[str, Any], where: str) -> Sample:
         else:
             prompt, text = row["prompt"], row["completion"]
         text = text["answer"] if isinstance(text, dict) else text
+        turns = prompt if isinstance(prompt, list) else message("user", prompt)
+        parts = [turn[key] for turn in turns for key in ("role", "content")] + [text]
         options = template_options(row, prompt, where).get("options")
         sample = Sample(prompt, text, row.get("finish"), "completion" not in row, options)
-        is_text = isinstance(last_turn(sample.prompt), str) and isinstance(sample.text, str)
-    except (KeyError, IndexError, TypeError, ValueError):
-        is_text = False
-    if not is_text:
+    except (KeyError, TypeError, ValueError):
+        parts = []
+    if len(parts) < 3 or not all(isinstance(part, str) for part in parts):
         raise InputError(f"{where}: needs string 'prompt' and 'completion', or another --format of sample.py")
     return sample
 

@@ -41,7 +41,7 @@ from huggingface_hub.utils import get_session, hf_raise_for_status
 from tqdm import tqdm
 
 from answers import after_thinking
-from files import InputError, digest_json, fill, flag, read_template, require
+from files import InputError, digest_json, fill, flag, parse_json, read_template, require
 
 Texts = Sequence[str]
 
@@ -207,10 +207,11 @@ def _look_up(prompts: Texts, config: JudgeConfig) -> tuple[dict[str, str], dict[
     path, cached = Path(config.cache), {}
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else (), 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
-        if not (isinstance(row, dict) and row.keys() == {"key", "answer"}):
+        is_answer = isinstance(row, dict) and row.keys() == {"key", "answer"}
+        if not (is_answer and all(isinstance(value, str) for value in row.values())):
             raise InputError(f"--cache {path}:{number}: not an answer of a judge; give another file")
         cached[row["key"]] = row["answer"]
     settings = {"model": config.judge_model, "temperature": 0, "max_tokens": config.max_new_tokens}
@@ -240,7 +241,8 @@ def ask(prompts: Texts, parse: Callable[[str], Any], config: JudgeConfig, label:
     def send(prompt: str, form: dict[str, int]) -> str:
         message = [{"role": "user", "content": prompt}]
         output = client.chat_completion(message, model=config.judge_model, extra_body=form)
-        return _scrub(output.choices[0].message.content or "", key)
+        text = (output.choices[0].message.content or "").encode(errors="replace")  # half a surrogate pair
+        return _scrub(text.decode(), key)
 
     def request(prompt: str) -> str:
         nonlocal first

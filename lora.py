@@ -10,7 +10,6 @@ second term off gives the reference at any time, without a second model in memor
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import re
@@ -28,6 +27,7 @@ from files import (
     InputError,
     digest_tensors,
     error_prefix,
+    parse_json,
     raise_input_error,
     run_command,
     write_json,
@@ -35,6 +35,7 @@ from files import (
 )
 from parallel import full_tensor, get_rank
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of an adapter's weights
 SCORE = "base_model.model.score.weight"  # the head of a reward model, in PEFT's naming
 
 
@@ -110,6 +111,8 @@ def add_lora(
         if not any(_named(name, [target]) for name in linear):
             real = ", ".join(sorted({name.split(".")[-1] for name in linear}))
             raise InputError(f"--lora_targets {target}: no such linear layer; this model has {real}")
+    if not linear:
+        raise InputError("--lora_rank: this model has no linear layer to adapt")
     model.requires_grad_(False)
     if score is not None:
         score.float().requires_grad_(True)
@@ -196,17 +199,33 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     other += ("alora_invocation_tokens",)
     plain = (None, True, False, "gaussian", "orthogonal")  # initializations that do not change the base
     try:
-        config = json.loads(path.read_bytes())
+        config = parse_json(path.read_bytes())
         changed = any(config.get(key) for key in other) or config.get("init_lora_weights") not in plain
         if config["peft_type"] != "LORA" or changed:
             raise InputError(
                 f"{path}: only plain LoRA adapters are read (no DoRA, rsLoRA, PiSSA, patterns ...)"
             )
-        if not (isinstance(config["r"], int) and config["r"] > 0 and config["lora_alpha"] + 0.0 > 0):
+        is_rank = type(config["r"]) is int and config["r"] > 0  # true is an instance of int too
+        if not (is_rank and 0 < config["lora_alpha"] + 0.0 < math.inf):
             raise InputError(f"{path}: r must be a positive whole number and lora_alpha a positive number")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: not a LoRA adapter's configuration: {error!r}") from None
     return config
+
+
+def find_base(path: str) -> tuple[str, list[str]]:
+    """The model that an adapter's folder goes with, and the adapters to merge into it, in this order.
+
+    A base may itself be the folder of an adapter. Any other model is its own base, without adapters.
+    """
+    adapters, seen = [], set()
+    while (Path(path) / "adapter_config.json").is_file():
+        adapters.insert(0, path)
+        seen.add(Path(path).resolve())
+        path = read_adapter_config(path).get("base_model_name_or_path")
+        if not isinstance(path, str) or "\0" in path or Path(path).resolve() in seen:
+            raise InputError(f"--model {adapters[0]}: base_model_name_or_path {path!r} names no other model")
+    return path, adapters
 
 
 def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -223,12 +242,18 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
         raise InputError(f"{path}: cannot be read: {error}") from None
     by_layer: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise InputError(f"{path}: {key} is {tensor.dtype}; only floats of 16, 32 or 64 bits are read")
         if key == SCORE and hasattr(model, "score") and tensor.shape == model.score.weight.shape:
             model.score.weight.data.copy_(tensor)
             continue
         match = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", key)
         if not match:
             raise InputError(f"{path}: unexpected tensor {key}; only lora_A and lora_B weights are read")
+        if config["r"] not in tensor.shape:  # before add_lora() makes weights of this rank
+            raise InputError(
+                f"{path}: {key} is {tuple(tensor.shape)}, but its configuration has r {config['r']}"
+            )
         by_layer.setdefault(match[1], {})[match[2]] = tensor
     with error_prefix(path):
         add_lora(

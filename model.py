@@ -25,6 +25,7 @@ import functools
 import json
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -32,15 +33,16 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -49,10 +51,11 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from files import InputError, write_json
-from lora import load_lora, merge_lora, read_adapter_config
+from lora import find_base, load_lora, merge_lora
 from preferences import Packed
 
 transformers_logging.disable_progress_bar()  # a small model loads faster than its bar draws
+MAX_LAYERS = 10_000
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += (
     "chat_template.jinja",
@@ -420,33 +423,29 @@ def load_model(
     one label. A causal LM then gets a head of zeros in place of its own. Only safetensors weights are read.
     Raises InputError if model or tokenizer cannot be loaded completely.
     """
-    path, folder = str(path), Path(path)
-    is_adapter = (folder / "adapter_config.json").is_file()
-    if (folder / "run.json").is_file() and not (is_adapter or (folder / "config.json").is_file()):
-        raise InputError(f"--model {path}: the run is unfinished; train with --resume to finish it")
+    base, adapters = find_base(str(path))
+    folder = Path(base)
+    if (folder / "run.json").is_file() and not (folder / "config.json").is_file():
+        raise InputError(f"--model {base}: the run is unfinished; train with --resume to finish it")
     with loading(f"--model {path}"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if is_adapter:
-        base = read_adapter_config(path).get("base_model_name_or_path")
-        if not isinstance(base, str) or Path(base).resolve() == folder.resolve():
-            raise InputError(f"--model {path}: base_model_name_or_path is missing or names this folder")
-        model, _ = load_model(base, "cpu", dtype, reward)  # merge on the CPU: the same weights on any device
-        return merge_lora(load_lora(model, path)).to(device, dtype or model.dtype), tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise InputError(f"--model {path}: no *.safetensors weights there (other formats are not read)")
+        raise InputError(f"--model {base}: no *.safetensors weights there (other formats are not read)")
     options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
-    auto = AutoModelForCausalLM
-    if reward:
-        auto, options["num_labels"] = AutoModelForSequenceClassification, 1
-    with loading(f"--model {path}"):
-        model, info = auto.from_pretrained(path, dtype=dtype or "auto", **options)
+    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    options |= {"num_labels": 1} if reward else {}
+    with loading(f"--model {base}"):
+        read_config(base)
+        model, info = auto.from_pretrained(base, dtype=dtype or "auto", **options)
     missing = set(info["missing_keys"])
     if "score.weight" in missing:  # not random: all processes must start from the same head
         missing.remove("score.weight")
         model.score.weight.data.zero_()
     broken = sorted(missing) + [str(name) for name in info["mismatched_keys"]]
     if broken:  # transformers would go on with random numbers
-        raise InputError(f"--model {path}: {len(broken)} weights are missing or misshapen, first {broken[0]}")
+        raise InputError(f"--model {base}: {len(broken)} weights are missing or misshapen, first {broken[0]}")
+    for adapter in adapters:  # merged on the CPU: the same weights on any device
+        model = merge_lora(load_lora(model, adapter)).to(dtype or model.dtype)
     return model.to(device).eval(), tokenizer
 
 
@@ -471,11 +470,23 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
         write_json(path, config | {"pad_token": tokenizer.pad_token})
 
 
+def read_config(path: str) -> PreTrainedConfig:
+    """A model's config.json. Raises ValueError if it has so many layers that they would fill the memory."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    if layers > MAX_LAYERS:
+        raise ValueError(f"its configuration has {layers:,} layers")
+    return config
+
+
 @contextlib.contextmanager
 def loading(flag: str) -> Iterator[None]:
-    """Turn what transformers raises for a bad folder or hub name into an InputError that names `flag`."""
+    """Turn whatever transformers raises for a bad folder or hub name into an InputError that names `flag`.
+
+    Keep other code out of the block: its faults would be taken for the folder's.
+    """
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300)
         raise InputError(f"{flag}: cannot be loaded: {reason}") from error

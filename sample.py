@@ -54,6 +54,7 @@ from files import (
     flag,
     lock,
     parse,
+    parse_json,
     read_template,
     require,
     require_same,
@@ -208,6 +209,8 @@ class SampleConfig:
     compile: bool = flag(False, "Compile the decoding step: minutes at the start, then faster steps.")
     seed: int = flag(0, "Seed of all random numbers.")
 
+    may_be_empty = ("prompt",)
+
     def __post_init__(self) -> None:
         t, tau = self.temperature, self.global_temperature
         for name, condition, wanted in (
@@ -233,7 +236,6 @@ class SampleConfig:
                 self.prompt_template is None or self.prompt is None,
                 "given without --prompt",
             ),
-            ("stop", all(self.stop or []), "strings that are not empty"),
             ("resume", not (self.resume and self.overwrite), "given without --overwrite"),
         ):
             require(self, name, condition, wanted)
@@ -244,6 +246,12 @@ def encode(
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of every prompt, and the end tokens. Raises InputError if prompts do not fit the model."""
     prompts, options = [row["prompt"] for row in rows], [row.get("options") for row in rows]
+    own = model.generation_config.eos_token_id
+    ids = own if isinstance(own, list) else [] if own is None else [own]
+    if not all(type(id) is int and abs(id) < 2**31 for id in ids):
+        raise InputError(
+            f"--model {config.model}: generation_config.json: eos_token_id {own!r} is no token id"
+        )
     with error_prefix(config.prompts if config.prompt is None else "--prompt"):
         encoded, ends = encode_prompts(prompts, tokenizer, options), end_tokens(model, tokenizer, prompts)
     new, limit = config.max_new_tokens, max_positions(model)
@@ -332,7 +340,7 @@ def lines_to_keep(out: Path, config: SampleConfig, digest: str) -> list[bytes]:
         return []
     path = Path(f"{out}.flags.json")
     try:
-        saved = json.loads(path.read_bytes())
+        saved = parse_json(path.read_bytes())
         require_same(asdict(config), saved["config"], MAY_CHANGE)
         if saved["prompts"] != digest:
             raise InputError(f"--prompts {config.prompts}: not what the run to --resume was sampling")

@@ -78,8 +78,9 @@ def report_means(config: SamplesConfig, columns: list[Columns], files: list[Grou
     heads = ("samples", "baseline", "difference") if len(columns) == 2 else ("samples",)
     print(f"{'mean over prompts [95% interval]':36}" + "".join(f"{head:>26}" for head in heads) + "  prompts")
     result: dict[str, dict[str, dict[str, Any]]] = {}
-    for name in columns[0]:
-        values = [column[name] for column in columns]
+    undefined = np.full(len(files[0]), math.nan)  # a file may have no prompt with, say, two good samples
+    for name in dict.fromkeys(name for column in columns for name in column):
+        values = [column.get(name, undefined) for column in columns]
         if len(values) == 2:
             values.append(values[0] - values[1])
         line, row = f"{name:36}", result.setdefault(name, {})

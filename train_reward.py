@@ -81,7 +81,7 @@ def load_reward_model(
     if not hasattr(model, "score"):
         raise InputError(f"--model {path}: {type(model).__name__} has no head named score; give a decoder")
     for pad in (config.pad_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
-        if pad is not None:
+        if pad is not None and pad >= 0:  # -1 in some configs: none
             config.pad_token_id = tokenizer.pad_token_id = pad
             return model, tokenizer
     raise InputError(f"--model {path}: its tokenizer has neither a padding nor an end token")
@@ -114,7 +114,7 @@ def encode_texts(
             text = tokenizer(whole, add_special_tokens=False).input_ids
         while len(text) > 1 and text[-1] == tokenizer.pad_token_id:
             text.pop()
-        size = min(len(start), len(text) - 1) if text[: len(start)] == start else 1
+        size = max(1, min(len(start), len(text) - 1)) if text[: len(start)] == start else 1
         texts.append((text[:size], text[size:] + [tokenizer.pad_token_id]))
     return texts
 

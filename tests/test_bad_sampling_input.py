@@ -1,12 +1,14 @@
 """Bad input to sample.py and evaluate.py, and to all as a user sees them: one line, exit code 2."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import FIG, PAIR, lines, truncate
+import torch
+from conftest import FIG, PAIR, USER, lines, truncate
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -73,7 +75,8 @@ def test_sample_with_bad_prompts(refused, tiny_model_folder, tmp_path, rows, fra
             ["--format", "arena_hard", "--num_samples", 16],
             "--num_samples 16: must be 1 for --format arena_hard",
         ),
-        (["--stop", "a", ""], "must be strings that are not empty"),
+        (["--prompts", ""], "--prompts: is empty; give a value, or leave the flag out"),
+        (["--stop", "a", ""], "--stop: is empty; give a value, or leave the flag out"),
         (["--resume", "--overwrite"], "--resume True: must be given without --overwrite"),
         (["--global_temperature", 0], "--global_temperature 0.0: must be at least 1e-6"),
         (["--global_temperature", 2, "--temperature", 2], "must be given without --temperature"),
@@ -149,6 +152,45 @@ def damage_rank_type(folder):
     edit_config(folder, r="two")
 
 
+def damage_rank_bool(folder):
+    edit_config(folder, r=True)
+
+
+def damage_rank_size(folder):
+    edit_config(folder, r=10**19)
+
+
+def damage_alpha(folder):
+    edit_config(folder, lora_alpha=float("inf"))
+
+
+def damage_base_name(folder):
+    edit_config(folder, base_model_name_or_path="a\0b")
+
+
+def damage_base_unicode(folder):
+    edit_config(folder, base_model_name_or_path="\ud800")
+
+
+def damage_depth(folder):
+    (folder / "adapter_config.json").write_text("[" * 100_000)
+
+
+def damage_base_into_a_circle(folder):
+    shutil.copytree(folder, folder.parent / "other")
+    edit_config(folder, base_model_name_or_path=str(folder.parent / "other"))
+    edit_config(folder.parent / "other", base_model_name_or_path=str(folder))
+
+
+def damage_dtype(folder, dtype=torch.float8_e4m3fn):
+    path = folder / "adapter_model.safetensors"
+    save_file({name: t.to(dtype) for name, t in load_file(path).items()}, path)
+
+
+def damage_dtype_complex(folder):
+    damage_dtype(folder, torch.complex64)
+
+
 def damage_weights(folder):
     truncate(folder / "adapter_model.safetensors")
 
@@ -169,10 +211,28 @@ def edit_config(folder, **values):
         (damage_config, ["adapter_config.json: not a LoRA adapter's configuration"]),
         (damage_kind, ["adapter_config.json: only plain LoRA adapters are read"]),
         (damage_start, ["adapter_config.json: only plain LoRA adapters are read"]),
-        (damage_base_into_itself, ["--model ", "base_model_name_or_path is missing or names this folder"]),
+        (damage_base_into_itself, ["--model ", "names no other model"]),
         (damage_base, ["--model ", "moved: cannot be loaded"]),
-        (damage_rank, ["adapter_model.safetensors: ", "lora_A is (2, 32), this model needs (3, 32)"]),
+        (
+            damage_rank,
+            ["adapter_model.safetensors: ", "lora_A.weight is (2, 64), but its configuration has r 3"],
+        ),
         (damage_rank_type, ["adapter_config.json: r must be a positive whole number"]),
+        (damage_rank_bool, ["adapter_config.json: r must be a positive whole number"]),
+        (
+            damage_rank_size,
+            ["adapter_model.safetensors: ", "but its configuration has r 10000000000000000000"],
+        ),
+        (damage_alpha, ["adapter_config.json: ", "lora_alpha a positive number"]),
+        (damage_base_name, ["--model ", "names no other model"]),
+        (damage_base_unicode, ["adapter_config.json: not a LoRA adapter's configuration"]),
+        (damage_depth, ["adapter_config.json: not a LoRA adapter's configuration", "nested too deeply"]),
+        (damage_base_into_a_circle, ["--model ", "names no other model"]),
+        (damage_dtype, ["adapter_model.safetensors: ", "float8_e4m3fn; only floats of 16, 32 or 64 bits"]),
+        (
+            damage_dtype_complex,
+            ["adapter_model.safetensors: ", "complex64; only floats of 16, 32 or 64 bits"],
+        ),
         (damage_weights, ["adapter_model.safetensors: cannot be read"]),
         (lose_weights, ["adapter_model.safetensors: cannot be read"]),
     ],
@@ -208,6 +268,96 @@ def test_evaluate_with_bad_input(refused, tmp_path, data, flags, fragment):
     words = [data if word == "DATA" else word for flag in flags.items() for word in flag]
     refused(evaluate, ["society", *words], fragment)
     assert not (tmp_path / "o").exists()
+
+
+DEEP = "[" * 500 + "]" * 500
+SAMPLES = {
+    "message without a role": lines({"messages": [{"content": "a"}, FIG]}),
+    "message without content": lines({"messages": [{"role": "system"}, USER, FIG]}),
+    "string among the messages": lines({"messages": ["a", USER, FIG]}),
+    "content in parts": lines({"messages": [{**USER, "content": [{"type": "text", "text": "a"}]}, FIG]}),
+    "no prompt": lines({"messages": [FIG]}),
+    "nested too deep": f'{{"prompt": [{{"role": "user", "content": "a", "x": {DEEP}}}]}}\n'.encode(),
+}
+
+
+@pytest.mark.parametrize("rows", SAMPLES.values(), ids=SAMPLES)
+@pytest.mark.parametrize("command", [["diversity"], ["judge", "--dry_run"], ["society"]])
+def test_evaluate_with_bad_samples(refused, tmp_path, command, rows):
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(lines({"prompt": "a", "completion": "b"}) + rows)
+    refused(evaluate, [*command, "--samples", path], f"{path}:2: ")
+
+
+def diversity(monkeypatch, folder, *flags):
+    """What evaluate.py diversity writes of <folder>/samples.jsonl."""
+    words = ["diversity", "--samples", folder / "samples.jsonl", "--out_file", folder / "out.json", *flags]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    evaluate.main()
+    return json.loads((folder / "out.json").read_text())["metrics"]
+
+
+@pytest.mark.parametrize("text", ["\0", "\u200b", "a"])
+def test_texts_of_one_word_have_no_pairs_of_words(tmp_path, monkeypatch, text):
+    (tmp_path / "samples.jsonl").write_bytes(lines(*[{"prompt": "a", "completion": text}] * 4))
+    result = diversity(monkeypatch, tmp_path)
+    assert result["distinct-1"]["samples"]["mean"] == 1 / 4
+    assert result["distinct-2"] == result["EAD-2"] == {}
+
+
+@pytest.mark.parametrize("single", ["samples", "baseline"])
+def test_a_single_sample_has_no_diversity(tmp_path, monkeypatch, single):
+    for name in ("samples", "baseline"):
+        rows = [{"prompt": "a", "completion": f"b {i}"} for i in range(1 if name == single else 3)]
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(*rows))
+    result = diversity(monkeypatch, tmp_path, "--baseline", tmp_path / "baseline.jsonl")
+    [other] = {"samples", "baseline"} - {single}
+    assert {name: row["mean"] for name, row in result["unique texts"].items()} == {other: 1}
+
+
+@pytest.mark.parametrize(
+    "command", [["diversity"], ["winrate", "--dry_run"], ["quality", "--reference", "there"]]
+)
+@pytest.mark.parametrize("flag", ["samples", "baseline", "out_file"])
+def test_evaluate_with_an_empty_flag(refused, tmp_path, command, flag):
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(lines({"prompt": "a", "completion": "b"}))
+    flags = [*command, "--samples", path, "--baseline", path, f"--{flag}="]
+    refused(evaluate, flags, f"--{flag}: is empty; give a value, or leave the flag out")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"key": "a", "answer": 5}, {"key": [1], "answer": "[[A]]"}, {"key": "a", "answer": None}, ["a"]],
+)
+def test_cache_of_other_rows(refused, tmp_path, row):
+    samples, cache = tmp_path / "samples.jsonl", tmp_path / "cache.jsonl"
+    samples.write_bytes(lines({"prompt": "a", "completion": "b"}))
+    cache.write_bytes(lines({"key": "a", "answer": "[[A]]"}, row))
+    flags = ["winrate", "--samples", samples, "--baseline", samples, "--cache", cache, "--dry_run"]
+    refused(evaluate, flags, f"--cache {cache}:2: not an answer of a judge; give another file")
+
+
+def test_cache_with_a_damaged_line(tmp_path, monkeypatch, capsys):
+    """A line that is no JSON is what a killed run leaves: it is ignored, however deep its brackets are."""
+    samples, cache = tmp_path / "samples.jsonl", tmp_path / "cache.jsonl"
+    samples.write_bytes(lines({"prompt": "a", "completion": "b"}))
+    cache.write_text("[" * 100_000 + "\n")
+    flags = ["winrate", "--samples", samples, "--baseline", samples, "--cache", cache, "--dry_run"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+    evaluate.main()
+    assert capsys.readouterr().out == "1 requests would be sent\n"
+
+
+@pytest.mark.parametrize("name", ["none", "a list", "nested too deep"])
+def test_sample_resumes_only_with_its_flags(refused, tiny_model_folder, data, tmp_path, name):
+    out, texts = tmp_path / "out.jsonl", {"a list": "[]", "nested too deep": "[" * 100_000}
+    out.write_text("old\n")
+    if name in texts:
+        Path(f"{out}.flags.json").write_text(texts[name])
+    flags = ["--model", tiny_model_folder, "--prompts", data, "--out_file", out, "--resume", *SAMPLE]
+    refused(sample, flags, f"{out}.flags.json: missing or damaged")
+    assert out.read_text() == "old\n"
 
 
 @pytest.mark.parametrize(

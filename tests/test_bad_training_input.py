@@ -43,7 +43,7 @@ ROWS = {
     "not UTF-8": (lines(PAIR) + b'{"prompt": "caf\xe9"}\n', "rows.jsonl:2: not UTF-8"),
     "not JSON": (lines(PAIR) + b"\n{'prompt': 1}\n", "rows.jsonl:3: not JSON"),
     "cut short": (lines(PAIR, PAIR)[:-9], "rows.jsonl:2: not JSON"),
-    "nested too deep": (lines(PAIR) + b"[" * 200_000, "rows.jsonl:2: JSON nested too deeply"),
+    "nested too deep": (lines(PAIR) + b"[" * 200_000, "rows.jsonl:2: not JSON: nested too deeply"),
     "endless number": (b'{"prompt": ' + b"1" * 5000 + b"}", "rows.jsonl:1: not JSON"),
     "not an object": (lines(PAIR, ["a"]), "rows.jsonl:2: expected a JSON object, found list"),
     "key missing": (lines(PAIR, {"prompt": "a", "chosen": "b"}), "rows.jsonl:2: no key 'rejected'"),
@@ -169,6 +169,9 @@ def test_bad_supervised_rows(train_refused, tmp_path, row, fragment):
             "this model has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
         ),
         ({"@missing.txt": None}, "missing.txt"),
+        ({"--data": ""}, "--data: is empty; give a value, or leave the flag out"),
+        ({"--eval_data": ""}, "--eval_data: is empty; give a value, or leave the flag out"),
+        ({"--lora_targets": "q_proj", "": None}, "--lora_targets: is empty; give a value"),
     ],
 )
 def test_bad_flags(train_refused, flags, fragment):
@@ -178,6 +181,18 @@ def test_bad_flags(train_refused, flags, fragment):
 def test_unbalanced_quote_in_a_file_of_flags(train_refused, tmp_path):
     (tmp_path / "recipe.txt").write_text("--data it's.jsonl\n")
     train_refused({f"@{tmp_path / 'recipe.txt'}": None}, "it's.jsonl", "No closing quotation")
+
+
+def test_file_of_flags_that_names_itself(train_refused, tmp_path):
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text(f"--alpha 0.3\n@{two}\n")
+    two.write_text(f"@{one}\n")
+    train_refused({f"@{one}": None}, "an @file names itself")
+
+
+def test_file_of_flags_with_a_nul(train_refused, tmp_path):
+    (tmp_path / "flags.txt").write_text("--eval_data a\0b\n")
+    train_refused({f"@{tmp_path / 'flags.txt'}": None}, "--eval_data: has a NUL character")
 
 
 def test_file_of_flags_that_is_not_utf_8(train_refused, tmp_path):
@@ -278,6 +293,25 @@ def test_bad_data_leaves_the_run_that_was_to_be_overwritten(train_refused, adapt
 def test_resume_with_other_flags(train_refused, finished_run, adapter, flags, fragment):
     pairs = finished_run.parent / "pairs.jsonl"
     train_refused({"--data": pairs, "--alpha": 0.2, "--resume": None} | flags, fragment)
+
+
+RUNS = {
+    "nested too deep": ("[" * 100_000, "run.json: damaged; --overwrite starts the run anew"),
+    "closed, but nested too deep": ('{"model": ' + "[" * 500 + "]" * 500 + "}", "run.json: damaged"),
+    "a list": ("[]", "run.json: damaged"),
+    "pairs": ('[["seed", 0]]', "run.json: damaged"),
+    "half a surrogate": ('{"model": "\\ud800"}', "run.json: damaged"),
+    "empty data": ('{"data": ""}', "--data: is empty"),
+    "a NUL in the data": ('{"data": "a\\u0000b"}', "--data: has a NUL character"),
+    "a list of data": ('{"data": []}', "--data: expected one argument"),
+}
+
+
+@pytest.mark.parametrize(("text", "fragment"), RUNS.values(), ids=RUNS)
+def test_resume_with_a_damaged_run_json(refused, adapter, text, fragment):
+    (adapter / "run.json").write_text(text)
+    refused(train_dpl, ["--out_dir", adapter, "--resume"], fragment)
+    assert (adapter / "run.json").read_text() == text
 
 
 def test_resume_on_other_data(train_refused, data, adapter):

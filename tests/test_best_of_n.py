@@ -47,14 +47,14 @@ def rows(problem, texts):
 
 
 def test_read_problems(tmp_path):
-    levels = ["Level 5", 5, "5", 5.0, None, "Level ²"]
+    levels = ["Level 5", 5, "5", 5.0, None, "Level ²", "1" * 5000]
     (tmp_path / "a.jsonl").write_bytes(lines(EGGS, CATS, *(ROOTS | {"level": level} for level in levels)))
     eggs, cats, *roots = read_problems(tmp_path / "a.jsonl")
     assert eggs == (EGGS["question"], "5", gsm8k_answer, None) and cats.gold == "600"
     assert {(p.question, p.gold, p.read_answer) for p in roots} == {
         (ROOTS["problem"], "\\frac{1}{2}", math_answer)
     }
-    assert [problem.level for problem in roots] == [5, 5, 5, 5, None, None]
+    assert [problem.level for problem in roots] == [5, 5, 5, 5, None, None, 111_111_111]
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,33 @@
 
 import gzip
 import hashlib
+import json
 import re
+import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save
 
-from files import InputError, atomic_write, flag, parse, read_rows, write_json, write_tensors
+from files import (
+    MAX_DEPTH,
+    InputError,
+    atomic_write,
+    flag,
+    parse,
+    parse_json,
+    read_rows,
+    run_command,
+    write_json,
+    write_tensors,
+)
 
 
 @dataclass
@@ -178,3 +193,75 @@ def test_bad_csv_files_are_named(data, fragment, tmp_path):
     (tmp_path / "a.csv").write_bytes(data)
     with pytest.raises(InputError, match=rf"a\.csv.*{fragment}"):
         list(read_rows(tmp_path / "a.csv"))
+
+
+@dataclass
+class Empty(Config):
+    """Flags of which one may be empty."""
+
+    may_be_empty = ("name",)
+
+
+def test_an_empty_flag_is_refused_unless_it_may_be_empty(monkeypatch):
+    for words in (["--name="], ["--name", ""], ["--layers", "a", ""]):
+        with pytest.raises(InputError, match=re.escape(f"{words[0].strip('=')}: is empty")):
+            parse_arguments(monkeypatch, *words)
+    assert parse(Empty, None, ["--name="]).name == ""
+    with pytest.raises(InputError, match="--layers: is empty"):
+        parse(Empty, None, ["--layers="])
+
+
+@given(st.integers(0, 2 * MAX_DEPTH), st.sampled_from(['{"a":%s}', "[0,%s]"]))
+def test_json_is_read_to_a_depth_that_all_of_python_can_handle(depth, form):
+    text = "1"
+    for _ in range(depth):
+        text = form % text
+    if depth <= MAX_DEPTH:
+        assert parse_json(text) == parse_json(b"\xef\xbb\xbf" + text.encode()) == json.loads(text)
+    else:
+        with pytest.raises(ValueError, match="nested too deeply"):
+            parse_json(text)
+
+
+def test_many_brackets_that_are_not_nested():
+    value = [[["[" * 1000, {"a": []}]] * 200, {"b": "{" * 1000}]
+    assert parse_json(json.dumps(value)) == value
+
+
+# Ctrl-C comes once main() is over, as it may while Python unloads torch
+LATE = """
+import atexit, os, signal, sys
+from files import InputError, run_command
+signal.signal(signal.SIGINT, {handler})  # a shell's background jobs ignore Ctrl-C
+atexit.register(lambda: print("finished", flush=True))
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+def main():
+    {action}
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("handler", "action", "code", "error"),
+    [
+        ("signal.default_int_handler", "pass", -signal.SIGINT, ""),
+        ("signal.default_int_handler", "sys.exit(3)", -signal.SIGINT, ""),
+        ("signal.default_int_handler", "raise KeyboardInterrupt", -signal.SIGINT, "interrupted\n"),
+        ("signal.default_int_handler", "raise InputError('bad')", -signal.SIGINT, "error: bad\n"),
+        ("signal.SIG_IGN", "pass", 0, ""),
+        ("signal.SIG_IGN", "raise InputError('bad')", 2, "error: bad\n"),
+    ],
+)
+def test_an_interrupt_after_the_end_is_silent(handler, action, code, error):
+    script = LATE.format(handler=handler, action=action)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, error)
+    assert done.stdout == ("" if code == -signal.SIGINT else "finished\n")
+
+
+def test_run_command_leaves_the_handlers_of_a_caller_that_goes_on():
+    before = signal.getsignal(signal.SIGINT)
+    run_command(lambda: None)
+    with pytest.raises(SystemExit):
+        run_command(lambda: (_ for _ in ()).throw(InputError("bad")))
+    assert signal.getsignal(signal.SIGINT) is before

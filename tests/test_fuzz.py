@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint import checkpoints, newest_checkpoint
-from files import parse, run_command
+from files import digest_json, parse, run_command
 from model import load_model
 from preferences import tokenize
 from reference import reference_stats
@@ -130,6 +130,13 @@ def edit_state(path, **changes):
     (path / "state.json").write_text(json.dumps(state | changes))
 
 
+def forge_state(path, *lost, **changes):
+    """Edit a checkpoint's state.json so that its digest is right."""
+    state = json.loads((path / "state.json").read_bytes()) | changes
+    state = {key: value for key, value in state.items() if key not in (*lost, "sha256")}
+    (path / "state.json").write_text(json.dumps({**state, "sha256": digest_json(state)}))
+
+
 def edit_tensors(path, change):
     file = path / "state-0-of-1.safetensors"
     save_file({name: change(tensor) for name, tensor in load_file(file).items()}, file)
@@ -142,6 +149,15 @@ EDITS = {
     "a list": lambda path: (path / "state.json").write_text("[]"),
     "null": lambda path: (path / "state.json").write_text("null"),
     "files as a list": lambda path: edit_state(path, files=["state-0-of-1.safetensors"]),
+    "nested too deep": lambda path: (path / "state.json").write_text("[" * 100_000),
+    "forged: another step": lambda path: forge_state(path, step=-1),
+    "forged: a step that is text": lambda path: forge_state(path, step="4"),
+    "forged: half a step": lambda path: forge_state(path, step=4.5),
+    "forged: no step": lambda path: forge_state(path, "step"),
+    "forged: no model": lambda path: forge_state(path, "model"),
+    "forged: no files": lambda path: forge_state(path, files={}),
+    "forged: a list of files": lambda path: forge_state(path, files=[]),
+    "forged: another file": lambda path: forge_state(path, files={"state.json": "0"}),
     "no state": lambda path: (path / "state.json").unlink(),
     "no tensors": lambda path: (path / "state-0-of-1.safetensors").unlink(),
     "nothing": lambda path: shutil.rmtree(path) or path.mkdir(),

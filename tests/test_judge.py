@@ -63,6 +63,7 @@ RECOVERS = {  # one failure, then an answer
     "dropped": ["drop"],
     "no JSON": [(200, {}, "<html>busy</html>")],
     "no choices": [(200, {}, '{"error": "overloaded"}')],
+    "a number": [(200, {}, '{"choices": [{"message": {"content": 5}}]}')],
     "empty choices, list": [(200, {}, '{"choices": []}'), (200, {}, "[]")],
 }
 STAYS_MISSING = {  # the requests that it gets
@@ -78,7 +79,8 @@ STAYS_MISSING = {  # the requests that it gets
 
 def test_every_request_of_a_misbehaving_endpoint_is_accounted_for(endpoint, config, tmp_path, capfd):
     missing = {prompt: list(actions) for prompt, (actions, _) in STAYS_MISSING.items()}
-    endpoint.script = {prompt: list(actions) for prompt, actions in RECOVERS.items()} | missing
+    half = {"good": ["Rating: 4 \ud83d"]}  # half a surrogate pair
+    endpoint.script = {prompt: list(actions) for prompt, actions in RECOVERS.items()} | missing | half
     prompts = ["good", *RECOVERS, *STAYS_MISSING, "good"]
     expected = [None if prompt in STAYS_MISSING else 4 for prompt in prompts]
     assert ask(prompts, rating, config, "diversity") == expected
@@ -87,7 +89,7 @@ def test_every_request_of_a_misbehaving_endpoint_is_accounted_for(endpoint, conf
     assert endpoint.requests() == requests
     assert len(cached_answers(config.cache)) == len(RECOVERS) + 1
     captured = capfd.readouterr()
-    assert "warning: diversity: 7 of 18 answers missing: 4 x unreadable answer" in captured.err
+    assert "warning: diversity: 7 of 19 answers missing: 4 x unreadable answer" in captured.err
     assert_no_key(tmp_path, captured)
     assert endpoint.keys == {f"Bearer {KEY}"}
 

@@ -197,3 +197,14 @@ def test_bad_reward_models_end_in_one_line(tiny_model_folder, tmp_path, monkeypa
         load_model(tmp_path / "run")
     refused(sample, ["--model", tmp_path / "run"], "score")
     refused(train_reward, ["--model", tiny_model_folder, "--data", data, "--center", "-1"], "--center -1")
+
+
+def test_a_text_that_is_one_token_without_its_padding(tiny_model_folder):
+    """The end token pads, as in GPT-2, and the answer is nothing else."""
+    model, tokenizer = load_reward_model(str(tiny_model_folder))
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+    tokenizer.pad_token_id = model.config.pad_token_id = tokenizer.eos_token_id
+    ids = tokenizer("T", return_tensors="pt").input_ids
+    assert ids.shape == (1, 1)
+    ours = score_texts(model, tokenizer, ["T", "T"], ["</s>", " The fig."])
+    assert ours[0] == pytest.approx(model(ids).logits.item(), abs=1e-5) != ours[1]
