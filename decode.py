@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from checks import probe_ids
 from files import InputError
-from model import compile_once, dense, dense_masks, head_logits
+from model import compile_once, dense, dense_masks, head_logits, require_attention
 from parallel import to_device
 from preferences import Packed, pack
 
@@ -267,10 +268,8 @@ class Batch:
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         """Compute the prompts, packed end to end without padding; returns logits (prompts, vocab)."""
-        if not self.model._supports_attention_backend:
-            raise ValueError("it does not use transformers' attention interface")
         if self.model.config._attn_implementation != "packed":
-            self.model.set_attn_implementation("packed")
+            check_decoding(self.model)
         head = self.model.get_output_embeddings()
         if isinstance(head, nn.Linear):  # float32 logits; caps and scales that the model applies come after
             head.forward = lambda hidden: head_logits(hidden, head.weight, head.bias)
@@ -281,8 +280,7 @@ class Batch:
             attend = partial(self.cache.prefill, packed, first)
             self.cache.calls, self.cache.masks = 0, {}
             logits.append(self.forward(self.model, packed.ids[None], packed.position[None], last, attend))
-        if self.cache.calls < self.model.config.get_text_config().num_hidden_layers:
-            raise ValueError("some of its layers are no attention")
+        require_attention(self.model, self.cache.calls)
         return torch.cat(logits)
 
     @torch.no_grad()
@@ -302,6 +300,8 @@ class Batch:
         ids, position = to_device(torch.stack([ids, position]), self.device)
         no_mask = torch.empty(1, 1, 1, 1, device=self.device)  # 4-D means "ready": transformers makes none
         options = {"attention_mask": no_mask, "use_cache": False, "logits_to_keep": keep, "attend": attend}
+        if getattr(self.model.config.get_text_config(), "output_router_logits", False):
+            options["output_router_logits"] = False  # a mixture of experts would count tokens by the mask
         try:
             return run(ids, position_ids=position, **options).logits.flatten(0, 1).float()
         except TorchDynamoException as error:
@@ -361,6 +361,25 @@ class Batch:
         tokens = [ids[:n] for ids, n in zip(self.tokens.tolist(), self.length.tolist(), strict=True)]
         scores, finish = self.scores.tolist(), [FINISH[code] for code in self.finish.tolist()]
         return [Completion(tokens[i], *scores[i], finish[i]) for i in indices]
+
+
+@torch.no_grad()
+def check_decoding(model: PreTrainedModel) -> None:
+    """Let `model` use packed attention, and raise ValueError unless two steps of a Batch give its own probabilities.
+
+    This finds what would be silently wrong: attention in both directions, positions that do not start at 0.
+    """
+    texts = torch.tensor(probe_ids(model)[:12]).view(2, 6)
+    model.set_attn_implementation("eager")
+    own = model(texts.to(model.device), use_cache=False).logits[:, 3:5].float().softmax(-1)
+    model.set_attn_implementation("packed")
+    batch = Batch(model, texts[:, :4].tolist(), [0, 1], 3, None)
+    for step in range(2):
+        gap = (batch.logits.softmax(-1) - own[:, step]).abs().sum(-1).max().item() / 2
+        # float32 rounds to 1e-5; bfloat16 to a few percent
+        if not gap <= (1e-3 if model.dtype == torch.float32 else 0.25):
+            raise ValueError(f"next-token probabilities move by {gap:.2g} in total variation")
+        batch.append(texts[:, 4 + step].to(model.device), own[:, step])
 
 
 def keep_in_place(indices: list[int]) -> list[int]:

@@ -36,6 +36,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -94,8 +95,7 @@ def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Sta
         use_cache=False,
         attend=attend,  # transformers hands it on to packed_attention in every layer
     ).last_hidden_state[0]
-    if attend.calls < model.config.get_text_config().num_hidden_layers:
-        raise ValueError("some of its layers are no attention")
+    require_attention(model, attend.calls)
     hidden = hidden.index_select(0, packed.source)
     if (head := model.get_output_embeddings()) is None:
         last = packed.counts.cumsum(0) - 1
@@ -260,6 +260,21 @@ def flex_compiles(
     return COMPILES[kind]
 
 
+# Keywords of attention calls: two that are obeyed, and those that do not change what a layer computes. (Dropout
+# is 0 in eval mode, and attention_rule says what is causal.)
+KEYWORDS = {"sliding_window", "softcap", "dropout", "is_causal", "position_ids", "cache_position"}
+KEYWORDS |= {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
+
+
+def require_attention(model: PreTrainedModel, calls: int) -> None:
+    """Raise ValueError if a forward pass called packed_attention fewer times than the model has layers."""
+    layers = model.config.get_text_config().num_hidden_layers
+    if calls < layers:
+        raise ValueError(
+            f"only {calls} of its {layers} layers attend through transformers' attention interface"
+        )
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -272,13 +287,19 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """The attention function that every layer of a transformers model calls; `attend` does the work.
 
-    Raises ValueError for attention sinks, a position bias, chunks, or a window that only the mask knows.
+    Raises ValueError for whatever else changes the result: unknown keywords (attention sinks, a position
+    bias, the keys chosen by sparse attention), a mask that the layer changed, chunks, or a window that only
+    the mask knows.
     """
     if attend is None:  # called by generate() or model(...), not packed_forward: use eager attention
         eager = sys.modules[type(module).__module__].eager_attention_forward
         return eager(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if any(kwargs.get(name) is not None for name in ("s_aux", "position_bias")):  # GPT-OSS, T5
-        raise ValueError("its attention has sinks or a bias of its own")
+    if unknown := [name for name in kwargs if name not in KEYWORDS and kwargs[name] is not None]:
+        raise ValueError(f"its attention takes more than queries, keys and values: {', '.join(unknown)}")
+    if (
+        attention_mask is not None and attention_mask.numel() > 1
+    ):  # Doge, and DeepSeek V3.2 in eager attention
+        raise ValueError("its attention changes the mask, which is not used here")
     if getattr(module.config, "attention_chunk_size", None):  # Llama 4
         raise ValueError("it attends in chunks by index")
     if "sliding_window" not in kwargs and getattr(module.config, "sliding_window", None):  # PhiMoE
@@ -411,15 +432,26 @@ def load_model(
     if (folder / "run.json").is_file() and not (is_adapter or (folder / "config.json").is_file()):
         raise InputError(f"--model {path}: the run is unfinished; train with --resume to finish it")
     with loading(f"--model {path}"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        has_tokenizer = not is_adapter or any(folder.glob("tokenizer*"))  # PEFT writes none
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False) if has_tokenizer else None
     if is_adapter:
         base = read_adapter_config(path).get("base_model_name_or_path")
         if not isinstance(base, str) or Path(base).resolve() == folder.resolve():
             raise InputError(f"--model {path}: base_model_name_or_path is missing or names this folder")
-        model, _ = load_model(base, "cpu", dtype, reward)  # merge on the CPU: the same weights on any device
+        # merge on the CPU: the same weights on any device
+        model, base_tokenizer = load_model(base, "cpu", dtype, reward)
+        tokenizer = tokenizer or base_tokenizer
         return merge_lora(load_lora(model, path)).to(device, dtype or model.dtype), tokenizer
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise InputError(f"--model {path}: no *.safetensors weights there (other formats are not read)")
+    with loading(f"--model {path}"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    for part in (config, config.get_text_config()):
+        if quantization := getattr(part, "quantization_config", None):
+            kind = dict(quantization).get("quant_method", "bitsandbytes")  # whose older files do not name it
+            raise InputError(
+                f"--model {path}: its weights are quantized ({kind}); give the model in full precision"
+            )
     options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
     auto = AutoModelForCausalLM
     if reward:
