@@ -6,11 +6,12 @@
 - check_objective: losses that return a mean, mix pairs, or have no gradient
 """
 
+import contextlib
 import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,18 @@ def check_memory(config: Any, device: torch.device) -> None:
         refuse_above(host, needed, "each process", hint)
 
 
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turn whatever a model raises in the block into an InputError that begins with `what`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{what}: {reason}") from error
+
+
 def probe_ids(model: PreTrainedModel) -> list[int]:
     """Token ids for probe_pairs, without the padding token: 12, and as many more as a short window hides.
 
@@ -182,12 +195,10 @@ def check_packable(model: PreTrainedModel, path: str) -> None:
     # SmolLM2 rounds to 2e-3 nats in float32 and up to 0.9 in bfloat16; a wrong mask moves at least 4
     exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
     limit = 1e-2 if exact else 2.0
-    try:
-        gap = packing_gap(model, probe_pairs(probe_ids(model)))
+    with refused(f"--model {path}: {type(model).__name__} cannot be packed"):
+        try:
+            gap = packing_gap(model, probe_pairs(probe_ids(model)))
+        except TorchDynamoException as error:
+            raise InputError(f"--model {path}: torch.compile failed: {str(error).splitlines()[0]}") from error
         if not gap <= limit:
             raise ValueError(f"log-probabilities move by {gap:.2g} nats")
-    except TorchDynamoException as error:
-        raise InputError(f"--model {path}: torch.compile failed: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # whatever a model raises, it cannot be used
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--model {path}: {type(model).__name__} cannot be packed: {reason}") from error

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from checks import probe_ids
+from checks import probe_ids, refused
 from files import InputError
 from model import compile_once, dense, dense_masks, head_logits, require_attention
 from parallel import to_device
@@ -261,10 +261,8 @@ class Batch:
         self.ancestor = torch.arange(self.active)
         lengths, prompt_index = torch.tensor([len(ids) for ids in prompts]), torch.tensor(prompt_index)
         self.cache = SharedPromptCache(lengths, prompt_index, max_new_tokens, self.device)
-        try:
+        with refused(f"{type(model).__name__} cannot be sampled"):
             self.logits = self.prefill(prompts)[prompt_index.to(self.device)]
-        except ValueError as error:
-            raise InputError(f"{type(model).__name__} cannot be sampled: {error}") from None
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         """Compute the prompts, packed end to end without padding; returns logits (prompts, vocab)."""
@@ -365,7 +363,7 @@ class Batch:
 
 @torch.no_grad()
 def check_decoding(model: PreTrainedModel) -> None:
-    """Let `model` use packed attention, and raise ValueError unless two steps of a Batch give its own probabilities.
+    """Switch to packed attention. Raises ValueError unless two steps of a Batch give the model's own logits.
 
     This finds what would be silently wrong: attention in both directions, positions that do not start at 0.
     """
@@ -375,11 +373,12 @@ def check_decoding(model: PreTrainedModel) -> None:
     model.set_attn_implementation("packed")
     batch = Batch(model, texts[:, :4].tolist(), [0, 1], 3, None)
     for step in range(2):
-        gap = (batch.logits.softmax(-1) - own[:, step]).abs().sum(-1).max().item() / 2
+        probs = batch.logits.softmax(-1)
+        batch.append(texts[:, 4 + step].to(model.device), probs)
+        gap = (probs - own[:, step]).abs().sum(-1).max().item() / 2
         # float32 rounds to 1e-5; bfloat16 to a few percent
         if not gap <= (1e-3 if model.dtype == torch.float32 else 0.25):
-            raise ValueError(f"next-token probabilities move by {gap:.2g} in total variation")
-        batch.append(texts[:, 4 + step].to(model.device), own[:, step])
+            raise ValueError(f"probabilities of next tokens move by {gap:.2g} (total variation)")
 
 
 def keep_in_place(indices: list[int]) -> list[int]:

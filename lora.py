@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -128,6 +129,17 @@ def add_lora(
     return model
 
 
+def print_share(model: nn.Module) -> None:
+    """Print the share of weights that LoRA adapts, if it leaves out experts (3-D, so no linear layers)."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    total = sum(p.numel() for p in frozen.values())
+    experts = sum(p.numel() for name, p in frozen.items() if p.ndim == 3 and "experts" in name)
+    if experts:
+        share = sum(layer.weight.numel() for _, layer in lora_layers(model)) / total
+        line = f"LoRA adapts {share:.0%} of the weights; the experts, {experts / total:.0%}, stay as they are"
+        print(f"{line} (--lora_rank 0 trains all)")
+
+
 def _named(name: str, targets: list[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
@@ -149,8 +161,8 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
 def merge_lora(model: nn.Module) -> nn.Module:
     """Add every low-rank term to its base weight and put the base layers back, in place.
 
-    model.merged_lora keeps the terms, {layer's name: (A, (alpha / rank) B)}: an adapter that is trained on top of
-    them is saved together with them, since PEFT, TRL and vLLM add one adapter to a base, not two.
+    model.merged_lora keeps the terms, {layer's name: (A, (alpha / rank) B)}. An adapter that is trained on
+    top is saved together with them: PEFT, TRL and vLLM add one adapter to a base, not two.
     """
     model.merged_lora = getattr(model, "merged_lora", {})
     for name, layer in list(lora_layers(model)):
@@ -191,8 +203,8 @@ def save_lora(model: nn.Module, folder: str | Path, base_model: str) -> None:
     is_reward_model = hasattr(model, "score")
     if is_reward_model:
         tensors[SCORE] = full_tensor(model.score.weight.detach()).cpu()
-    # PEFT takes modules with these names in a mixture of experts for the experts themselves, which are no modules
-    # in transformers 5, and drops their weights; it cannot mistake names of parameters
+    # In a mixture of experts, PEFT takes modules with these names for the experts themselves, which are no
+    # modules in transformers 5, and drops their weights. It does not mistake names of parameters
     mistaken = set()
     if any("experts" in name for name, _ in model.named_parameters()):
         mistaken = {name for name in terms if name.rsplit(".", 1)[-1] in EXPERT_NAMES}

@@ -260,8 +260,8 @@ def flex_compiles(
     return COMPILES[kind]
 
 
-# Keywords of attention calls: two that are obeyed, and those that do not change what a layer computes. (Dropout
-# is 0 in eval mode, and attention_rule says what is causal.)
+# Keywords of attention calls: two that are obeyed, and those that do not change what a layer computes.
+# (Dropout is 0 in eval mode, and attention_rule says what is causal.)
 KEYWORDS = {"sliding_window", "softcap", "dropout", "is_causal", "position_ids", "cache_position"}
 KEYWORDS |= {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
 
@@ -270,9 +270,7 @@ def require_attention(model: PreTrainedModel, calls: int) -> None:
     """Raise ValueError if a forward pass called packed_attention fewer times than the model has layers."""
     layers = model.config.get_text_config().num_hidden_layers
     if calls < layers:
-        raise ValueError(
-            f"only {calls} of its {layers} layers attend through transformers' attention interface"
-        )
+        raise ValueError(f"only {calls} of its {layers} layers use transformers' attention interface")
 
 
 def packed_attention(
@@ -295,10 +293,8 @@ def packed_attention(
         eager = sys.modules[type(module).__module__].eager_attention_forward
         return eager(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if unknown := [name for name in kwargs if name not in KEYWORDS and kwargs[name] is not None]:
-        raise ValueError(f"its attention takes more than queries, keys and values: {', '.join(unknown)}")
-    if (
-        attention_mask is not None and attention_mask.numel() > 1
-    ):  # Doge, and DeepSeek V3.2 in eager attention
+        raise ValueError(f"its attention takes more than is packed here: {', '.join(unknown)}")
+    if attention_mask is not None and attention_mask.numel() > 1:  # Doge
         raise ValueError("its attention changes the mask, which is not used here")
     if getattr(module.config, "attention_chunk_size", None):  # Llama 4
         raise ValueError("it attends in chunks by index")
@@ -450,7 +446,7 @@ def load_model(
         if quantization := getattr(part, "quantization_config", None):
             kind = dict(quantization).get("quant_method", "bitsandbytes")  # whose older files do not name it
             raise InputError(
-                f"--model {path}: its weights are quantized ({kind}); give the model in full precision"
+                f"--model {path}: its weights are quantized ({kind}); give the unquantized model"
             )
     options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
     auto = AutoModelForCausalLM
