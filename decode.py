@@ -12,8 +12,7 @@ to the keys of its own completion, under one softmax:
 
 All completions of a prompt share K_prompt and V_prompt, so a step reads them once per prompt. An ordinary KV
 cache stores and reads a copy for every completion; with long prompts that is most of a step's memory traffic.
-(Hydragen, Juravsky et al. 2024, splits attention in the same way.) Memory for the completions' own keys and
-values is allocated at the start. A finished completion is no longer fed to the model.
+(Hydragen, Juravsky et al. 2024, splits attention so too.) Completions get their memory at the start.
 """
 
 import functools
@@ -32,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from checks import probe_ids, refused
 from files import InputError
-from model import compile_once, dense, dense_masks, head_logits, require_attention
+from model import compile_once, dense, dense_masks, head_logits, require_attention, use_packed_attention
 from parallel import to_device
 from preferences import Packed, pack
 
@@ -248,8 +247,7 @@ class Batch:
         """Prefill the prompts (token ids). Completion i continues prompts[prompt_index[i]].
 
         It ends at an end token, when has_stop(its tokens) is true, or after max_new_tokens. With `compile`,
-        the decoding steps run under torch.compile: fewer and larger kernels for each token. Raises InputError
-        for models with recurrent layers, or with chunks, biases or sinks in their attention.
+        the decoding steps run under torch.compile. Raises InputError if check_decoding refuses the model.
         """
         self.model, self.device = model, model.get_input_embeddings().weight.device
         self.eos = torch.tensor([] if eos_token_id is None else eos_token_id).flatten()
@@ -363,22 +361,22 @@ class Batch:
 
 @torch.no_grad()
 def check_decoding(model: PreTrainedModel) -> None:
-    """Switch to packed attention. Raises ValueError unless two steps of a Batch give the model's own logits.
-
-    This finds what would be silently wrong: attention in both directions, positions that do not start at 0.
-    """
-    texts = torch.tensor(probe_ids(model)[:12]).view(2, 6)
+    """Use packed attention. Raises an error unless a Batch then gives the model's own probabilities."""
+    texts = torch.tensor(probe_ids(model)[:12], device=model.device).view(2, 6)
     model.set_attn_implementation("eager")
-    own = model(texts.to(model.device), use_cache=False).logits[:, 3:5].float().softmax(-1)
-    model.set_attn_implementation("packed")
-    batch = Batch(model, texts[:, :4].tolist(), [0, 1], 3, None)
-    for step in range(2):
-        probs = batch.logits.softmax(-1)
-        batch.append(texts[:, 4 + step].to(model.device), probs)
-        gap = (probs - own[:, step]).abs().sum(-1).max().item() / 2
-        # float32 rounds to 1e-5; bfloat16 to a few percent
-        if not gap <= (1e-3 if model.dtype == torch.float32 else 0.25):
-            raise ValueError(f"probabilities of next tokens move by {gap:.2g} (total variation)")
+    own = model(texts, use_cache=False).logits[:, 3:5].float().softmax(-1)
+    use_packed_attention(model)
+    try:
+        batch = Batch(model, texts[:, :4].tolist(), [0, 1], 3, None)
+        for step in range(2):
+            gap = (batch.logits.softmax(-1) - own[:, step]).abs().sum(-1).max() / 2  # total variation
+            batch.append(texts[:, 4 + step], own[:, step])
+            if not gap <= (1e-3 if model.dtype == torch.float32 else 0.25):  # rounding: 1e-5, a few percent
+                # it may attend in both directions (BERT), or its positions do not start at 0 (RoBERTa)
+                raise ValueError(f"probabilities of next tokens move by {gap:.2g}")
+    except Exception:
+        model.set_attn_implementation("eager")  # so that the next batch is refused too
+        raise
 
 
 def keep_in_place(indices: list[int]) -> list[int]:

@@ -84,8 +84,7 @@ def pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) ->
 
 def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Stats:
     """What pair_stats runs, on a row that is on the model's device."""
-    if model.config._attn_implementation != "packed":
-        model.set_attn_implementation("packed")
+    use_packed_attention(model)
     device = packed.ids.device
     attend = RowAttention(packed, getattr(model, "attention", "flex"))
     hidden = model.base_model(
@@ -264,6 +263,15 @@ def flex_compiles(
 # (Dropout is 0 in eval mode, and attention_rule says what is causal.)
 KEYWORDS = {"sliding_window", "softcap", "dropout", "is_causal", "position_ids", "cache_position"}
 KEYWORDS |= {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Make the layers of a model call packed_attention. Raises ValueError if they cannot."""
+    config, can_set = model.config, model._supports_attention_backend or model._supports_sdpa
+    if config._attn_implementation != "packed" and can_set:
+        model.set_attn_implementation("packed")
+    if config._attn_implementation != "packed":
+        require_attention(model, 0)
 
 
 def require_attention(model: PreTrainedModel, calls: int) -> None:
