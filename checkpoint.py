@@ -261,8 +261,8 @@ def export(out: Path, config: Any, model: PreTrainedModel, tokenizer: Any, row: 
     All processes must call it: each sharded weight is gathered in turn, and rank 0 writes.
     """
     if config.lora_rank:
-        base = Path(config.model)
-        save_lora(model, out, base.resolve() if base.is_dir() else config.model)
+        base = Path(model.config.name_or_path)  # if --model is an adapter's folder, the model below it
+        save_lora(model, out, base.resolve() if base.is_dir() else base)
     else:
         weights, gathered = {}, {}  # a tied weight stays one tensor under two names and is written once
         for name, weight in model.state_dict(keep_vars=True).items():
@@ -271,7 +271,7 @@ def export(out: Path, config: Any, model: PreTrainedModel, tokenizer: Any, row: 
                 gathered[id(weight)] = tensor.cpu() if get_rank() == 0 else None
             weights[name] = gathered[id(weight)]
         if get_rank() == 0:
-            model.save_pretrained(out / ".weights", state_dict=weights)
+            save_model(model, out / ".weights", state_dict=weights)
             for path in (out / ".weights").iterdir():
                 os.replace(path, out / path.name)
             (out / ".weights").rmdir()
@@ -281,6 +281,20 @@ def export(out: Path, config: Any, model: PreTrainedModel, tokenizer: Any, row: 
     with atomic_write(out / "README.md") as file:
         file.write(model_card(out.name, config, row))
     print(f"wrote {out}")
+
+
+def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
+    """save_pretrained, with the generation config as it was loaded.
+
+    transformers refuses to write one that sets a temperature without do_sample, as Vicuna's and Llama 2's do.
+    """
+    generation = model.generation_config if model.can_generate() else None
+    if generation:
+        model.generation_config = type(generation)()
+    model.save_pretrained(folder, **options)
+    if generation:
+        model.generation_config = generation
+        generation.to_json_file(folder / "generation_config.json")
 
 
 def model_card(name: str, config: Any, row: dict[str, float]) -> str:

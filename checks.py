@@ -6,9 +6,12 @@
 - check_objective: losses that return a mean, mix pairs, or have no gradient
 """
 
+import contextlib
+import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +133,38 @@ def check_memory(config: Any, device: torch.device) -> None:
         refuse_above(host, needed, "each process", hint)
 
 
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turn whatever a model raises in the block into an InputError that begins with `what`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{what}: {reason}") from error
+
+
+def probe_ids(model: PreTrainedModel) -> list[int]:
+    """Token ids for probe_pairs, without the padding token: 12, and as many more as a short window hides.
+
+    Windows, chunks and the top-k of sparse attention change nothing in texts that are shorter. A longer probe
+    may have 1e11 / (the model's weights) tokens: that takes seconds on a CPU, and leaves none for a 7B model.
+    """
+    config, count = model.config.get_text_config(), 12
+    limit = min(1e11 / model.num_parameters(), max_positions(model)) - count
+    spans = [
+        v for k, v in vars(config).items() if re.search("window|chunk|block|topk", k) and isinstance(v, int)
+    ]
+    count += max((span for span in spans if span <= limit), default=0)
+    ids = [i for i in range(1, config.vocab_size) if i != getattr(config, "pad_token_id", None)][:count]
+    return list(itertools.islice(itertools.cycle(ids), count))
+
+
 def probe_pairs(ids: list[int]) -> list[tuple[list[int], list[int], list[int]]]:
-    """Two pairs of different lengths, made of 12 token ids."""
-    return [(ids[:4], ids[4:8], ids[5:10]), (ids[2:5], ids[6:7], ids[7:12])]
+    """Two pairs of different lengths, made of 12 token ids; of more ids, a third pair with a long prompt."""
+    pairs = [(ids[:4], ids[4:8], ids[5:10]), (ids[2:5], ids[6:7], ids[7:12])]
+    return pairs + [(ids[5:], ids[:4], ids[1:5])] * (len(ids) > 12)
 
 
 def own_values(model: PreTrainedModel, pairs: Sequence[Sequence[list[int]]]) -> Tensor:
@@ -140,6 +172,7 @@ def own_values(model: PreTrainedModel, pairs: Sequence[Sequence[list[int]]]) -> 
 
     A reward model's rewards instead.
     """
+    model.set_attn_implementation("eager")  # under "packed", sparse attention would be dense in both
     values = []
     for prompt, *completions in pairs:
         for completion in completions:
@@ -168,21 +201,13 @@ def check_packable(model: PreTrainedModel, path: str) -> None:
     Compares it with one plain forward for each text, on a few token ids. This finds what would be silently
     wrong: recurrent layers, biases by index, attention sinks, windows known to the mask alone, unusual heads.
     """
-    ids = torch.arange(12).remainder(model.config.get_text_config().vocab_size - 1).add(1).tolist()
     # SmolLM2 rounds to 2e-3 nats in float32 and up to 0.9 in bfloat16; a wrong mask moves at least 4
     exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
     limit = 1e-2 if exact else 2.0
-    # a sequence classifier looks for the last token that is no padding; here none is
-    config, pad = model.config, getattr(model.config, "pad_token_id", None)
-    config.pad_token_id = None
-    try:
-        gap = packing_gap(model, probe_pairs(ids))
+    with refused(f"--model {path}: {type(model).__name__} cannot be packed"):
+        try:
+            gap = packing_gap(model, probe_pairs(probe_ids(model)))
+        except TorchDynamoException as error:
+            raise InputError(f"--model {path}: torch.compile failed: {str(error).splitlines()[0]}") from error
         if not gap <= limit:
             raise ValueError(f"log-probabilities move by {gap:.2g} nats")
-    except TorchDynamoException as error:
-        raise InputError(f"--model {path}: torch.compile failed: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # the model's own code runs here, with whatever its config.json says
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--model {path}: {type(model).__name__} cannot be packed: {reason}") from None
-    finally:
-        config.pad_token_id = pad

@@ -12,8 +12,7 @@ to the keys of its own completion, under one softmax:
 
 All completions of a prompt share K_prompt and V_prompt, so a step reads them once per prompt. An ordinary KV
 cache stores and reads a copy for every completion; with long prompts that is most of a step's memory traffic.
-(Hydragen, Juravsky et al. 2024, splits attention in the same way.) Memory for the completions' own keys and
-values is allocated at the start. A finished completion is no longer fed to the model.
+(Hydragen, Juravsky et al. 2024, splits attention so too.) Completions get their memory at the start.
 """
 
 import math
@@ -29,8 +28,9 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
+from checks import probe_ids, refused
 from files import InputError
-from model import compile_once, dense, dense_masks, head_logits
+from model import compile_once, dense, dense_masks, head_logits, require_attention, use_packed_attention
 from parallel import to_device
 from preferences import Packed, pack
 
@@ -246,8 +246,7 @@ class Batch:
         """Prefill the prompts (token ids). Completion i continues prompts[prompt_index[i]].
 
         It ends at an end token, when has_stop(its tokens) is true, or after max_new_tokens. With `compile`,
-        the decoding steps run under torch.compile: fewer and larger kernels for each token. Raises InputError
-        for models with recurrent layers, or with chunks, biases or sinks in their attention.
+        the decoding steps run under torch.compile. Raises InputError if check_decoding refuses the model.
         """
         self.model, self.device = model, model.get_input_embeddings().weight.device
         self.eos = torch.tensor([] if eos_token_id is None else eos_token_id).flatten()
@@ -259,17 +258,13 @@ class Batch:
         self.ancestor = torch.arange(self.active)
         lengths, prompt_index = torch.tensor([len(ids) for ids in prompts]), torch.tensor(prompt_index)
         self.cache = SharedPromptCache(lengths, prompt_index, max_new_tokens, self.device)
-        try:
+        with refused(f"{type(model).__name__} cannot be sampled"):
             self.logits = self.prefill(prompts)[prompt_index.to(self.device)]
-        except ValueError as error:
-            raise InputError(f"{type(model).__name__} cannot be sampled: {error}") from None
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         """Compute the prompts, packed end to end without padding; returns logits (prompts, vocab)."""
-        if not self.model._supports_attention_backend:
-            raise ValueError("it does not use transformers' attention interface")
         if self.model.config._attn_implementation != "packed":
-            self.model.set_attn_implementation("packed")
+            check_decoding(self.model)
         head = self.model.get_output_embeddings()
         if isinstance(head, nn.Linear):  # float32 logits; caps and scales that the model applies come after
             head.forward = lambda hidden: head_logits(hidden, head.weight, head.bias)
@@ -280,8 +275,7 @@ class Batch:
             attend = partial(self.cache.prefill, packed, first)
             self.cache.calls, self.cache.masks = 0, {}
             logits.append(self.forward(self.model, packed.ids[None], packed.position[None], last, attend))
-        if self.cache.calls < self.model.config.get_text_config().num_hidden_layers:
-            raise ValueError("some of its layers are no attention")
+        require_attention(self.model, self.cache.calls)
         return torch.cat(logits)
 
     @torch.no_grad()
@@ -301,6 +295,8 @@ class Batch:
         ids, position = to_device(torch.stack([ids, position]), self.device)
         no_mask = torch.empty(1, 1, 1, 1, device=self.device)  # 4-D means "ready": transformers makes none
         options = {"attention_mask": no_mask, "use_cache": False, "logits_to_keep": keep, "attend": attend}
+        if getattr(self.model.config.get_text_config(), "output_router_logits", False):
+            options["output_router_logits"] = False  # a mixture of experts would count tokens by the mask
         try:
             return run(ids, position_ids=position, **options).logits.flatten(0, 1).float()
         except TorchDynamoException as error:
@@ -360,6 +356,26 @@ class Batch:
         tokens = [ids[:n] for ids, n in zip(self.tokens.tolist(), self.length.tolist(), strict=True)]
         scores, finish = self.scores.tolist(), [FINISH[code] for code in self.finish.tolist()]
         return [Completion(tokens[i], *scores[i], finish[i]) for i in indices]
+
+
+@torch.no_grad()
+def check_decoding(model: PreTrainedModel) -> None:
+    """Use packed attention. Raises an error unless a Batch then gives the model's own probabilities."""
+    texts = torch.tensor(probe_ids(model)[:12], device=model.device).view(2, 6)
+    model.set_attn_implementation("eager")
+    own = model(texts, use_cache=False).logits[:, 3:5].float().softmax(-1)
+    use_packed_attention(model)
+    try:
+        batch = Batch(model, texts[:, :4].tolist(), [0, 1], 3, None)
+        for step in range(2):
+            gap = (batch.logits.softmax(-1) - own[:, step]).abs().sum(-1).max() / 2  # total variation
+            batch.append(texts[:, 4 + step], own[:, step])
+            if not gap <= (1e-3 if model.dtype == torch.float32 else 0.25):  # rounding: 1e-5, a few percent
+                # it may attend in both directions (BERT), or its positions do not start at 0 (RoBERTa)
+                raise ValueError(f"probabilities of next tokens move by {gap:.2g}")
+    except Exception:
+        model.set_attn_implementation("eager")  # so that the next batch is refused too
+        raise
 
 
 def keep_in_place(indices: list[int]) -> list[int]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -36,6 +37,7 @@ from files import (
 from parallel import full_tensor, get_rank
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of an adapter's weights
+EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 SCORE = "base_model.model.score.weight"  # the head of a reward model, in PEFT's naming
 
 
@@ -82,7 +84,14 @@ class LoRALinear(nn.Module):
         low = DropoutLinear.apply(x, a, self.dropout) if self.training and self.dropout else x @ a.T
         if y.ndim == 2:
             return y.addmm_(low, b, alpha=self.scale)
+        if y.ndim > 3:  # DeepSeek's kv_b_proj
+            return y.add(low @ b, alpha=self.scale)
         return y.baddbmm_(low, b.expand(len(y), -1, -1), alpha=self.scale)  # into y: no second output is made
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's: some models look at its dtype (Hunyuan's routers)."""
+        return self.base.weight
 
     def delta(self) -> Tensor:
         """(alpha / rank) B A as one matrix, in the layout of the base's weight."""
@@ -105,8 +114,8 @@ def add_lora(
     """
     score = getattr(model, "score", None)
     heads = (getattr(model, "get_output_embeddings", lambda: None)(), score)
-    kinds = (nn.Linear, Conv1D)
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m not in heads}
+    kinds = (nn.Linear, Conv1D)  # no subclass: routers, for one, return other things than x W
+    linear = {n: m for n, m in model.named_modules() if type(m) in kinds and m not in heads}
     for target in targets or []:
         if not any(_named(name, [target]) for name in linear):
             real = ", ".join(sorted({name.split(".")[-1] for name in linear}))
@@ -121,6 +130,17 @@ def add_lora(
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, dropout))
     return model
+
+
+def print_share(model: nn.Module) -> None:
+    """Print the share of weights that LoRA adapts, if it leaves out experts (3-D, so no linear layers)."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    total = sum(p.numel() for p in frozen.values())
+    experts = sum(p.numel() for name, p in frozen.items() if p.ndim == 3 and "experts" in name)
+    if experts:
+        share = sum(layer.weight.numel() for _, layer in lora_layers(model)) / total
+        line = f"LoRA adapts {share:.0%} of the weights; the experts, {experts / total:.0%}, stay as they are"
+        print(f"{line} (--lora_rank 0 trains all)")
 
 
 def _named(name: str, targets: list[str]) -> bool:
@@ -142,8 +162,16 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Add every low-rank term to its base weight and put the base layers back, in place."""
+    """Add every low-rank term to its base weight and put the base layers back, in place.
+
+    model.merged_lora keeps the terms, {layer's name: (A, (alpha / rank) B)}. An adapter that is trained on
+    top is saved together with them: PEFT, TRL and vLLM add one adapter to a base, not two.
+    """
+    model.merged_lora = getattr(model, "merged_lora", {})
     for name, layer in list(lora_layers(model)):
+        a, b = model.merged_lora.get(name, (layer.lora_A[:0], layer.lora_B[:, :0]))
+        term = torch.cat([a, layer.lora_A]).detach(), torch.cat([b, layer.scale * layer.lora_B], 1).detach()
+        model.merged_lora[name] = term
         weight = layer.base.weight
         weight.data = (weight.data.float() + layer.delta().float()).to(weight.dtype)
         parent, _, child = name.rpartition(".")
@@ -154,21 +182,35 @@ def merge_lora(model: nn.Module) -> nn.Module:
 def save_lora(model: nn.Module, folder: str | Path, base_model: str) -> None:
     """Write adapter_model.safetensors and adapter_config.json, which PEFT, TRL and vLLM read.
 
+    If merge_lora put adapters into the base before, they are part of the result, which so is one adapter of
+    `base_model` without them: [B1 B2] [A1; A2] = B1 A1 + B2 A2, and the rank is the sum of ranks. Layers that
+    lack one of the adapters are filled up with zeros, because all layers have the same rank.
+
     All processes must call it; rank 0 writes. The weights' metadata holds a checksum that load_lora verifies.
     """
     folder, layers = Path(folder), dict(lora_layers(model))
     if not layers:
         raise ValueError("the model has no LoRA layers to save")
-    tensors = {
-        f"base_model.model.{name}.{part}.weight": full_tensor(getattr(layer, part).detach()).cpu()
-        for name, layer in layers.items()
-        for part in ("lora_A", "lora_B")
-    }
+    layer = next(iter(layers.values()))
+    terms = {name: [(a, b / layer.scale)] for name, (a, b) in getattr(model, "merged_lora", {}).items()}
+    for name, own in layers.items():
+        a, b = (full_tensor(part.detach()).cpu() for part in (own.lora_A, own.lora_B))
+        terms.setdefault(name, []).append((a, b))
+    rank = max(sum(len(a) for a, _ in parts) for parts in terms.values())
+    tensors = {}
+    for name, parts in terms.items():
+        a, b = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], 1)
+        zeros = rank - len(a)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = F.pad(a, (0, 0, 0, zeros))
+        tensors[f"base_model.model.{name}.lora_B.weight"] = F.pad(b, (0, zeros))
     is_reward_model = hasattr(model, "score")
     if is_reward_model:
         tensors[SCORE] = full_tensor(model.score.weight.detach()).cpu()
-    layer = next(iter(layers.values()))
-    rank = len(layer.lora_A)
+    # In a mixture of experts, PEFT takes modules with these names for the experts themselves, which are no
+    # modules in transformers 5, and drops their weights. It does not mistake names of parameters
+    mistaken = set()
+    if any("experts" in name for name, _ in model.named_parameters()):
+        mistaken = {name for name in terms if name.rsplit(".", 1)[-1] in EXPERT_NAMES}
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if is_reward_model else "CAUSAL_LM",
@@ -176,8 +218,9 @@ def save_lora(model: nn.Module, folder: str | Path, base_model: str) -> None:
         "base_model_name_or_path": str(base_model),
         "r": rank,
         "lora_alpha": layer.scale * rank,
-        "lora_dropout": layer.dropout,
-        "target_modules": sorted(layers),
+        "lora_dropout": 0.0 if mistaken else layer.dropout,  # PEFT has no dropout before parameters
+        "target_modules": sorted(set(terms) - mistaken),
+        "target_parameters": [f"{name}.weight" for name in sorted(mistaken)] or None,
         "fan_in_fan_out": isinstance(layer.base, Conv1D),
         "bias": "none",
         "inference_mode": True,
@@ -279,7 +322,8 @@ def write_merged(adapter: str | Path, out: str | Path, overwrite: bool = False) 
     The weights keep the dtype of the base's files, so a bfloat16 base rounds the sum. The folder appears
     whole or not at all. Raises InputError if `out` exists, or with `overwrite` if it is anything but a model.
     """
-    from model import load_model, save_tokenizer  # not above: model.py imports this file
+    from checkpoint import save_model  # not above: both files import this one
+    from model import load_model, save_tokenizer
 
     out = Path(out)
     if out.exists() and not overwrite:
@@ -290,7 +334,7 @@ def write_merged(adapter: str | Path, out: str | Path, overwrite: bool = False) 
     model, tokenizer = load_model(adapter, dtype=None, reward=is_reward_model)
     new = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        model.save_pretrained(new)
+        save_model(model, new)
         save_tokenizer(tokenizer, new)
         if out.exists():
             shutil.rmtree(out)

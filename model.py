@@ -98,8 +98,7 @@ def pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) ->
 
 def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Stats:
     """What pair_stats runs, on a row that is on the model's device."""
-    if model.config._attn_implementation != "packed":
-        model.set_attn_implementation("packed")
+    use_packed_attention(model)
     device = packed.ids.device
     attend = RowAttention(packed, getattr(model, "attention", "flex"))
     hidden = model.base_model(
@@ -109,8 +108,7 @@ def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Sta
         use_cache=False,
         attend=attend,  # transformers hands it on to packed_attention in every layer
     ).last_hidden_state[0]
-    if attend.calls < model.config.get_text_config().num_hidden_layers:
-        raise ValueError("some of its layers are no attention")
+    require_attention(model, attend.calls)
     hidden = hidden.index_select(0, packed.source)
     if (head := model.get_output_embeddings()) is None:
         last = packed.counts.cumsum(0) - 1
@@ -277,6 +275,28 @@ def flex_compiles(
     return COMPILES[kind]
 
 
+# Keywords of attention calls: two that are obeyed, and those that do not change what a layer computes.
+# (Dropout is 0 in eval mode, and attention_rule says what is causal.)
+KEYWORDS = {"sliding_window", "softcap", "dropout", "is_causal", "position_ids", "cache_position"}
+KEYWORDS |= {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Make the layers of a model call packed_attention. Raises ValueError if they cannot."""
+    config, can_set = model.config, model._supports_attention_backend or model._supports_sdpa
+    if config._attn_implementation != "packed" and can_set:
+        model.set_attn_implementation("packed")
+    if config._attn_implementation != "packed":
+        require_attention(model, 0)
+
+
+def require_attention(model: PreTrainedModel, calls: int) -> None:
+    """Raise ValueError if a forward pass called packed_attention fewer times than the model has layers."""
+    layers = model.config.get_text_config().num_hidden_layers
+    if calls < layers:
+        raise ValueError(f"only {calls} of its {layers} layers use transformers' attention interface")
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -289,13 +309,17 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """The attention function that every layer of a transformers model calls; `attend` does the work.
 
-    Raises ValueError for attention sinks, a position bias, chunks, or a window that only the mask knows.
+    Raises ValueError for whatever else changes the result: unknown keywords (attention sinks, a position
+    bias, the keys chosen by sparse attention), a mask that the layer changed, chunks, or a window that only
+    the mask knows.
     """
     if attend is None:  # called by generate() or model(...), not packed_forward: use eager attention
         eager = sys.modules[type(module).__module__].eager_attention_forward
         return eager(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if any(kwargs.get(name) is not None for name in ("s_aux", "position_bias")):  # GPT-OSS, T5
-        raise ValueError("its attention has sinks or a bias of its own")
+    if unknown := [name for name in kwargs if name not in KEYWORDS and kwargs[name] is not None]:
+        raise ValueError(f"its attention takes more than is packed here: {', '.join(unknown)}")
+    if attention_mask is not None and attention_mask.numel() > 1:  # Doge
+        raise ValueError("its attention changes the mask, which is not used here")
     if getattr(module.config, "attention_chunk_size", None):  # Llama 4
         raise ValueError("it attends in chunks by index")
     if "sliding_window" not in kwargs and getattr(module.config, "sliding_window", None):  # PhiMoE
@@ -428,14 +452,22 @@ def load_model(
     if (folder / "run.json").is_file() and not (folder / "config.json").is_file():
         raise InputError(f"--model {base}: the run is unfinished; train with --resume to finish it")
     with loading(f"--model {path}"):
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        # PEFT writes no tokenizer into an adapter's folder: then it is the base's
+        own = any(Path(path).glob("tokenizer*"))
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if own else base, trust_remote_code=False)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise InputError(f"--model {base}: no *.safetensors weights there (other formats are not read)")
+    with loading(f"--model {base}"):
+        config = read_config(base)
+    for part in (config, config.get_text_config()):
+        if quantization := getattr(part, "quantization_config", None):
+            kind = dict(quantization).get("quant_method", "bitsandbytes")  # whose older files do not name it
+            reason = f"its weights are quantized ({kind}); give the unquantized model"
+            raise InputError(f"--model {base}: {reason}")
     options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
     auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     options |= {"num_labels": 1} if reward else {}
     with loading(f"--model {base}"):
-        read_config(base)
         model, info = auto.from_pretrained(base, dtype=dtype or "auto", **options)
     missing = set(info["missing_keys"])
     if "score.weight" in missing:  # not random: all processes must start from the same head

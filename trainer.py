@@ -52,7 +52,7 @@ from checks import check_inputs, check_memory, check_objective, check_packable
 from files import InputError, digest_json, error_prefix, flag, is_writable, require
 from formats import read_pairs
 from logs import flops_per_token, open_loggers, peak_memory, print_device, print_row, print_start, speed
-from lora import add_lora, lora_disabled, lora_layers
+from lora import add_lora, lora_disabled, lora_layers, print_share
 from model import Stats, load_model, packed_forward, pair_stats
 from preferences import count_tokens, describe, micro_batches, pack, tokenize
 from reference import digest_model, reference_stats
@@ -293,6 +293,7 @@ def train(
     torch.manual_seed(config.seed)
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
+        print_share(model)
     if config.checkpoint_activations:
         parallel.checkpoint_activations(model)
     model.attention = config.attention

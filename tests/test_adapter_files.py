@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from conftest import PAIRS
+from conftest import PAIRS, lines
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_lora import ALPHA, CLOSE, IDS, RANK, adapt, logits, make_base
 from torch import nn
@@ -18,8 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from trl import DPOConfig, DPOTrainer
 
 import lora
+import train_dpl
 from lora import add_lora, lora_layers, save_lora, write_merged
 from model import load_model
+from trainer import load_pairs
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -59,6 +61,52 @@ def test_trl_goes_on_from_an_adapter(tiny_model_folder, tmp_path):
     torch.testing.assert_close(logits(trainer.model), logits(model), **CLOSE)
     trainer.train()
     assert (logits(trainer.model) - logits(model)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def mean_logp(model, pairs):
+    """Mean log-probability of the chosen completions, by one forward of transformers or PEFT for each."""
+    total = 0.0
+    for prompt, chosen, _ in pairs:
+        logp = model(torch.tensor([prompt + chosen])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        total += logp.gather(1, torch.tensor(chosen)[:, None]).sum().item() / len(pairs)
+    return total
+
+
+def test_training_on_an_adapter_writes_one_adapter_of_the_base(tiny_model_folder, tmp_path, monkeypatch):
+    """SFT, then DPL twice: PEFT computes what was trained, from the base and the last folder alone."""
+    base, tokenizer = load_model(tiny_model_folder)
+    first = adapt(base, ["q_proj", "up_proj"])  # alpha / rank is 2
+    save_lora(first, tmp_path / "sft", tiny_model_folder)
+    tokenizer.save_pretrained(tmp_path / "sft")
+    data = tmp_path / "pairs.jsonl"
+    data.write_bytes(lines(*PAIRS))
+    pairs, model = load_pairs(data, tokenizer, 64), tmp_path / "sft"
+    before, rank = mean_logp(first, pairs), RANK
+    for name, r, targets in (("dpl", 3, ["v_proj", "up_proj"]), ("again", 2, ["v_proj", "down_proj"])):
+        words = f"train_dpl.py --model {model} --data {data} --eval_data {data} --out_dir {tmp_path / name}"
+        words += f" --lora_rank {r} --lora_alpha 5 --alpha 0.2 --max_steps 3 --warmup_steps 0 --lr 0.03"
+        monkeypatch.setattr(sys, "argv", [*words.split(), "--lora_targets", *targets])
+        train_dpl.main()
+        model, rank = tmp_path / name, rank + r
+        rows = [json.loads(line) for line in (model / "metrics.jsonl").open()]
+        # the reference is the policy before, with all adapters so far
+        assert rows[0]["eval_logp_chosen"] == pytest.approx(before, abs=1e-4)
+        assert rows[0]["eval_kl"] == pytest.approx(0, abs=1e-5)
+        theirs = PeftModel.from_pretrained(copy.deepcopy(base), model).eval()
+        before = mean_logp(theirs, pairs)
+        assert rows[-1]["eval_logp_chosen"] == pytest.approx(before, abs=1e-4)
+        assert abs(before - rows[0]["eval_logp_chosen"]) > 0.1
+        torch.testing.assert_close(logits(load_model(model)[0]), logits(theirs), **CLOSE)
+        config = json.loads((model / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["r"]) == (str(tiny_model_folder), rank)
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tiny_model_folder, tmp_path):
+    base, tokenizer = load_model(tiny_model_folder)
+    theirs = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path)
+    assert load_model(tmp_path)[1].get_vocab() == tokenizer.get_vocab()
 
 
 # ---- lora.py merge
@@ -125,6 +173,16 @@ def test_a_reward_model_keeps_its_head(write, tmp_path):
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, **CLOSE)
+
+
+def test_a_generation_config_that_transformers_warns_of_is_kept(tiny_model_folder, write, tmp_path):
+    """Vicuna's and Llama 2's set a temperature without do_sample; transformers before 5.24 writes none."""
+    base, sampling = make_base("llama"), {"temperature": 0.9, "top_p": 0.6}
+    adapter = write(base, adapt(base))
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(sampling))
+    write_merged(adapter, tmp_path / "merged")
+    kept = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert sampling.items() <= kept.items() and not kept.get("do_sample")
 
 
 def test_only_a_merged_model_is_replaced_and_only_if_asked(write, refused, tmp_path, monkeypatch):

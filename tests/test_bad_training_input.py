@@ -234,6 +234,23 @@ def test_model_whose_config_wants_another_shape(train_refused, model):
     )
 
 
+@pytest.mark.parametrize(
+    ("quantization", "kind"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bitsandbytes"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+    ],
+)
+def test_model_with_quantized_weights(train_refused, model, quantization, kind):
+    config = json.loads((model / "config.json").read_bytes()) | {"quantization_config": quantization}
+    (model / "config.json").write_text(json.dumps(config))
+    train_refused({"--model": model}, f"--model {model}: its weights are quantized ({kind}); give the unq")
+
+
 def test_model_with_weights_that_are_no_numbers(train_refused, model):
     tensors = load_file(model / "model.safetensors")
     save_file(

@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
+    BartConfig,
     BloomConfig,
     DiffLlamaConfig,
+    DogeConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -19,16 +23,18 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    ModernBertDecoderConfig,
     Olmo2Config,
     Phi3Config,
     PhimoeConfig,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
 )
 
 import checks
 import model as model_file
-from checks import check_packable, max_positions
+from checks import check_packable, max_positions, probe_ids
 from files import InputError
 from model import block_mask, dense, dense_masks, flex, pair_stats
 from preferences import Pair, pack
@@ -195,12 +201,70 @@ NOT_PACKABLE = BIASED | {
     "recurrent": MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2),
     "partly recurrent": Lfm2Config(**GROUPED, layer_types=["conv", "full_attention", "full_attention"]),
     "window in the mask alone": PhimoeConfig(**GROUPED, sliding_window=WINDOW, num_local_experts=2),
+    "a mask of its own": DogeConfig(**GROUPED, keep_window_size=8),
+    "attention past the interface": FalconConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+    ),
+    "both directions": Gemma3TextConfig(**GROUPED, head_dim=8, use_bidirectional_attention=True),
+    "positions that start behind the padding token's": RobertaConfig(**SIZES, is_decoder=True),
+}
+if "deepseek_v32" in CONFIG_MAPPING:  # younger than transformers 5.0; every query attends to 16 keys
+    sizes = {"index_topk": 16, "index_n_heads": 2, "index_head_dim": 16, "q_lora_rank": 16, "kv_lora_rank": 8}
+    sizes |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 3}
+    sizes |= SIZES | {"num_key_value_heads": 4}
+    NOT_PACKABLE["keys chosen by an indexer"] = CONFIG_MAPPING["deepseek_v32"](**sizes)
+REASONS = {
+    "sinks": "its attention takes more than is packed here: s_aux",
+    "keys chosen by an indexer": "its attention takes more than is packed here: indices",
+    "a mask of its own": "its attention changes the mask",
+    "attention past the interface": "only 0 of its 2 layers use transformers' attention interface",
+    "partly recurrent": "only 2 of its 3 layers use transformers' attention interface",
 }
 
 
-@pytest.mark.parametrize("config", NOT_PACKABLE.values(), ids=NOT_PACKABLE)
-def test_models_that_packing_would_change_are_refused(config):
-    with pytest.raises(InputError, match="cannot be packed"):
+@pytest.mark.parametrize("name", NOT_PACKABLE)
+def test_models_that_packing_would_change_are_refused(name):
+    with pytest.raises(InputError, match=f"cannot be packed: {REASONS.get(name, '')}"):
+        check_packable(make(NOT_PACKABLE[name]), "some/model")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "window"])
+def test_attention_to_few_keys_is_compared_on_texts_with_more(kind, monkeypatch):
+    """Even if only the comparison could notice it, and however often it is made."""
+    if kind == "sparse":
+        if "keys chosen by an indexer" not in NOT_PACKABLE:
+            pytest.skip("needs a younger transformers")
+        monkeypatch.setattr(model_file, "KEYWORDS", model_file.KEYWORDS | {"indices"})
+        model = make(NOT_PACKABLE["keys chosen by an indexer"])
+    else:
+        rule = model_file.attention_rule
+        monkeypatch.setattr(model_file, "attention_rule", lambda packed, window: rule(packed, None))
+        model = make(MistralConfig(**GROUPED, sliding_window=40))
+    for _ in range(2):
+        with pytest.raises(InputError, match="log-probabilities move"):
+            check_packable(model, "some/model")
+
+
+def test_the_comparison_takes_seconds():
+    """It is longer than a short window of a small model, and never more than 1e11 weights times tokens."""
+    size = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    with torch.device("meta"):
+        large = AutoModelForCausalLM.from_config(MistralConfig(**size, sliding_window=4096))
+    assert large.num_parameters() > 7e9 and len(probe_ids(large)) == 12
+    assert len(probe_ids(make(MistralConfig(**GROUPED, sliding_window=40)))) == 52
+    assert len(probe_ids(make(MistralConfig(**GROUPED, sliding_window=4096)))) == 12  # of 128 positions
+    assert len(probe_ids(make(CONFIGS["llama"]))) == 12
+
+
+ODD = {  # configs that transformers checks, and a decoder without layers of that name
+    "no None for the padding token": ModernBertDecoderConfig(**SIZES, sliding_window=8),
+    "half of an encoder-decoder": BartConfig(vocab_size=97, d_model=32, decoder_layers=2, is_decoder=True),
+}
+
+
+@pytest.mark.parametrize("config", ODD.values(), ids=ODD)
+def test_whatever_a_model_raises_it_is_refused_in_one_line(config):
+    with pytest.raises(InputError, match=r"^--model some/model: \w+ cannot be packed: .+$"):
         check_packable(make(config), "some/model")
 
 
