@@ -44,8 +44,8 @@ from files import (
     write_json,
     write_tensors,
 )
+from hub import save_model, save_tokenizer
 from lora import save_lora
-from model import save_tokenizer
 from parallel import all_gather, barrier, full_tensor, get_rank, get_world_size, to_local
 
 # flags that may change when a run is resumed (model and data: the path may, the content may not)
@@ -281,20 +281,6 @@ def export(out: Path, config: Any, model: PreTrainedModel, tokenizer: Any, row: 
     with atomic_write(out / "README.md") as file:
         file.write(model_card(out.name, config, row))
     print(f"wrote {out}")
-
-
-def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
-    """save_pretrained, with the generation config as it was loaded.
-
-    transformers refuses to write one that sets a temperature without do_sample, as Vicuna's and Llama 2's do.
-    """
-    generation = model.generation_config if model.can_generate() else None
-    if generation:
-        model.generation_config = type(generation)()
-    model.save_pretrained(folder, **options)
-    if generation:
-        model.generation_config = generation
-        generation.to_json_file(folder / "generation_config.json")
 
 
 def model_card(name: str, config: Any, row: dict[str, float]) -> str:

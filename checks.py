@@ -21,7 +21,8 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from files import InputError
-from model import Stats, loading, pair_stats, read_config
+from hub import loading, read_config
+from model import Stats, pair_stats
 from parallel import all_gather, get_world_size
 from preferences import pack
 

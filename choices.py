@@ -43,7 +43,7 @@ from files import (
     write_json,
 )
 from formats import message
-from model import load_model
+from hub import load_model
 from parallel import get_device, get_dtype
 from reference import score_completions
 from tables import check_outputs, new_figure, save_figure

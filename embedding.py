@@ -30,7 +30,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     MODEL_FOR_TEXT_ENCODING_MAPPING,
-    AutoConfig,
     AutoModel,
     AutoModelForTextEncoding,
     AutoTokenizer,
@@ -39,7 +38,7 @@ from transformers.utils import cached_file
 
 from checks import max_positions
 from files import InputError
-from model import loading
+from hub import loading, read_config
 from parallel import get_device
 from preferences import micro_batches
 
@@ -53,7 +52,7 @@ POOLINGS = {
 ACTIVATIONS = {"Tanh": torch.tanh, "Identity": lambda x: x}
 
 
-def read_config(encoder: str, folder: str, name: str) -> Any:
+def read_json(encoder: str, folder: str, name: str) -> Any:
     """A JSON file in a folder of the encoder, {} if there is none."""
     path = cached_file(encoder, name, subfolder=folder, _raise_exceptions_for_missing_entries=False)
     return json.loads(Path(path).read_bytes()) if path else {}
@@ -61,7 +60,7 @@ def read_config(encoder: str, folder: str, name: str) -> Any:
 
 def read_pooling(encoder: str, folder: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The function of POOLINGS that 1_Pooling/config.json names. Raises InputError for another one."""
-    config = read_config(encoder, folder, "config.json")
+    config = read_json(encoder, folder, "config.json")
     modes = config.get("pooling_mode") or [
         key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
         for key, value in config.items()
@@ -78,7 +77,7 @@ def read_pooling(encoder: str, folder: str) -> Callable[[Tensor, Tensor], Tensor
 
 def read_dense(encoder: str, folder: str) -> Callable[[Tensor], Tensor]:
     """The layer of 2_Dense. Raises InputError if it has no safetensors weights or is of another kind."""
-    config = read_config(encoder, folder, "config.json")
+    config = read_json(encoder, folder, "config.json")
     activation = ACTIVATIONS.get(config["activation_function"].rpartition(".")[2])
     is_plain = config.get("module_input_name", "sentence_embedding") == "sentence_embedding"
     if not activation or not is_plain or config.get("use_residual"):
@@ -96,7 +95,7 @@ def read_modules(encoder: str) -> tuple[str, Callable[[Tensor, Tensor], Tensor],
 
     Raises InputError if modules.json names anything else, or in another order.
     """
-    modules = read_config(encoder, "", "modules.json")
+    modules = read_json(encoder, "", "modules.json")
     if not modules:
         if not Path(encoder).is_dir() and try_to_load_from_cache(encoder, "modules.json") is None:  # offline
             raise InputError(f"--embedder {encoder}: no such folder, and no modules.json of it in the cache")
@@ -114,7 +113,7 @@ def read_modules(encoder: str) -> tuple[str, Callable[[Tensor, Tensor], Tensor],
 
 def read_prompt(encoder: str) -> str:
     """The prompt that the encoder puts before every text by default, mostly ""."""
-    config = read_config(encoder, "", "config_sentence_transformers.json")
+    config = read_json(encoder, "", "config_sentence_transformers.json")
     prompts = {name: prompt for name, prompt in (config.get("prompts") or {}).items() if prompt}
     default = config.get("default_prompt_name")
     if prompts and default not in prompts:
@@ -133,18 +132,26 @@ def embed(texts: Sequence[str], encoder: str, max_tokens: int = 4096) -> np.ndar
     """
     with loading(f"--embedder {encoder}"):
         folder, pooling, layers = read_modules(encoder)
-        prompt, settings = read_prompt(encoder), read_config(encoder, folder, "sentence_bert_config.json")
+        prompt, settings = read_prompt(encoder), read_json(encoder, folder, "sentence_bert_config.json")
         tokenizer = AutoTokenizer.from_pretrained(encoder, subfolder=folder)
-        config = AutoConfig.from_pretrained(encoder, subfolder=folder)
+        config = read_config(encoder, subfolder=folder)
         # of T5, the encoder alone
         kind = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
-        model = kind.from_pretrained(encoder, subfolder=folder, use_safetensors=True, dtype=torch.float32)
+        options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+        model, info = kind.from_pretrained(encoder, subfolder=folder, **options)
+        missing = [name for name in info["missing_keys"] if "pooler" not in name]  # which is not used here
+        if missing:  # transformers would go on with random numbers
+            raise ValueError(f"{len(missing)} weights are missing, first {min(missing)}")
+        limits = [
+            tokenizer.model_max_length,
+            max_positions(model),
+            settings.get("max_seq_length") or math.inf,
+        ]
+        prompted = [prompt + text for text in texts]
+        ids = tokenizer(prompted, truncation=True, max_length=int(min(*limits, 10**9))).input_ids
     if model.config.is_encoder_decoder:
         raise InputError(f"--embedder {encoder}: {type(model).__name__} has a decoder; give an encoder")
     model = model.to(get_device()).eval()
-    limits = [tokenizer.model_max_length, max_positions(model), settings.get("max_seq_length") or math.inf]
-    prompted = [prompt + text for text in texts]
-    ids = tokenizer(prompted, truncation=True, max_length=int(min(*limits, 10**9))).input_ids
     vectors = {}
     bar = tqdm(total=len(texts), desc="embeddings", unit="text", disable=None)
     for batch in micro_batches(range(len(texts)), [[row] for row in ids], max_tokens):

@@ -42,6 +42,7 @@ from embedding import embed
 from encode import encode_answers, encode_prompts
 from files import InputError, error_prefix, flag, parse, read_rows, require, run_command, write_json
 from formats import last_turn, read_sample, to_texts, transcript
+from hub import load_model
 from judge import (
     DIVERSITY,
     JudgeConfig,
@@ -52,7 +53,6 @@ from judge import (
     pool_prompts,
     rate_pools,
 )
-from model import load_model
 from parallel import get_device, get_dtype
 from reference import score_completions
 from tables import (

@@ -322,8 +322,11 @@ def write_merged(adapter: str | Path, out: str | Path, overwrite: bool = False) 
     The weights keep the dtype of the base's files, so a bfloat16 base rounds the sum. The folder appears
     whole or not at all. Raises InputError if `out` exists, or with `overwrite` if it is anything but a model.
     """
-    from checkpoint import save_model  # not above: both files import this one
-    from model import load_model, save_tokenizer
+    from hub import (
+        load_model,
+        save_model,  # not above: it imports this file
+        save_tokenizer,
+    )
 
     out = Path(out)
     if out.exists() and not overwrite:

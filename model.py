@@ -1,4 +1,4 @@
-"""The model: log-probability, length and entropy of every completion of a micro-batch; loading a model.
+"""The model: log-probability, length and entropy of every completion of a micro-batch.
 
 One forward pass over one row `[prompt | chosen | rejected | prompt | ...]` serves a whole micro-batch. The
 prompt is computed once for both completions, and nothing is padded. One rule says which keys a query may
@@ -20,15 +20,10 @@ Neither depends on the loss, so both are computed in the forward pass, while p i
 multiplies them by one number per token. (Only the gradient of a trained head needs p again there.)
 """
 
-import contextlib
 import functools
-import json
-import shutil
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -38,33 +33,12 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.masking_utils import eager_mask
-from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
-from files import InputError, write_json
-from lora import find_base, load_lora, merge_lora
 from preferences import Packed
 
-transformers_logging.disable_progress_bar()  # a small model loads faster than its bar draws
-MAX_LAYERS = 10_000
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-TOKENIZER_FILES += (
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "spiece.model",
-    "tekken.json",
-)
-TOKENIZER_FILES += ("vocab.json", "merges.txt", "vocab.txt", "sentencepiece.bpe.model")
 CHUNK = {"cpu": 2**24, "cuda": 2**27}  # logits computed at once: 64 and 512 MiB in float32
 
 
@@ -433,92 +407,3 @@ def _dentropy_dz(p: Tensor, z: Tensor, softcap: float | None) -> Tensor:
     """dH / d(logits before the cap) = -p (log p + H) = p (sum_v p_v z_v - z), times the cap's derivative."""
     gradient = p * (torch.linalg.vecdot(p, z)[:, None] - z)
     return gradient if softcap is None else gradient * (1 - (z / softcap) ** 2)
-
-
-# ---- loading
-
-
-def load_model(
-    path: str | Path, device: str = "cpu", dtype: torch.dtype | None = torch.float32, reward: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer from a folder or the hub. An adapter's folder gives its base, merged.
-
-    With `dtype` None it has the dtype of its files. With `reward`, a reward model: a sequence classifier with
-    one label. A causal LM then gets a head of zeros in place of its own. Only safetensors weights are read.
-    Raises InputError if model or tokenizer cannot be loaded completely.
-    """
-    base, adapters = find_base(str(path))
-    folder = Path(base)
-    if (folder / "run.json").is_file() and not (folder / "config.json").is_file():
-        raise InputError(f"--model {base}: the run is unfinished; train with --resume to finish it")
-    with loading(f"--model {path}"):
-        # PEFT writes no tokenizer into an adapter's folder: then it is the base's
-        own = any(Path(path).glob("tokenizer*"))
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if own else base, trust_remote_code=False)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise InputError(f"--model {base}: no *.safetensors weights there (other formats are not read)")
-    with loading(f"--model {base}"):
-        config = read_config(base)
-    for part in (config, config.get_text_config()):
-        if quantization := getattr(part, "quantization_config", None):
-            kind = dict(quantization).get("quant_method", "bitsandbytes")  # whose older files do not name it
-            reason = f"its weights are quantized ({kind}); give the unquantized model"
-            raise InputError(f"--model {base}: {reason}")
-    options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
-    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-    options |= {"num_labels": 1} if reward else {}
-    with loading(f"--model {base}"):
-        model, info = auto.from_pretrained(base, dtype=dtype or "auto", **options)
-    missing = set(info["missing_keys"])
-    if "score.weight" in missing:  # not random: all processes must start from the same head
-        missing.remove("score.weight")
-        model.score.weight.data.zero_()
-    broken = sorted(missing) + [str(name) for name in info["mismatched_keys"]]
-    if broken:  # transformers would go on with random numbers
-        raise InputError(f"--model {base}: {len(broken)} weights are missing or misshapen, first {broken[0]}")
-    for adapter in adapters:  # merged on the CPU: the same weights on any device
-        model = merge_lora(load_lora(model, adapter)).to(dtype or model.dtype)
-    return model.to(device).eval(), tokenizer
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write a tokenizer into a folder: the files that it was loaded from.
-
-    tokenizer.save_pretrained() loses fields (Llama's and Mistral's `legacy`), and the tokenizer that is
-    loaded again then gives other ids. It is for tokenizers that were made here.
-    """
-    folder, source = Path(folder), tokenizer.name_or_path
-    folder.mkdir(parents=True, exist_ok=True)
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    paths = [cached_file(source, name, **quiet) for name in TOKENIZER_FILES] if source else []
-    if not any(paths):
-        tokenizer.save_pretrained(folder)
-        return
-    for path in filter(None, paths):
-        shutil.copyfile(path, folder / Path(path).name)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_bytes()) if path.is_file() else {}
-    if tokenizer.pad_token != config.get("pad_token"):  # a reward model's, which load_reward_model() chose
-        write_json(path, config | {"pad_token": tokenizer.pad_token})
-
-
-def read_config(path: str) -> PreTrainedConfig:
-    """A model's config.json. Raises ValueError if it has so many layers that they would fill the memory."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
-    if layers > MAX_LAYERS:
-        raise ValueError(f"its configuration has {layers:,} layers")
-    return config
-
-
-@contextlib.contextmanager
-def loading(flag: str) -> Iterator[None]:
-    """Turn whatever transformers raises for a bad folder or hub name into an InputError that names `flag`.
-
-    Keep other code out of the block: its faults would be taken for the folder's.
-    """
-    try:
-        yield
-    except Exception as error:
-        reason = textwrap.shorten(str(error) or type(error).__name__, 300)
-        raise InputError(f"{flag}: cannot be loaded: {reason}") from error

@@ -62,7 +62,7 @@ from files import (
     write_json,
 )
 from formats import read_prompts, to_messages
-from model import load_model
+from hub import load_model
 from parallel import all_gather, distributed, get_device, get_dtype, get_rank, get_world_size
 
 FORMATS = ("jsonl", "messages", "alpaca_eval", "arena_hard")

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-import model as models
+import hub
 from checks import max_positions
 from encode import answer_lead, encode_answers, encode_prompts, render
 from files import InputError, error_prefix, flag, parse, require, run_command
@@ -75,7 +75,7 @@ def load_reward_model(
     """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # no warning of a new head
-    model, tokenizer = models.load_model(path, device, dtype, reward=True)
+    model, tokenizer = hub.load_model(path, device, dtype, reward=True)
     transformers_logging.set_verbosity(verbosity)
     config = model.config.get_text_config()
     if not hasattr(model, "score"):

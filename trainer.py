@@ -51,9 +51,10 @@ from checkpoint import (
 from checks import check_inputs, check_memory, check_objective, check_packable
 from files import InputError, digest_json, error_prefix, flag, is_writable, require
 from formats import read_pairs
+from hub import load_model
 from logs import flops_per_token, open_loggers, peak_memory, print_device, print_row, print_start, speed
 from lora import add_lora, lora_disabled, lora_layers, print_share
-from model import Stats, load_model, packed_forward, pair_stats
+from model import Stats, packed_forward, pair_stats
 from preferences import count_tokens, describe, micro_batches, pack, tokenize
 from reference import digest_model, reference_stats
 

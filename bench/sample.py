@@ -23,8 +23,8 @@ from machine import CUDA, DEVICE, DTYPE, apart, clock, rates
 
 from decode import Batch
 from files import flag, parse, run_command
+from hub import load_model
 from logs import peak_memory
-from model import load_model
 from sample import sample_batch
 
 CONTENDERS = ("generate", "static", "sample.py")

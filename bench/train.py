@@ -39,9 +39,10 @@ from machine import CUDA, DEVICE, DTYPE, apart, clock, rates
 
 from files import InputError, flag, parse, run_command
 from formats import read_pairs
+from hub import load_model
 from logs import peak_memory
 from lora import add_lora, load_lora, lora_layers, save_lora
-from model import Stats, load_model
+from model import Stats
 from preferences import Pair, count_tokens, tokenize
 from reference import reference_stats
 from train_dpl import DPLConfig, objective

@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from files import InputError, atomic_write, flag, parse, run_command, write_json
 from formats import read_pairs
-from model import load_model
+from hub import load_model
 from preferences import tokenize
 from reference import reference_stats
 from train_mallows import log_link, neg_log_dispersion

@@ -26,8 +26,8 @@ from data.society.make_world import exact_logp
 from data.society.truth import list_stories, slot_distributions
 from evaluate import WORLD
 from files import Help, run_command
+from hub import load_model
 from metrics import entropy_bits, total_variation
-from model import load_model
 
 OUT, PICTURE, REFERENCE = ROOT / "out/doctor", ROOT / "assets/doctor.png", ROOT / "data/society/reference"
 SAMPLES = 2000

@@ -38,8 +38,8 @@ from evaluate import WORLD, embed
 from experiments.doctor import REFERENCE, TRAIN, run
 from experiments.temperature import story_logits, story_logp
 from files import flag, parse, require, run_command, write_json
+from hub import load_model
 from metrics import cosine_diversity, unit_vectors
-from model import load_model
 from reference import score_completions
 from sample import sample_batch, sample_global_batch
 from tables import mean_and_error

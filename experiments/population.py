@@ -46,8 +46,8 @@ from experiments.doctor import REFERENCE, run
 from experiments.temperature import story_logits, story_logp
 from files import flag, parse, require, run_command, write_json
 from formats import read_pairs
+from hub import load_model
 from metrics import pass_at_k
-from model import load_model
 from sample import sample
 from tables import mean_and_error
 

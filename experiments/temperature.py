@@ -39,7 +39,7 @@ from encode import decode_continuation, encode_answers, encode_prompts, end_toke
 from evaluate import WORLD
 from experiments.doctor import stack
 from files import InputError, flag, parse, run_command
-from model import load_model
+from hub import load_model
 from sample import sample_batch, sample_global_batch
 
 VOCAB, LENGTH, END = 6, 6, 0  # of the random model: token ids, most tokens of a text, the end token

@@ -63,7 +63,8 @@ from encode import decode_continuation, encode_prompts
 from evaluate import WORLD
 from experiments.doctor import REFERENCE, run
 from files import flag, parse, require, run_command, write_json
-from model import Stats, load_model
+from hub import load_model
+from model import Stats
 from reference import score_completions
 from sample import sample
 from tables import mean_and_error

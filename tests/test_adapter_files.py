@@ -19,8 +19,8 @@ from trl import DPOConfig, DPOTrainer
 
 import lora
 import train_dpl
+from hub import load_model
 from lora import add_lora, lora_layers, save_lora, write_merged
-from model import load_model
 from trainer import load_pairs
 
 

@@ -9,7 +9,7 @@ import evaluate
 import sample
 import train_dpl
 from checks import check_packable
-from model import load_model, loading
+from hub import load_model, loading
 from preferences import encode_prompts
 
 
@@ -57,7 +57,6 @@ CONFIGS = {
     "a list of types": {"model_type": ["llama"]},
     "a dtype that torch lacks": {"dtype": "float3"},
     "a configuration of text that is none": {"text_config": {"vocab_size": 5}},
-    "quantization by a package that is not there": {"quantization_config": {"quant_method": "hqq"}},
     "quantization that is a string": {"quantization_config": "x"},
     "kernels of a package that is not there": {"attn_implementation": "no-such/kernel"},
 }

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from encode import answer_lead, decode_continuation, encode_answers, encode_prompts, turn_ends
 from files import InputError
 from formats import Sample, to_texts
-from model import save_tokenizer
+from hub import save_tokenizer
 from train_reward import encode_texts
 
 SPECIAL = ["<s>", "</s>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|call|>"]

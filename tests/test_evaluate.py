@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 import evaluate
 import metrics
 from formats import read_samples, transcript
-from model import load_model
+from hub import load_model
 from train_reward import load_reward_model
 
 PROMPTS = ("Best fruit?", "A café?", "My friend likes")

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from conftest import PAIRS, ROOT, lines
 
 from files import InputError
+from hub import load_model
 from lora import add_lora
-from model import load_model, pair_stats
+from model import pair_stats
 from preferences import pack
 from train_dpl import DPLConfig, dpl_loss
 from trainer import load_pairs, train

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import checkpoints, newest_checkpoint
 from files import digest_json, parse, run_command
-from model import load_model
+from hub import load_model
 from preferences import tokenize
 from reference import reference_stats
 from train_dpl import DPLConfig, objective

@@ -18,7 +18,8 @@ import train_dpl
 import trainer
 from checkpoint import model_card
 from files import InputError
-from model import load_model, pair_stats
+from hub import load_model
+from model import pair_stats
 from preferences import pack
 from train_dpl import DPLConfig, dpl_loss, objective
 from trainer import batch_indices, load_pairs, train

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from files import read_rows
-from model import load_model
+from hub import load_model
 from preferences import count_tokens, micro_batches
 from train_dpl import DPLConfig, objective
 from trainer import train

@@ -21,7 +21,7 @@ import reference
 import sample
 import trainer
 from files import InputError, digest_tensors, lock, release_locks
-from model import load_model
+from hub import load_model
 from reference import reference_stats
 from train_dpl import DPLConfig, objective
 

@@ -27,7 +27,8 @@ import sample as sample_file
 from decode import Batch, exponential_noise, gumbel_max, keep_in_place
 from encode import encode_prompts, end_tokens
 from files import InputError
-from model import load_model, pair_stats
+from hub import load_model
+from model import pair_stats
 from preferences import pack
 from sample import next_token_probs, sample, sample_batch, sample_global, sample_global_batch
 

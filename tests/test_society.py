@@ -23,8 +23,8 @@ from data.society.truth import (
     story_distributions,
 )
 from formats import read_pairs, read_sample
+from hub import load_model
 from metrics import OTHER, entropy_bits, frequencies, total_variation
-from model import load_model
 
 FOLDER = Path("data/society")
 

@@ -10,7 +10,8 @@ from test_mallows_losses import some_stats
 from transformers import AutoModelForCausalLM
 
 from files import InputError, read_rows
-from model import load_model, pair_stats
+from hub import load_model
+from model import pair_stats
 from preferences import pack
 from reference import reference_stats
 from train_mallows import (

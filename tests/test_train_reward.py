@@ -15,7 +15,8 @@ import sample
 import train_reward
 from checks import check_packable
 from files import InputError
-from model import Stats, load_model, pair_stats
+from hub import load_model
+from model import Stats, pair_stats
 from preferences import Pair, pack
 from train_reward import encode_texts, load_reward_model, load_texts, objective, score_texts
 

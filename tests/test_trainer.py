@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from checkpoint import checkpoints
 from files import InputError, run_command
+from hub import load_model
 from lora import add_lora, load_lora
-from model import Stats, load_model, pair_stats
+from model import Stats, pair_stats
 from preferences import count_tokens, micro_batches, pack
 from reference import reference_stats
 from train_dpl import DPLConfig, objective

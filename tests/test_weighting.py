@@ -12,7 +12,8 @@ from conftest import first_pairs
 from data.society.truth import optimum, poll_distributions
 from evaluate import WORLD
 from experiments import population, weighting
-from model import Stats, load_model
+from hub import load_model
+from model import Stats
 from train_dpl import dpl_loss
 from train_mallows import MallowsConfig, neg_log_dispersion
 

@@ -33,7 +33,8 @@ sys.path.insert(0, str(HERE.parent.parent))
 from data.society.truth import mallows_favourites, preference, read_story
 from encode import encode_answers, encode_prompts
 from files import Help, atomic_write, write_json
-from model import load_model, pair_stats
+from hub import load_model
+from model import pair_stats
 from preferences import pack
 from sample import sample
 from train_sft import SFTConfig, finetune
