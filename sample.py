@@ -314,12 +314,13 @@ def format_line(config: SampleConfig, row: dict, index: int, total: int, text: s
     """Line `index` of `total`, in the --format asked for: one sample of the prompt of `row`."""
     prompt = row["prompt"]
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    content = text.strip() if isinstance(prompt, list) else text  # the template writes its own space again
     if config.format == "messages":
-        sample = {"messages": [*messages, {"role": "assistant", "content": text.strip()}]}
+        sample = {"messages": [*messages, {"role": "assistant", "content": content}]}
     elif config.format == "alpaca_eval":
-        sample = {"instruction": messages[-1]["content"], "output": text.strip(), "generator": config.model}
+        sample = {"instruction": messages[-1]["content"], "output": content, "generator": config.model}
     elif config.format == "arena_hard":
-        answer = {"role": "assistant", "content": {"answer": text.strip()}}
+        answer = {"role": "assistant", "content": {"answer": content}}
         sample = {"uid": row.get("uid", messages[-1]["content"]), "ans_id": str(index), "model": config.model}
         sample |= {"messages": [*messages, answer], "metadata": {"token_len": stats["tokens"]}}
     else:

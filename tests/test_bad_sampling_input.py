@@ -305,16 +305,6 @@ def test_texts_of_one_word_have_no_pairs_of_words(tmp_path, monkeypatch, text):
     assert result["distinct-2"] == result["EAD-2"] == {}
 
 
-@pytest.mark.parametrize("single", ["samples", "baseline"])
-def test_a_single_sample_has_no_diversity(tmp_path, monkeypatch, single):
-    for name in ("samples", "baseline"):
-        rows = [{"prompt": "a", "completion": f"b {i}"} for i in range(1 if name == single else 3)]
-        (tmp_path / f"{name}.jsonl").write_bytes(lines(*rows))
-    result = diversity(monkeypatch, tmp_path, "--baseline", tmp_path / "baseline.jsonl")
-    [other] = {"samples", "baseline"} - {single}
-    assert {name: row["mean"] for name, row in result["unique texts"].items()} == {other: 1}
-
-
 @pytest.mark.parametrize(
     "command", [["diversity"], ["winrate", "--dry_run"], ["quality", "--reference", "there"]]
 )

@@ -79,17 +79,6 @@ def test_a_case_that_hangs(gpu, tmp_path):
     assert not succeeded and result == "no answer in 0 s" and time.monotonic() - began < 60
 
 
-def test_a_process_serves_until_cuda_breaks(gpu, tmp_path):
-    call = gpu.guard(tmp_path / "stderr", 300)
-    before = call(os.getpid)
-    assert before[0] and before[1] != os.getpid() and not call(partial(int, "no number"))[0]
-    assert call(os.getpid) == before
-    broken = "import machine; machine.cuda_works = lambda: False; raise RuntimeError('illegal memory access')"
-    assert call(partial(exec, broken))[:2] == (False, "RuntimeError: illegal memory access")
-    after = call(os.getpid)
-    assert after[0] and after[1] != before[1]
-
-
 def test_unknown_parts_are_refused(gpu, refused):
     refused(gpu, ["--parts", "attention", "atention"], "--parts atention", "attention, training")
 
