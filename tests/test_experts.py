@@ -97,7 +97,9 @@ DENSE = Glm4MoeConfig(**GROUPED, head_dim=8, first_k_dense_replace=3)
 @pytest.mark.parametrize("flag", [False, True])
 def test_a_mixture_is_sampled_whether_or_not_it_returns_router_logits(flag):
     """Fine-tuned ones often do: it gives a second loss, which needs an attention mask."""
-    model = make(MixtralConfig(**GROUPED, num_local_experts=4, output_router_logits=flag))
+    model, other = (
+        make(MixtralConfig(**GROUPED, num_local_experts=4, output_router_logits=on)) for on in (flag, False)
+    )
     prompt = IDS[0].tolist()
-    wanted = model.generate(IDS[:1], max_new_tokens=8, do_sample=False, eos_token_id=None)[0, len(prompt) :]
+    wanted = other.generate(IDS[:1], max_new_tokens=8, do_sample=False, eos_token_id=None)[0, len(prompt) :]
     assert sample(model, prompt, 1, 8, None, temperature=0)[0].tokens == wanted.tolist()
