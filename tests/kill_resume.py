@@ -6,7 +6,7 @@ metrics.jsonl, samples) must be the undisturbed run's to the bit; what two proce
 1e-5 of it, since they add up the gradient in another order.
 
     python tests/kill_resume.py               # 100 kills, half an hour
-    python tests/kill_resume.py --kills 5     # one of each of the first five kinds, a minute or two
+    python tests/kill_resume.py --kills 3     # one of each of the first three kinds, a minute
 """
 
 import argparse

@@ -26,7 +26,7 @@ from preferences import count_tokens, micro_batches
 from train_dpl import DPLConfig, objective
 from trainer import train
 
-STEPS = 20
+STEPS = 12
 KINDS = {
     "lora": {"lora_rank": 8, "lora_alpha": 8.0, "lora_dropout": 0.0, "lr": 1e-3},
     "full": {"lora_rank": 0, "lr": 1e-4},

@@ -20,7 +20,7 @@ import checkpoint
 import reference
 import sample
 import trainer
-from files import InputError, digest_tensors, lock, release_locks
+from files import InputError, digest_tensors, lock, parse, release_locks
 from hub import load_model
 from reference import reference_stats
 from train_dpl import DPLConfig, objective
@@ -215,13 +215,9 @@ def test_a_cache_of_the_right_name_and_the_wrong_content_is_not_used(config, tmp
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def test_the_society_is_found_from_any_working_directory(tmp_path):
+def test_the_society_is_found_from_any_working_directory(monkeypatch, tmp_path):
     """And by files of flags that name it."""
-    words = [f"@{ROOT / 'recipes/society.txt'}", "--max_steps", "1", "--batch_size", "2"]
-    code = "import sys, trainer; trainer.train = lambda config, *_: print(config.model, config.data);"
-    code += "import train_dpl; train_dpl.train = trainer.train; train_dpl.main()"
-    for args in (words, []):
-        command = [sys.executable, "-c", code, *args]
-        env = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.stdout.split() == [str(SOCIETY), str(ROOT / "data/society/train.jsonl.gz")], done.stderr
+    monkeypatch.chdir(tmp_path)
+    for words in ([f"@{ROOT / 'recipes/society.txt'}", "--max_steps", "1"], []):
+        config = parse(DPLConfig, None, words)
+        assert (config.model, config.data) == (str(SOCIETY), str(ROOT / "data/society/train.jsonl.gz"))
