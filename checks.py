@@ -20,11 +20,11 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from files import InputError
+from common.files import InputError
+from common.parallel import all_gather, get_world_size
 from hub import loading, read_config
 from model import Stats, pair_stats
-from parallel import all_gather, get_world_size
-from preferences import pack
+from pairs import pack
 
 
 def check_inputs(

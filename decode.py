@@ -29,10 +29,10 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
 from checks import probe_ids, refused
-from files import InputError
+from common.files import InputError
+from common.parallel import to_device
 from model import compile_once, dense, dense_masks, head_logits, require_attention, use_packed_attention
-from parallel import to_device
-from preferences import Packed, pack
+from pairs import Packed, pack
 
 FINISH = ("", "eos", "stop", "length")  # Completion.finish by code; "" while it is active
 ACTIVE, EOS, STOP, LENGTH = range(4)  # the codes: indices into FINISH

@@ -2,13 +2,18 @@
 
 import contextlib
 import json
+import os
+import shlex
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,8 +26,9 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from files import InputError, write_json
-from lora import find_base, load_lora, merge_lora
+from common.files import InputError, atomic_write, write_json
+from common.parallel import full_tensor, get_rank, get_world_size
+from lora import find_base, load_lora, merge_lora, save_lora
 
 transformers_logging.disable_progress_bar()  # a small model loads faster than its bar draws
 MAX_LAYERS = 10_000
@@ -135,3 +141,87 @@ def loading(flag: str) -> Iterator[None]:
     except Exception as error:
         reason = textwrap.shorten(str(error) or type(error).__name__, 300)
         raise InputError(f"{flag}: cannot be loaded: {reason}") from error
+
+
+def load_reward_model(
+    path: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A reward model and its tokenizer, from a folder or the hub; a causal LM gets a head of zeros.
+
+    Both know the same padding token. transformers reads the score at the last token that is not padding.
+    Raises InputError if it cannot be loaded.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # no warning of a new head
+    model, tokenizer = load_model(path, device, dtype, reward=True)
+    transformers_logging.set_verbosity(verbosity)
+    config = model.config.get_text_config()
+    if not hasattr(model, "score"):
+        raise InputError(f"--model {path}: {type(model).__name__} has no head named score; give a decoder")
+    for pad in (config.pad_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
+        if pad is not None and pad >= 0:  # -1 in some configs: none
+            config.pad_token_id = tokenizer.pad_token_id = pad
+            return model, tokenizer
+    raise InputError(f"--model {path}: its tokenizer has neither a padding nor an end token")
+
+
+def export(out: Path, config: Any, model: PreTrainedModel, tokenizer: Any, row: dict) -> None:
+    """Write the adapter (or, at --lora_rank 0, the whole model), the tokenizer and a model card.
+
+    All processes must call it: each sharded weight is gathered in turn, and rank 0 writes.
+    """
+    if config.lora_rank:
+        base = Path(model.config.name_or_path)  # if --model is an adapter's folder, the model below it
+        save_lora(model, out, base.resolve() if base.is_dir() else base)
+    else:
+        weights, gathered = {}, {}  # a tied weight stays one tensor under two names and is written once
+        for name, weight in model.state_dict(keep_vars=True).items():
+            if id(weight) not in gathered:
+                tensor = full_tensor(weight.detach())
+                gathered[id(weight)] = tensor.cpu() if get_rank() == 0 else None
+            weights[name] = gathered[id(weight)]
+        if get_rank() == 0:
+            save_model(model, out / ".weights", state_dict=weights)
+            for path in (out / ".weights").iterdir():
+                os.replace(path, out / path.name)
+            (out / ".weights").rmdir()
+    if get_rank() > 0:
+        return
+    save_tokenizer(tokenizer, out)
+    with atomic_write(out / "README.md") as file:
+        file.write(model_card(out.name, config, row))
+    print(f"wrote {out}")
+
+
+def model_card(name: str, config: Any, row: dict[str, float]) -> str:
+    """README.md of a finished run, with the metadata that the hub reads; `row` holds the final figures.
+
+    It has the command, all flags and library versions. Its method is the first line of the script's
+    docstring.
+    """
+    # the hub takes no folder for a base_model
+    base = "" if Path(config.model).is_dir() else f"base_model: {json.dumps(config.model)}\n"
+    method = (sys.modules["__main__"].__doc__ or "").strip().partition("\n")[0]
+    figures = "\n".join(f"    {key} {value:.4g}" for key, value in row.items())
+    flags = "\n".join(f"    --{key} {value}" for key, value in asdict(config).items())
+    return f"""---
+{base}library_name: {"peft" if config.lora_rank else "transformers"}
+---
+# {name}
+
+{method}
+
+- base model: `{config.model}`
+- data: `{config.data}`
+- command: `{shlex.join(["python", *sys.argv])}`
+- processes: {get_world_size()}
+- versions: torch {torch.__version__}, transformers {transformers.__version__}
+
+At the end:
+
+{figures}
+
+All flags:
+
+{flags}
+"""

@@ -4,16 +4,11 @@
 
 W is frozen and B starts at zero, so the untrained policy equals the reference policy exactly. Switching the
 second term off gives the reference at any time, without a second model in memory.
-
-    python lora.py merge out/dpl out/merged      # a plain model, for programs that read no adapters
 """
 
-import argparse
 import contextlib
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,17 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from files import (
-    InputError,
-    digest_tensors,
-    error_prefix,
-    parse_json,
-    raise_input_error,
-    run_command,
-    write_json,
-    write_tensors,
-)
-from parallel import full_tensor, get_rank
+from common.files import InputError, digest_tensors, error_prefix, parse_json, write_json, write_tensors
+from common.parallel import full_tensor, get_rank
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of an adapter's weights
 EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
@@ -314,52 +300,3 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     if expected not in (None, checksum(tensors, config)):
         raise InputError(f"{path}: damaged, or not the weights of its adapter_config.json")
     return model
-
-
-def write_merged(adapter: str | Path, out: str | Path, overwrite: bool = False) -> None:
-    """Write the folder of a model: an adapter's base with the adapter merged in, and its tokenizer.
-
-    The weights keep the dtype of the base's files, so a bfloat16 base rounds the sum. The folder appears
-    whole or not at all. Raises InputError if `out` exists, or with `overwrite` if it is anything but a model.
-    """
-    from hub import (
-        load_model,
-        save_model,  # not above: it imports this file
-        save_tokenizer,
-    )
-
-    out = Path(out)
-    if out.exists() and not overwrite:
-        raise InputError(f"{out}: exists; --overwrite replaces it")
-    if out.exists() and (not (out / "config.json").is_file() or (out / "run.json").exists()):
-        raise InputError(f"{out}: is no merged model that --overwrite could replace")
-    is_reward_model = read_adapter_config(adapter).get("task_type") == "SEQ_CLS"
-    model, tokenizer = load_model(adapter, dtype=None, reward=is_reward_model)
-    new = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        save_model(model, new)
-        save_tokenizer(tokenizer, new)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(new, out)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def main() -> None:
-    """Merge an adapter by the command line's arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = raise_input_error
-    parser.add_argument("command", choices=["merge"])
-    parser.add_argument("adapter", help="Folder of an adapter.")
-    parser.add_argument("out", help="Folder for the merged model.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace the merged model in OUT.")
-    args = parser.parse_args()
-    write_merged(args.adapter, args.out, args.overwrite)
-    print(f"wrote {args.out}")
-
-
-if __name__ == "__main__":
-    run_command(main)

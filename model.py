@@ -30,14 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from preferences import Packed
+from pairs import Packed
 
 CHUNK = {"cpu": 2**24, "cuda": 2**27}  # logits computed at once: 64 and 512 MiB in float32
 

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from files import digest_json, digest_tensors, write_tensors
+from common.files import digest_json, digest_tensors, write_tensors
+from common.parallel import all_reduce, get_rank, get_world_size
 from model import Stats, pair_stats
-from parallel import all_reduce, get_rank, get_world_size
-from preferences import micro_batches, pack
+from pairs import micro_batches, pack
 
 EXCHANGE_EVERY = 16  # micro-batches between all_reduces of the results
 SAVE_SECONDS = 60  # between saves of an unfinished pass

@@ -38,32 +38,22 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from checks import max_positions
-from decode import (
-    Batch,
-    Completion,
-    exponential_noise,
-    gumbel_max,
-    next_token_probs,
-)
-from encode import decode_continuation, encode_prompts, end_tokens
-from files import (
+from common.encode import decode_continuation, encode_prompts, end_tokens
+from common.files import (
     InputError,
     atomic_write,
     digest_json,
     error_prefix,
-    flag,
     lock,
-    parse,
     parse_json,
     read_template,
-    require,
-    require_same,
-    run_command,
     write_json,
 )
-from formats import read_prompts, to_messages
+from common.flags import flag, parse, require, require_same, run_command
+from common.parallel import all_gather, distributed, get_device, get_dtype, get_rank, get_world_size
+from common.rows import read_prompts, to_messages
+from decode import Batch, Completion, exponential_noise, gumbel_max, next_token_probs
 from hub import load_model
-from parallel import all_gather, distributed, get_device, get_dtype, get_rank, get_world_size
 
 FORMATS = ("jsonl", "messages", "alpaca_eval", "arena_hard")
 MAY_CHANGE = {"out_file", "overwrite", "resume"}  # flags that may change when a run is resumed

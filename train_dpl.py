@@ -25,7 +25,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from files import flag, parse, require, run_command
+from common.flags import flag, parse, require, run_command
 from model import Stats
 from trainer import TrainConfig, train
 

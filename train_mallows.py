@@ -40,9 +40,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from files import atomic_write, flag, parse, require, run_command, write_json
+from common.files import atomic_write, write_json
+from common.flags import flag, parse, require, run_command
+from common.parallel import get_rank
 from model import Stats
-from parallel import get_rank
 from train_dpl import dpl_margin, per_token
 from trainer import TrainConfig, train
 

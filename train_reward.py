@@ -24,19 +24,18 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
-import hub
 from checks import max_positions
-from encode import answer_lead, encode_answers, encode_prompts, render
-from files import InputError, error_prefix, flag, parse, require, run_command
-from formats import Text, message, read_pairs
+from common.encode import answer_lead, encode_answers, encode_prompts, render
+from common.files import InputError, error_prefix
+from common.flags import flag, parse, require, run_command
+from common.rows import Text, message, read_pairs
+from hub import load_reward_model
 from model import Stats
-from preferences import Pair
+from pairs import Pair
 from reference import score_completions
 from trainer import TrainConfig, train
 
@@ -63,28 +62,6 @@ def objective(policy: Stats, reference: None, *, center: float) -> dict[str, Ten
         "reward_chosen": chosen,
         "reward_rejected": rejected,
     }
-
-
-def load_reward_model(
-    path: str, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A reward model and its tokenizer, from a folder or the hub; a causal LM gets a head of zeros.
-
-    Both know the same padding token. transformers reads the score at the last token that is not padding.
-    Raises InputError if it cannot be loaded.
-    """
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # no warning of a new head
-    model, tokenizer = hub.load_model(path, device, dtype, reward=True)
-    transformers_logging.set_verbosity(verbosity)
-    config = model.config.get_text_config()
-    if not hasattr(model, "score"):
-        raise InputError(f"--model {path}: {type(model).__name__} has no head named score; give a decoder")
-    for pad in (config.pad_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
-        if pad is not None and pad >= 0:  # -1 in some configs: none
-            config.pad_token_id = tokenizer.pad_token_id = pad
-            return model, tokenizer
-    raise InputError(f"--model {path}: its tokenizer has neither a padding nor an end token")
 
 
 def encode_texts(

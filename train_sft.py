@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from encode import encode_answers, encode_prompts
-from files import error_prefix, flag, parse, run_command
-from formats import read_examples
+from common.encode import encode_answers, encode_prompts
+from common.files import error_prefix
+from common.flags import flag, parse, run_command
+from common.rows import read_examples
 from model import Stats
-from preferences import truncate
+from pairs import truncate
 from trainer import TrainConfig, train
 
 

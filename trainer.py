@@ -36,10 +36,10 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import parallel
-from checkpoint import (
+from checks import check_inputs, check_memory, check_objective, check_packable
+from common import parallel
+from common.checkpoint import (
     claim_run,
-    export,
     find_checkpoint,
     load_checkpoint,
     metrics_before,
@@ -48,14 +48,22 @@ from checkpoint import (
     saved_args,
     start_run,
 )
-from checks import check_inputs, check_memory, check_objective, check_packable
-from files import InputError, digest_json, error_prefix, flag, is_writable, require
-from formats import read_pairs
-from hub import load_model
-from logs import flops_per_token, open_loggers, peak_memory, print_device, print_row, print_start, speed
+from common.files import ROOT, InputError, digest_json, error_prefix, is_writable
+from common.flags import flag, require
+from common.logs import (
+    flops_per_token,
+    open_loggers,
+    peak_memory,
+    print_device,
+    print_row,
+    print_start,
+    speed,
+)
+from common.rows import read_pairs
+from hub import export, load_model
 from lora import add_lora, lora_disabled, lora_layers, print_share
 from model import Stats, packed_forward, pair_stats
-from preferences import count_tokens, describe, micro_batches, pack, tokenize
+from pairs import count_tokens, describe, micro_batches, pack, tokenize
 from reference import digest_model, reference_stats
 
 # objective(policy, reference) -> {"loss": (pairs,), and any other (pairs,) tensors: averaged and logged}
@@ -152,7 +160,7 @@ class TrainConfig:
         if args.resume and Path(args.out_dir, "run.json").is_file():
             return saved_args(Path(args.out_dir))
         if args.model is None and args.data is None and cls.society:
-            return [f"@{Path(__file__).parent / cls.society}"]
+            return [f"@{ROOT / cls.society}"]
         return []
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common.parallel import all_gather, distributed, get_device, get_world_size, shard, to_local
 from hub import load_model
 from lora import add_lora
 from model import packed_forward, pair_stats
-from parallel import all_gather, distributed, get_device, get_world_size, shard, to_local
-from preferences import pack
+from pairs import pack
 
 
 @distributed()

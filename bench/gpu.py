@@ -52,12 +52,13 @@ sys.path.insert(0, str(ROOT))
 from machine import CUDA, DEVICE, DTYPE, clock, clocks, guard, rates
 
 from checks import own_values, packing_gap, probe_pairs
+from common.files import InputError
+from common.flags import flag, parse, run_command
+from common.logs import flops_per_token, peak_memory
 from decode import Batch
-from files import InputError, flag, parse, run_command
-from logs import flops_per_token, peak_memory
 from lora import add_lora, lora_layers
 from model import block_mask, dense, dense_masks, flex, pair_stats
-from preferences import Pair, pack
+from pairs import Pair, pack
 from sample import sample_batch
 
 SIZES = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from machine import CUDA, DEVICE, DTYPE, apart, clock, rates
 
+from common.flags import flag, parse, run_command
+from common.logs import peak_memory
 from decode import Batch
-from files import flag, parse, run_command
 from hub import load_model
-from logs import peak_memory
 from sample import sample_batch
 
 CONTENDERS = ("generate", "static", "sample.py")

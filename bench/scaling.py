@@ -28,11 +28,11 @@ sys.path.insert(0, str(ROOT))
 
 from machine import DEVICE, DTYPE, apart, clock, rates
 
-from files import flag, parse, run_command
-from logs import peak_memory
+from common.flags import flag, parse, run_command
+from common.logs import peak_memory
 from lora import add_lora
 from model import Stats
-from preferences import Pair, count_tokens
+from pairs import Pair, count_tokens
 from train_dpl import DPLConfig, objective
 from trainer import MICRO_BATCH_TOKENS, forward_backward
 

@@ -37,13 +37,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from machine import CUDA, DEVICE, DTYPE, apart, clock, rates
 
-from files import InputError, flag, parse, run_command
-from formats import read_pairs
+from common.files import InputError
+from common.flags import flag, parse, run_command
+from common.logs import peak_memory
+from common.rows import read_pairs
 from hub import load_model
-from logs import peak_memory
 from lora import add_lora, load_lora, lora_layers, save_lora
 from model import Stats
-from preferences import Pair, count_tokens, tokenize
+from pairs import Pair, count_tokens, tokenize
 from reference import reference_stats
 from train_dpl import DPLConfig, objective
 from trainer import forward_backward

@@ -47,8 +47,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from files import InputError, atomic_write, flag, parse, read_rows, require, require_new, run_command
-from formats import ASSISTANT, last_turn
+from common.files import InputError, atomic_write
+from common.flags import flag, parse, require, require_new, run_command
+from common.rows import ASSISTANT, last_turn, read_rows
 
 Row = dict[str, Any]
 

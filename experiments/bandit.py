@@ -42,7 +42,8 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from files import InputError, atomic_write, flag, parse, run_command, write_json
+from common.files import InputError, atomic_write, write_json
+from common.flags import flag, parse, run_command
 
 OUTCOMES = np.array([[20, 11], [30, 3], [18, 15], [15, 10], [1, 4]])  # Table 4: an arm's two rewards ...
 PROBABILITY = np.array([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.99, 0.01], [0.99, 0.01]])  # ... how likely

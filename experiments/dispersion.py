@@ -34,10 +34,11 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from files import InputError, atomic_write, flag, parse, run_command, write_json
-from formats import read_pairs
+from common.files import InputError, atomic_write, write_json
+from common.flags import flag, parse, run_command
+from common.rows import read_pairs
 from hub import load_model
-from preferences import tokenize
+from pairs import tokenize
 from reference import reference_stats
 from train_mallows import log_link, neg_log_dispersion
 

@@ -22,12 +22,11 @@ from matplotlib.axes import Axes
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common.flags import Help, run_command
 from data.society.make_world import exact_logp
-from data.society.truth import list_stories, slot_distributions
-from evaluate import WORLD
-from files import Help, run_command
+from data.society.truth import WORLD, list_stories, slot_distributions
 from hub import load_model
-from metrics import entropy_bits, total_variation
+from metrics.formulas import entropy_bits, total_variation
 
 OUT, PICTURE, REFERENCE = ROOT / "out/doctor", ROOT / "assets/doctor.png", ROOT / "data/society/reference"
 SAMPLES = 2000

@@ -31,18 +31,19 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.society.truth import list_stories, optimum, utility
+from common.encode import decode_continuation, encode_answers, encode_prompts, end_tokens
+from common.files import write_json
+from common.flags import flag, parse, require, run_command
+from data.society.truth import WORLD, list_stories, optimum, utility
 from decode import Batch
-from encode import decode_continuation, encode_answers, encode_prompts, end_tokens
-from evaluate import WORLD, embed
 from experiments.doctor import REFERENCE, TRAIN, run
 from experiments.temperature import story_logits, story_logp
-from files import flag, parse, require, run_command, write_json
 from hub import load_model
-from metrics import cosine_diversity, unit_vectors
+from metrics.embedding import embed
+from metrics.formulas import cosine_diversity, unit_vectors
+from metrics.tables import mean_and_error
 from reference import score_completions
 from sample import sample_batch, sample_global_batch
-from tables import mean_and_error
 
 BETA, RATIOS = 0.1, (1, 1.1, 1.2, 1.3, 1.5, 2, 4, 11)  # alpha / beta
 # The two stories of a pair share most of their words, and the loss does not see the shared probability: large

@@ -38,18 +38,18 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from best_of_n import powers, samples_needed
-from data.society.truth import optimum
-from encode import decode_continuation, encode_answers, encode_prompts
-from evaluate import WORLD
+from common.encode import decode_continuation, encode_answers, encode_prompts
+from common.files import write_json
+from common.flags import flag, parse, require, run_command
+from common.rows import read_pairs
+from data.society.truth import WORLD, optimum
 from experiments.doctor import REFERENCE, run
 from experiments.temperature import story_logits, story_logp
-from files import flag, parse, require, run_command, write_json
-from formats import read_pairs
 from hub import load_model
-from metrics import pass_at_k
+from metrics.answers import powers, samples_needed
+from metrics.formulas import pass_at_k
+from metrics.tables import mean_and_error
 from sample import sample
-from tables import mean_and_error
 
 BETA, ALPHAS = 0.1, (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # token temperatures of DPO

@@ -33,12 +33,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data.society.truth import compare_samples, list_stories, read_story
+from common.encode import decode_continuation, encode_answers, encode_prompts, end_tokens
+from common.files import InputError
+from common.flags import flag, parse, run_command
+from data.society.truth import WORLD, compare_samples, list_stories, read_story
 from decode import Batch, next_token_probs
-from encode import decode_continuation, encode_answers, encode_prompts, end_tokens
-from evaluate import WORLD
 from experiments.doctor import stack
-from files import InputError, flag, parse, run_command
 from hub import load_model
 from sample import sample_batch, sample_global_batch
 

@@ -57,17 +57,17 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common.encode import decode_continuation, encode_prompts
+from common.files import write_json
+from common.flags import flag, parse, require, run_command
 from data.society.make_world import exact_logp
-from data.society.truth import mallows_favourites, mallows_pair
-from encode import decode_continuation, encode_prompts
-from evaluate import WORLD
+from data.society.truth import WORLD, mallows_favourites, mallows_pair
 from experiments.doctor import REFERENCE, run
-from files import flag, parse, require, run_command, write_json
 from hub import load_model
+from metrics.tables import mean_and_error
 from model import Stats
 from reference import score_completions
 from sample import sample
-from tables import mean_and_error
 from train_mallows import MallowsConfig, fit_dispersion, mallows_dpl_loss, mallows_phi_loss, objective
 from trainer import train
 

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import train_dpl
-from files import run_command
+from common.flags import run_command
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent

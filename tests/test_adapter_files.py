@@ -1,4 +1,4 @@
-"""Adapters elsewhere: what vLLM and TRL read, and lora.py merge for whatever reads no adapters."""
+"""Adapters elsewhere: what vLLM and TRL read, and merge.py for whatever reads no adapters."""
 
 import copy
 import json
@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 from trl import DPOConfig, DPOTrainer
 
-import lora
+import merge
 import train_dpl
 from hub import load_model
-from lora import add_lora, lora_layers, save_lora, write_merged
+from lora import add_lora, lora_layers, save_lora
+from merge import write_merged
 from trainer import load_pairs
 
 
@@ -109,7 +110,7 @@ def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tiny_model_folder, 
     assert load_model(tmp_path)[1].get_vocab() == tokenizer.get_vocab()
 
 
-# ---- lora.py merge
+# ---- merge.py
 
 
 @pytest.fixture
@@ -127,9 +128,9 @@ def write(tiny_model_folder, tmp_path):
     return write
 
 
-def merge(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["lora.py", "merge", *map(str, words)])
-    lora.main()
+def run_merge(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["merge.py", *map(str, words)])
+    merge.main()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -137,7 +138,7 @@ def test_the_merged_folder_computes_what_the_adapter_does(family, write, tmp_pat
     base = make_base(family)
     model = adapt(base)
     adapter, out = write(base, model), tmp_path / "merged"
-    merge(monkeypatch, adapter, out)
+    run_merge(monkeypatch, adapter, out)
     merged = AutoModelForCausalLM.from_pretrained(out)
     assert (logits(merged) - logits(base)).abs().max() > 0.1
     torch.testing.assert_close(logits(merged), logits(model), **CLOSE)
@@ -188,12 +189,12 @@ def test_a_generation_config_that_transformers_warns_of_is_kept(tiny_model_folde
 def test_only_a_merged_model_is_replaced_and_only_if_asked(write, refused, tmp_path, monkeypatch):
     base = make_base("llama")
     adapter, out = write(base, adapt(base)), tmp_path / "merged"
-    merge(monkeypatch, adapter, out)
+    run_merge(monkeypatch, adapter, out)
     weights = (out / "model.safetensors").read_bytes()
     (out / "config.json").write_text("{}")
     refused(lora, ["merge", adapter, out], out, "--overwrite replaces it")
     assert (out / "config.json").read_text() == "{}"
-    merge(monkeypatch, adapter, out, "--overwrite")
+    run_merge(monkeypatch, adapter, out, "--overwrite")
     assert (out / "config.json").read_text() != "{}"
     assert (out / "model.safetensors").read_bytes() == weights
     refused(lora, ["merge", adapter, adapter, "--overwrite"], adapter, "no merged model")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import answers
-from answers import answer_key, answers_equal, gsm8k_answer, math_answer
+from metrics import equality as answers
+from metrics.equality import answer_key, answers_equal, gsm8k_answer, math_answer
 
 
 @pytest.fixture

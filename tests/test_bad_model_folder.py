@@ -9,8 +9,8 @@ import evaluate
 import sample
 import train_dpl
 from checks import check_packable
+from common.encode import encode_prompts
 from hub import load_model, loading
-from preferences import encode_prompts
 
 
 @pytest.fixture

@@ -13,9 +13,11 @@ from transformers import AutoModelForSequenceClassification
 
 import evaluate
 import sample as sample_file
-from answers import gsm8k_answer, math_answer
-from best_of_n import (
-    AnswersConfig,
+from common.files import InputError, fill
+from common.rows import Sample, read_rows
+from hub import load_reward_model
+from metrics.answers import (
+    Config,
     Problem,
     compare,
     grade,
@@ -25,9 +27,7 @@ from best_of_n import (
     split_problems,
     unique_answers,
 )
-from files import InputError, fill, read_rows
-from formats import Sample
-from train_reward import load_reward_model
+from metrics.equality import gsm8k_answer, math_answer
 
 EGGS = {"question": "Ann has 2 eggs and lays 3. How many?", "answer": "2 + 3 = 5, <<2+3=5>>5.\n#### 5"}
 CATS = {"question": "Bo has 1,000 cats and sells 400. How many?", "answer": "He keeps 600.\n#### 600"}
@@ -369,6 +369,6 @@ def test_fill_replaces_every_placeholder_once():
 
 
 def test_files_of_the_same_name_are_called_by_their_folders():
-    config = AnswersConfig(problems="p.jsonl", samples=["out/dpo/samples.jsonl", "out/dpl/samples.jsonl"])
+    config = Config(problems="p.jsonl", samples=["out/dpo/samples.jsonl", "out/dpl/samples.jsonl"])
     assert config.names() == ["dpo", "dpl"]
-    assert AnswersConfig(problems="p.jsonl", samples=["a/dpo.jsonl", "b/dpl.jsonl"]).names() == ["dpo", "dpl"]
+    assert Config(problems="p.jsonl", samples=["a/dpo.jsonl", "b/dpl.jsonl"]).names() == ["dpo", "dpl"]

@@ -1,4 +1,4 @@
-"""Best-of-N and calibration: the formulas of metrics.py against enumeration and cases worked out by hand."""
+"""Best-of-N and calibration: the formulas of metrics/formulas.py against enumeration and cases worked out by hand."""
 
 import math
 from fractions import Fraction
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss
 
-from metrics import (
+from metrics.formulas import (
     best_of_n,
     brier_score,
     calibration_edges,

@@ -14,9 +14,17 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import evaluate
-from choices import LETTERS, Question, calibration, choice_probs, read_choices, read_questions, summarize
-from files import InputError
-from metrics import expected_calibration_error
+from common.files import InputError
+from metrics.choices import (
+    LETTERS,
+    Question,
+    calibration,
+    choice_probs,
+    read_choices,
+    read_questions,
+    summarize,
+)
+from metrics.formulas import expected_calibration_error
 
 TEMPLATE = "Choose {one}.\n{question}\n{options}\nYour choice ="
 QUESTIONS = [

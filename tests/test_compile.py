@@ -10,8 +10,8 @@ from test_model import CONFIGS, make
 from torch._dynamo.utils import counters
 
 import decode
+from common.files import InputError
 from decode import Batch
-from files import InputError
 from sample import sample_batch
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [9, 4], [7, 7, 30]]  # of unequal length: shorter ones are masked

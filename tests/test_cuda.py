@@ -13,15 +13,14 @@ from test_model import CONFIGS, make, make_pairs
 from torch.nn.attention.flex_attention import create_block_mask
 
 import checks
-import logs
 import model as model_file
-import parallel
 import trainer
-from checkpoint import load_checkpoint, save_checkpoint
-from files import InputError
+from common import logs, parallel
+from common.checkpoint import load_checkpoint, save_checkpoint
+from common.files import InputError
 from lora import add_lora
 from model import RowAttention, attention_rule, block_mask, compile_once, dense, dense_masks, flex, pair_stats
-from preferences import Pair, pack
+from pairs import Pair, pack
 
 CUDA, PAIRS = torch.device("cuda", 0), make_pairs()
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import lines
 
 import evaluate
-import metrics
+from metrics import formulas
 
 WORDS = ["fig", "mud", "tea", "figs", "jam", "pie", "rye", "oat"]
 TEXTS = [f"I like {word}, of course." for word in WORDS]
@@ -40,7 +40,7 @@ def test_files_are_compared_by_equally_many_samples_of_each_prompt(run, tmp_path
         result, printed = run(*flags)
         for name, row in result.items():
             assert row["difference"]["mean"] == 0, name
-        expected = [metrics.distinct_n(texts, 1) for texts in (TEXTS[:4], TEXTS[:3:-1], TEXTS[:3])]
+        expected = [formulas.distinct_n(texts, 1) for texts in (TEXTS[:4], TEXTS[:3:-1], TEXTS[:3])]
         mean = result["distinct-1"]["samples"]["mean"]
         assert mean == pytest.approx(sum(expected) / 3)
         assert f"warning: {eight}: the first 4 of up to 8 samples" in printed

@@ -19,8 +19,8 @@ from transformers import (
     T5Model,
 )
 
-from embedding import embed
-from files import InputError
+from common.files import InputError
+from metrics.embedding import embed
 
 TEXTS = ["The fig.", " A grey cat is the best fruit.", "Zoë sings about a café!", "x"]
 PLACE = "sentence_transformers.models."

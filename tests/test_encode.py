@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from encode import answer_lead, decode_continuation, encode_answers, encode_prompts, turn_ends
-from files import InputError
-from formats import Sample, to_texts
+from common.encode import answer_lead, decode_continuation, encode_answers, encode_prompts, turn_ends
+from common.files import InputError
+from common.rows import Sample, to_texts
 from hub import save_tokenizer
 from train_reward import encode_texts
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import answers
-from answers import answers_equal, gsm8k_answer, math_answer
-from files import InputError
+from common.files import InputError
+from metrics import equality as answers
+from metrics.equality import answers_equal, gsm8k_answer, math_answer
 
 BOUND = 30  # seconds: an answer that is never decided would take longer
 

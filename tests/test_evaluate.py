@@ -12,10 +12,9 @@ from conftest import lines
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import evaluate
-import metrics
-from formats import read_samples, transcript
-from hub import load_model
-from train_reward import load_reward_model
+from common.rows import read_samples, transcript
+from hub import load_model, load_reward_model
+from metrics import formulas
 
 PROMPTS = ("Best fruit?", "A café?", "My friend likes")
 TEXTS = (" The fig.", " A grey cat is the best fruit.", " Every baker sings about a café!", " Mud.")
@@ -91,7 +90,7 @@ def test_diversity_of_embeddings_equals_the_double_sum(files, run, tiny_model_fo
     for name, by_prompt in means.items():
         assert row[name]["mean"] == pytest.approx(np.mean(list(by_prompt.values())), abs=1e-6)
     difference = [means["samples"][p] - means["baseline"][p] for p in PROMPTS]  # by prompt, not by row
-    low, high = metrics.bootstrap(np.array(difference), np.mean, 0)
+    low, high = formulas.bootstrap(np.array(difference), np.mean, 0)
     assert row["difference"]["mean"] == pytest.approx(np.mean(difference), abs=1e-6)
     assert (row["difference"]["low"], row["difference"]["high"]) == pytest.approx((low, high), abs=1e-6)
     assert row["samples"]["prompts"] == 3
@@ -104,14 +103,14 @@ def test_diversity_of_embeddings_equals_the_double_sum(files, run, tiny_model_fo
 def test_lexical_metrics_of_texts_and_at_the_budget(files, run):
     result, _ = run("diversity", "--budget", "2")
     groups = groups_of(files / "samples.jsonl").values()
-    expected = np.mean([metrics.distinct_n(texts, 2) for texts in groups])
+    expected = np.mean([formulas.distinct_n(texts, 2) for texts in groups])
     assert result["distinct-2"]["samples"]["mean"] == pytest.approx(expected)
-    cut = [[" ".join(metrics.words(text)[:2]) for text in texts] for texts in groups]
-    expected = np.mean([metrics.distinct_n(texts, 1) for texts in cut])
+    cut = [[" ".join(formulas.words(text)[:2]) for text in texts] for texts in groups]
+    expected = np.mean([formulas.distinct_n(texts, 1) for texts in cut])
     assert result["distinct-1, 2 words"]["samples"]["mean"] == pytest.approx(expected)
     assert result["words per text, 2 words"]["samples"]["mean"] == 2
-    unigrams = len({word for texts in groups for text in texts for word in metrics.words(text)})
-    expected = np.mean([metrics.ead(texts, 1, unigrams) for texts in groups])
+    unigrams = len({word for texts in groups for text in texts for word in formulas.words(text)})
+    expected = np.mean([formulas.ead(texts, 1, unigrams) for texts in groups])
     assert result["EAD-1"]["samples"]["mean"] == pytest.approx(expected)
 
 
@@ -147,7 +146,7 @@ def test_diversity_among_good_samples(files, run, reward_folder):
     share = result["share of good samples"]["samples"]["mean"]
     assert share == pytest.approx(sum(map(len, good.values())) / 12)
     good = [texts[: len(others[prompt])] for prompt, texts in good.items()]  # of both, equally many
-    expected = [metrics.self_bleu(texts) for texts in good if len(texts) > 1]
+    expected = [formulas.self_bleu(texts) for texts in good if len(texts) > 1]
     row = result["self-BLEU (high: alike) | good"]["samples"]
     assert row["mean"] == pytest.approx(np.mean(expected)) and row["prompts"] == len(expected)
     result, printed = run("diversity", *flags[2:], "--reward_threshold", "1e9", "--overwrite")
@@ -316,7 +315,7 @@ def test_embeddings_from_an_endpoint(files, run, endpoint):
     result, _ = run("diversity", "--embeddings_url", flags[1], "--embedder", "m")
     expected = []
     for texts in groups_of(files / "samples.jsonl").values():
-        expected.append(metrics.cosine_diversity(np.array([[len(t), t.count("e"), 1.0] for t in texts])))
+        expected.append(formulas.cosine_diversity(np.array([[len(t), t.count("e"), 1.0] for t in texts])))
     assert result["cosine distance, eq. 44"]["samples"]["mean"] == pytest.approx(np.mean(expected))
 
 

@@ -12,10 +12,9 @@ import torch
 from conftest import first_pairs
 from scipy.stats import chisquare
 
-from data.society.truth import list_stories, story_distributions
-from evaluate import WORLD
+from data.society.truth import WORLD, list_stories, story_distributions
 from experiments import bandit, dispersion, doctor, pareto, temperature
-from metrics import entropy_bits
+from metrics.formulas import entropy_bits
 from model import Stats
 from train_dpl import dpl_loss
 from train_mallows import mallows_phi_link, mallows_phi_loss

@@ -20,7 +20,7 @@ from transformers import (
 from checks import check_packable
 from lora import add_lora, load_lora, lora_layers, merge_lora, print_share, save_lora
 from model import pair_stats
-from preferences import pack
+from pairs import pack
 from sample import sample
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}

@@ -17,18 +17,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save
 
-from files import (
-    MAX_DEPTH,
-    InputError,
-    atomic_write,
-    flag,
-    parse,
-    parse_json,
-    read_rows,
-    run_command,
-    write_json,
-    write_tensors,
-)
+from common.files import MAX_DEPTH, InputError, atomic_write, parse_json, write_json, write_tensors
+from common.flags import flag, parse, run_command
+from common.rows import read_rows
 
 
 @dataclass

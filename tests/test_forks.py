@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from conftest import PAIRS, ROOT, lines
 
-from files import InputError
+from common.files import InputError
 from hub import load_model
 from lora import add_lora
 from model import pair_stats
-from preferences import pack
+from pairs import pack
 from train_dpl import DPLConfig, dpl_loss
 from trainer import load_pairs, train
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint import checkpoints, newest_checkpoint
-from files import digest_json, parse, run_command
+from common.checkpoint import checkpoints, newest_checkpoint
+from common.files import digest_json
+from common.flags import parse, run_command
 from hub import load_model
-from preferences import tokenize
+from pairs import tokenize
 from reference import reference_stats
 from train_dpl import DPLConfig, objective
 from trainer import load_pairs, train

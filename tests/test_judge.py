@@ -17,9 +17,11 @@ import pytest
 from conftest import ROOT
 from judge_endpoint import Endpoint
 
-import judge
-from files import InputError, digest_json
-from judge import JudgeConfig, ask, compare, count_calls, fetch_embeddings, rate_pools, rating, verdict
+from common.files import InputError, digest_json
+from metrics import endpoint as judge
+from metrics.endpoint import EndpointConfig, ask, count_calls, fetch_embeddings
+from metrics.judge import rate_pools, rating
+from metrics.winrate import compare, verdict
 
 KEY = "sk-secret-0123456789"
 ECHO = json.dumps({"error": {"message": f"wrong key {KEY}", "header": f"Bearer {KEY}"}})
@@ -39,7 +41,7 @@ def endpoint(monkeypatch):
 @pytest.fixture
 def config(endpoint, tmp_path):
     flags = {"endpoint": endpoint.url, "judge_model": "judge", "api_key_env": "JUDGE_KEY", "timeout": 0.4}
-    return JudgeConfig(**flags, workers=4, retries=2, cache=str(tmp_path / "cache" / "answers.jsonl"))
+    return EndpointConfig(**flags, workers=4, retries=2, cache=str(tmp_path / "cache" / "answers.jsonl"))
 
 
 def cached_answers(path):
@@ -249,11 +251,11 @@ def test_a_key_of_no_secret_does_not_change_answers(endpoint, config, monkeypatc
 
 def test_a_key_in_place_of_its_variable_is_not_printed(monkeypatch):
     with pytest.raises(InputError) as error:
-        JudgeConfig(api_key_env=KEY)
+        EndpointConfig(api_key_env=KEY)
     assert KEY not in str(error.value)
     monkeypatch.setenv("JUDGE_KEY", KEY + " é")
     with pytest.raises(InputError, match="JUDGE_KEY") as error:
-        JudgeConfig(api_key_env="JUDGE_KEY")
+        EndpointConfig(api_key_env="JUDGE_KEY")
     assert KEY not in str(error.value)
 
 
@@ -262,7 +264,7 @@ def test_wrong_flags_are_refused():
     wrong += [("timeout", float("nan")), ("workers", 0), ("workers", 101), ("retries", -1)]
     for name, value in [*wrong, ("max_new_tokens", 0)]:
         with pytest.raises(InputError, match=re.escape(f"--{name} {value}: must be ")):
-            JudgeConfig(**{name: value})
+            EndpointConfig(**{name: value})
 
 
 # ---- the cache
@@ -270,9 +272,10 @@ def test_wrong_flags_are_refused():
 SCRIPT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
-from judge import JudgeConfig, ask, rating
+from metrics.endpoint import EndpointConfig, ask
+from metrics.judge import rating
 prompts = [f"p{i}" for i in range(30)]
-ask(prompts, rating, JudgeConfig(sys.argv[1], "judge", cache=sys.argv[2], workers=4, timeout=30), "")
+ask(prompts, rating, EndpointConfig(sys.argv[1], "judge", cache=sys.argv[2], workers=4, timeout=30), "")
 """
 
 

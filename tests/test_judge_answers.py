@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from files import fill
-from judge import rating, verdict
+from common.files import fill
+from metrics.judge import rating
+from metrics.winrate import verdict
 
 
 @given(st.dictionaries(st.sampled_from(["a", "b", "ab"]), st.text("ab{}\\"), min_size=1), st.text("ab{}"))

@@ -16,11 +16,10 @@ from safetensors.torch import load_file
 
 import train_dpl
 import trainer
-from checkpoint import model_card
-from files import InputError
-from hub import load_model
+from common.files import InputError
+from hub import load_model, model_card
 from model import pair_stats
-from preferences import pack
+from pairs import pack
 from train_dpl import DPLConfig, dpl_loss, objective
 from trainer import batch_indices, load_pairs, train
 

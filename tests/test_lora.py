@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from files import InputError
+from common.files import InputError
 from lora import LoRALinear, add_lora, load_lora, lora_disabled, lora_layers, merge_lora, save_lora
 
 RANK, ALPHA = 4, 8

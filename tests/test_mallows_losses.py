@@ -12,7 +12,7 @@ from test_train_dpl import make_policy_and_reference, make_trainer
 from trl.experimental.cpo import CPOTrainer
 
 from model import Stats, pair_stats
-from preferences import pack
+from pairs import pack
 from train_dpl import dpl_loss
 from train_mallows import (
     LINKS,

@@ -1,4 +1,4 @@
-"""Each formula of metrics.py against sacrebleu, brute force, enumeration or a case worked out by hand."""
+"""Each formula of metrics/formulas.py against sacrebleu, brute force, enumeration or a case worked out by hand."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from sacrebleu.tokenizers.tokenizer_char import TokenizerChar
 from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
-from metrics import (
+from metrics.formulas import (
     bootstrap,
     cosine_diversity,
     cut_words,
@@ -28,7 +28,7 @@ from metrics import (
     win_rate,
     words,
 )
-from tables import prompt_means
+from metrics.tables import prompt_means
 
 # integers: no row is so short that rounding changes its direction
 EMBEDDINGS = st.tuples(st.integers(2, 7), st.integers(1, 5)).flatmap(

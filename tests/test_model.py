@@ -35,9 +35,9 @@ from transformers import (
 import checks
 import model as model_file
 from checks import check_packable, max_positions, probe_ids
-from files import InputError
+from common.files import InputError
 from model import block_mask, dense, dense_masks, flex, pair_stats
-from preferences import Pair, pack
+from pairs import Pair, pack
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0}

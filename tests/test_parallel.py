@@ -20,9 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from files import read_rows
+from common.rows import read_rows
 from hub import load_model
-from preferences import count_tokens, micro_batches
+from pairs import count_tokens, micro_batches
 from train_dpl import DPLConfig, objective
 from trainer import train
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sample
-from encode import encode_answers, encode_prompts
-from files import InputError
-from formats import read_pairs, read_prompts, to_messages
-from preferences import describe, pack, tokenize, truncate
+from common.encode import encode_answers, encode_prompts
+from common.files import InputError
+from common.rows import read_pairs, read_prompts, to_messages
+from pairs import describe, pack, tokenize, truncate
 
 STRINGS = {"prompt": "Best fruit?", "chosen": " The fig.", "rejected": " Mud."}
 USER = {"role": "user", "content": "Best fruit?"}

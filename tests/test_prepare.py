@@ -12,10 +12,10 @@ import pytest
 from conftest import lines
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from best_of_n import read_problems
-from choices import read_questions
+from common.rows import read_pairs, read_prompts
 from data import prepare
-from formats import read_pairs, read_prompts
+from metrics.answers import read_problems
+from metrics.choices import read_questions
 
 ASK = "\n\nHuman: Best fruit?\n\nAssistant:"
 PAIR = {"prompt": ASK, "chosen": " The fig.", "rejected": " Mud."}

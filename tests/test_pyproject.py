@@ -1,4 +1,4 @@
-"""pyproject.toml agrees with the requirement files, and lists every script."""
+"""pyproject.toml agrees with the requirement files, and installs no modules."""
 
 import re
 
@@ -39,5 +39,6 @@ def test_packages_are_those_of_the_requirement_files():
     assert extra("dev") == requirements("requirements-dev.txt") | extra("plots")
 
 
-def test_every_script_is_installed():
-    assert sorted(PYPROJECT["tool"]["setuptools"]["py-modules"]) == sorted(p.stem for p in ROOT.glob("*.py"))
+def test_no_module_is_installed():
+    """`pip install .` must not put modules named "model" or "common" on everybody's path."""
+    assert PYPROJECT["tool"]["setuptools"] == {"py-modules": []}

@@ -12,7 +12,7 @@ import sample
 import train_dpl
 import train_mallows
 import train_reward
-from files import parse
+from common.flags import parse
 
 DPL = train_dpl.DPLConfig, train_dpl.main
 MALLOWS = train_mallows.MallowsConfig, train_mallows.main

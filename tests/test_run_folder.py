@@ -16,11 +16,12 @@ import torch
 from conftest import ROOT, first_pairs
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import reference
 import sample
 import trainer
-from files import InputError, digest_tensors, lock, parse, release_locks
+from common import checkpoint
+from common.files import InputError, digest_tensors, lock, release_locks
+from common.flags import parse
 from hub import load_model
 from reference import reference_stats
 from train_dpl import DPLConfig, objective
@@ -118,7 +119,7 @@ def test_a_folder_belongs_to_one_process_at_a_time(config, tmp_path):
 
 def test_a_lock_that_was_released_meanwhile_is_taken_anew(tmp_path, monkeypatch):
     """Its file was removed between open() and flock(): a lock on it would keep nobody out."""
-    import files
+    from common import files
 
     path, honest, calls = tmp_path / "lock", files.fcntl.flock, []
 

@@ -24,12 +24,12 @@ from transformers import AutoTokenizer, LlamaConfig
 
 import decode
 import sample as sample_file
+from common.encode import encode_prompts, end_tokens
+from common.files import InputError
 from decode import Batch, exponential_noise, gumbel_max, keep_in_place
-from encode import encode_prompts, end_tokens
-from files import InputError
 from hub import load_model
 from model import pair_stats
-from preferences import pack
+from pairs import pack
 from sample import next_token_probs, sample, sample_batch, sample_global, sample_global_batch
 
 

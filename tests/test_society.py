@@ -12,6 +12,7 @@ import pytest
 
 import evaluate
 import sample
+from common.rows import read_pairs, read_sample
 from data.society.make_world import exact_logp
 from data.society.truth import (
     compare_samples,
@@ -22,9 +23,8 @@ from data.society.truth import (
     read_story,
     story_distributions,
 )
-from formats import read_pairs, read_sample
 from hub import load_model
-from metrics import OTHER, entropy_bits, frequencies, total_variation
+from metrics.formulas import OTHER, entropy_bits, frequencies, total_variation
 
 FOLDER = Path("data/society")
 

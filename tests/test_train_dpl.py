@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
-from files import InputError
+from common.files import InputError
 from model import Stats, pair_stats
-from preferences import pack
+from pairs import pack
 from train_dpl import DPLConfig, divergence_margin, dpl_loss, dpl_margin, objective, per_token
 
 LOG_RATIO = st.floats(-1e4, 1e4, allow_subnormal=False)

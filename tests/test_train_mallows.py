@@ -9,10 +9,11 @@ import torch
 from test_mallows_losses import some_stats
 from transformers import AutoModelForCausalLM
 
-from files import InputError, read_rows
+from common.files import InputError
+from common.rows import read_rows
 from hub import load_model
 from model import pair_stats
-from preferences import pack
+from pairs import pack
 from reference import reference_stats
 from train_mallows import (
     LOSSES,

@@ -14,11 +14,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import sample
 import train_reward
 from checks import check_packable
-from files import InputError
-from hub import load_model
+from common.files import InputError
+from hub import load_model, load_reward_model
 from model import Stats, pair_stats
-from preferences import Pair, pack
-from train_reward import encode_texts, load_reward_model, load_texts, objective, score_texts
+from pairs import Pair, pack
+from train_reward import encode_texts, load_texts, objective, score_texts
 
 
 def make(config):

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from checkpoint import checkpoints
-from files import InputError, run_command
+from common.checkpoint import checkpoints
+from common.files import InputError
+from common.flags import run_command
 from hub import load_model
 from lora import add_lora, load_lora
 from model import Stats, pair_stats
-from preferences import count_tokens, micro_batches, pack
+from pairs import count_tokens, micro_batches, pack
 from reference import reference_stats
 from train_dpl import DPLConfig, objective
 from trainer import (

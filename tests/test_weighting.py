@@ -9,8 +9,7 @@ import pytest
 import torch
 from conftest import first_pairs
 
-from data.society.truth import optimum, poll_distributions
-from evaluate import WORLD
+from data.society.truth import WORLD, optimum, poll_distributions
 from experiments import population, weighting
 from hub import load_model
 from model import Stats

@@ -30,12 +30,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
+from common.encode import encode_answers, encode_prompts
+from common.files import atomic_write, write_json
+from common.flags import Help
 from data.society.truth import mallows_favourites, preference, read_story
-from encode import encode_answers, encode_prompts
-from files import Help, atomic_write, write_json
 from hub import load_model
 from model import pair_stats
-from preferences import pack
+from pairs import pack
 from sample import sample
 from train_sft import SFTConfig, finetune
 

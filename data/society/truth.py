@@ -9,12 +9,15 @@ agree; at phi = 1 every ranking is equally likely.
 import itertools
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from files import InputError
-from metrics import OTHER, entropy_bits, frequencies, total_variation
+from common.files import InputError
+from metrics.formulas import OTHER, entropy_bits, frequencies, total_variation
+
+WORLD = Path(__file__).parent / "world.json"
 
 
 def list_stories(world: dict[str, Any]) -> list[str]:

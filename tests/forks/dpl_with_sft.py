@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import train_dpl
-from files import flag, parse, run_command
+from common.flags import flag, parse, run_command
 from trainer import train
 
 

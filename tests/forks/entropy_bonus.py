@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
-from files import flag, parse, run_command
+from common.flags import flag, parse, run_command
 from train_dpl import dpl_loss
 from trainer import TrainConfig, train
 

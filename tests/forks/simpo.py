@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 
-from files import parse, run_command
+from common.flags import parse, run_command
 from trainer import TrainConfig, train
 
 BETA, GAMMA = 2.0, 0.5

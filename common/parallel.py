@@ -27,7 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from files import InputError, print_error, release_locks
+from common.files import InputError, print_error, release_locks
 
 BUCKET = 2**26  # gradients that travel in one all_reduce: 256 MB in float32
 TIMEOUT = timedelta(hours=1)  # for a collective: rank 0 may be writing a large checkpoint meanwhile

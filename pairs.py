@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from encode import encode_answers, encode_prompts
-from files import InputError
-from parallel import to_device
+from common.encode import encode_answers, encode_prompts
+from common.files import InputError
+from common.parallel import to_device
 
 
 class Pair(NamedTuple):

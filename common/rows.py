@@ -8,13 +8,18 @@
 Both completions may repeat the prompt at their start. A string prompt may go with message-list completions.
 """
 
+import contextlib
+import csv
+import gzip
 import json
 import os
 import re
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from files import InputError, fill, read_rows
+from common.files import InputError, fill, parse_json, require_file
 
 Text = str | list[dict[str, str]]  # a plain string, or a message list for the chat template
 ASSISTANT = "\n\nAssistant:"  # HH-RLHF writes this before each answer
@@ -280,3 +285,79 @@ def read_samples(path: str | Path, allow_empty: bool = False) -> dict[str, list[
             raise InputError(f"{where}: the text is empty, and no metric is defined for it; remove the row")
         groups.setdefault(json.dumps(sample.prompt), []).append(sample)
     return groups
+
+
+# ---- files of rows
+
+# ---- reading
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("file:row", row) for each JSON object of a .jsonl, .jsonl.gz, .json or .parquet file.
+
+    A .json file holds one list, or JSON lines. A line of a .txt file becomes {"prompt": line}. The first line
+    of a .csv file names its columns. Rows are counted from 1; in JSON lines and .txt files a row's number is
+    its line number. Raises InputError for a file that is missing, empty, truncated, not UTF-8 or not JSON,
+    and for a row that is not an object.
+    """
+    path, count = Path(path), 0
+    require_file(path)
+    for number, row in _parse(path):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        yield f"{path}:{number}", row
+        count += 1
+    if not count:
+        raise InputError(f"{path}: the file is empty")
+
+
+def _is_json_lines(path: Path) -> bool:
+    """Whether a .json file begins with a line that is a whole JSON object, and goes on."""
+    with open(path, "rb") as file, contextlib.suppress(ValueError):
+        lines = filter(bytes.strip, file)
+        return isinstance(json.loads(next(lines, b"")), dict) and any(lines)
+    return False
+
+
+def _parse(path: Path) -> Iterator[tuple[int, Any]]:
+    name, number = path.name, 0
+    try:
+        is_lines = name.endswith((".jsonl", ".jsonl.gz", ".txt"))
+        if is_lines or (name.endswith(".json") and _is_json_lines(path)):
+            with (gzip.open if name.endswith(".gz") else open)(path, "rb") as lines:
+                for number, line in enumerate(lines, 1):  # bytes: a decoding error then names its own row
+                    text = line.decode("utf-8-sig")
+                    if text.strip():
+                        is_text = name.endswith(".txt")
+                        yield number, {"prompt": text.rstrip("\r\n")} if is_text else parse_json(text)
+        elif name.endswith(".json"):
+            text = path.read_bytes().decode("utf-8-sig")
+            rows = parse_json(text) if text.strip() else []
+            if not isinstance(rows, list):
+                raise InputError(f"{path}: expected a JSON list of objects, found {type(rows).__name__}")
+            yield from enumerate(rows, 1)
+        elif name.endswith(".csv"):
+            with open(path, encoding="utf-8-sig", newline="") as lines:
+                try:
+                    yield from enumerate(csv.DictReader(lines, strict=True), 1)
+                except csv.Error as error:
+                    raise InputError(f"{path}: not readable as csv: {error}") from None
+        elif name.endswith(".parquet"):
+            try:
+                import pyarrow.parquet
+            except ImportError:
+                raise InputError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+            try:
+                rows = pyarrow.parquet.read_table(path, page_checksum_verification=True).to_pylist()
+            except (pyarrow.ArrowException, OSError) as error:
+                raise InputError(f"{path}: not a readable parquet file: {error}") from None
+            yield from enumerate(rows, 1)
+        else:
+            raise InputError(f"{path}: unknown format; use .jsonl, .jsonl.gz, .json, .parquet, .csv or .txt")
+    except UnicodeError:
+        raise InputError(f"{path}:{max(number, 1)}: not UTF-8 text") from None
+    except ValueError as error:  # not JSON, or an integer with too many digits for Python
+        reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
+        raise InputError(f"{path}:{number or getattr(error, 'lineno', 1)}: not JSON: {reason}") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise InputError(f"{path}: damaged or cut-short gzip file, after row {number}") from None

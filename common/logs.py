@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from parallel import get_rank, get_world_size
+from common.parallel import get_rank, get_world_size
 
 # dense bfloat16 FLOP/s, by a word in the GPU's name
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}

@@ -23,38 +23,28 @@ policy that always says "A" gains nothing.
 import math
 import random
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-import metrics
 from checks import check_packable, max_positions
-from encode import answer_lead, encode_answers, encode_prompts
-from files import (
-    InputError,
-    error_prefix,
-    fill,
-    flag,
-    read_rows,
-    read_template,
-    require,
-    write_json,
-)
-from formats import message
+from common.encode import answer_lead, encode_answers, encode_prompts
+from common.files import InputError, error_prefix, fill, read_template, write_json
+from common.flags import flag, require
+from common.parallel import get_device, get_dtype
+from common.rows import message, read_rows
 from hub import load_model
-from parallel import get_device, get_dtype
+from metrics import formulas
+from metrics.tables import check_outputs, new_figure, save_figure
 from reference import score_completions
-from tables import check_outputs, new_figure, save_figure
 
 LETTERS = "ABCDEFGHIJ"
-TEMPLATE = "data/prompts/choices.txt"
 BINS = 10
 
 
 @dataclass
-class ChoicesConfig:
+class Config:
     """Flags of evaluate.py choices."""
 
     questions: str | None = flag(
@@ -64,7 +54,7 @@ class ChoicesConfig:
     limit: int = flag(0, "Evaluate this many questions, chosen at random by --seed; 0 means all.")
     binary: bool = flag(False, "TruthfulQA: the best answer against one incorrect answer.")
     chat: bool = flag(False, "Put the questions through the chat template.")
-    template: str = flag(TEMPLATE, "File with {question} and {options}.")
+    template: str = flag("data/prompts/choices.txt", "File with {question} and {options}.")
     out_file: str | None = flag(None, "Also write all results to this file, as JSON.")
     picture: str | None = flag(None, "Also draw the reliability diagrams into this file, .png or .pdf.")
     overwrite: bool = flag(False, "Replace --out_file and --picture.")
@@ -152,7 +142,7 @@ def calibration(probs: list[np.ndarray], right: list[int]) -> dict[str, np.ndarr
         "confidence": np.array([p.max() for p in probs]),
         "accuracy": np.array([float(p.argmax() == k) for p, k in zip(probs, right, strict=True)]),
         "brier": np.array(
-            [metrics.brier_score(p[None], np.array([k])) for p, k in zip(probs, right, strict=True)]
+            [formulas.brier_score(p[None], np.array([k])) for p, k in zip(probs, right, strict=True)]
         ),
         "nll": np.array([-math.log(max(p[k], 1e-300)) for p, k in zip(probs, right, strict=True)]),
     }
@@ -167,7 +157,7 @@ def summarize(values: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, f
     pairs = np.stack([values["confidence"], values["accuracy"]], 1)
 
     def ece(rows: np.ndarray, equal_mass: bool = False) -> float:
-        return metrics.expected_calibration_error(*rows.T, BINS, equal_mass)
+        return formulas.expected_calibration_error(*rows.T, BINS, equal_mass)
 
     statistics = {
         "accuracy": (values["accuracy"], np.mean),
@@ -179,7 +169,7 @@ def summarize(values: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, f
     }
     result = {}
     for name, (rows, statistic) in statistics.items():
-        mean, (low, high) = float(statistic(rows)), metrics.bootstrap(rows, statistic, seed, 1000)
+        mean, (low, high) = float(statistic(rows)), formulas.bootstrap(rows, statistic, seed, 1000)
         if statistic is not np.mean:
             low, high = (max(0.0, 2 * mean - x) for x in (high, low))
         result[name] = {"mean": mean, "low": low, "high": high}
@@ -192,8 +182,8 @@ def draw(tables: dict[str, dict[str, np.ndarray]], path: str) -> None:
     for axis, (name, values) in zip(
         figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True
     ):
-        edges = metrics.calibration_edges(values["confidence"], BINS)
-        count, confidence, accuracy = metrics.reliability(values["confidence"], values["accuracy"], edges).T
+        edges = formulas.calibration_edges(values["confidence"], BINS)
+        count, confidence, accuracy = formulas.reliability(values["confidence"], values["accuracy"], edges).T
         axis.bar(
             edges[:-1], count / count.sum(), 1 / BINS, align="edge", color="0.88", label="share of questions"
         )
@@ -208,15 +198,12 @@ def draw(tables: dict[str, dict[str, np.ndarray]], path: str) -> None:
     save_figure(figure, path)
 
 
-def choices(config: ChoicesConfig) -> None:
-    """Accuracy and calibration of policies on multiple choice, as 95% intervals over questions."""
+def run(config: Config) -> None:
+    """Print accuracy and calibration of policies, with 95% intervals over questions."""
     questions = read_questions(config.questions, config.binary, config.seed)
     if 0 < config.limit < len(questions):
         questions = random.Random(config.seed).sample(questions, config.limit)
-    folder = (
-        Path(__file__).parent if config.template == TEMPLATE else Path()
-    )  # the default is beside this file
-    template = read_template(folder / config.template, "question", "options")
+    template = read_template(config.template, "question", "options")
     right, tables, results = [question.right for question in questions], {}, {}
     for path in config.models:
         model, tokenizer = load_model(path, str(get_device()), get_dtype())

@@ -28,19 +28,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    AutoModel,
-    AutoModelForTextEncoding,
-    AutoTokenizer,
-)
+from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 from transformers.utils import cached_file
 
 from checks import max_positions
-from files import InputError
+from common.files import InputError
+from common.parallel import get_device
 from hub import loading, read_config
-from parallel import get_device
-from preferences import micro_batches
+from pairs import micro_batches
 
 # one vector per text from hidden states (texts, tokens, d) and a mask (texts, tokens), 1 where a token is
 POOLINGS = {

@@ -12,9 +12,7 @@ digests cover every byte, so damage is noticed. Any number of processes can resu
 which run wrote it: --overwrite may be killed before it has removed the checkpoints of the run before.
 """
 
-import json
 import os
-import shlex
 import shutil
 import sys
 import uuid
@@ -24,14 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
-from files import (
+from common.files import (
     InputError,
     atomic_write,
     digest_file,
@@ -40,13 +36,11 @@ from files import (
     lock,
     parse_json,
     require_file,
-    require_same,
     write_json,
     write_tensors,
 )
-from hub import save_model, save_tokenizer
-from lora import save_lora
-from parallel import all_gather, barrier, full_tensor, get_rank, get_world_size, to_local
+from common.flags import require_same
+from common.parallel import all_gather, barrier, get_rank, get_world_size, to_local
 
 # flags that may change when a run is resumed (model and data: the path may, the content may not)
 MAY_CHANGE = {"out_dir", "overwrite", "resume", "model", "data", "eval_data", "max_steps", "epochs"}
@@ -253,68 +247,6 @@ def load_checkpoint(path: Path, state: dict[str, Any], model: nn.Module, optimiz
             else:  # the optimizer's count of steps
                 value = files[0].get_tensor(key).to(p.device)  # fused AdamW counts on the GPU
             optimizer.state[p][key.removeprefix(f"{name}|")] = value
-
-
-def export(out: Path, config: Any, model: PreTrainedModel, tokenizer: Any, row: dict) -> None:
-    """Write the adapter (or, at --lora_rank 0, the whole model), the tokenizer and a model card.
-
-    All processes must call it: each sharded weight is gathered in turn, and rank 0 writes.
-    """
-    if config.lora_rank:
-        base = Path(model.config.name_or_path)  # if --model is an adapter's folder, the model below it
-        save_lora(model, out, base.resolve() if base.is_dir() else base)
-    else:
-        weights, gathered = {}, {}  # a tied weight stays one tensor under two names and is written once
-        for name, weight in model.state_dict(keep_vars=True).items():
-            if id(weight) not in gathered:
-                tensor = full_tensor(weight.detach())
-                gathered[id(weight)] = tensor.cpu() if get_rank() == 0 else None
-            weights[name] = gathered[id(weight)]
-        if get_rank() == 0:
-            save_model(model, out / ".weights", state_dict=weights)
-            for path in (out / ".weights").iterdir():
-                os.replace(path, out / path.name)
-            (out / ".weights").rmdir()
-    if get_rank() > 0:
-        return
-    save_tokenizer(tokenizer, out)
-    with atomic_write(out / "README.md") as file:
-        file.write(model_card(out.name, config, row))
-    print(f"wrote {out}")
-
-
-def model_card(name: str, config: Any, row: dict[str, float]) -> str:
-    """README.md of a finished run, with the metadata that the hub reads; `row` holds the final figures.
-
-    It has the command, all flags and library versions. Its method is the first line of the script's
-    docstring.
-    """
-    # the hub takes no folder for a base_model
-    base = "" if Path(config.model).is_dir() else f"base_model: {json.dumps(config.model)}\n"
-    method = (sys.modules["__main__"].__doc__ or "").strip().partition("\n")[0]
-    figures = "\n".join(f"    {key} {value:.4g}" for key, value in row.items())
-    flags = "\n".join(f"    --{key} {value}" for key, value in asdict(config).items())
-    return f"""---
-{base}library_name: {"peft" if config.lora_rank else "transformers"}
----
-# {name}
-
-{method}
-
-- base model: `{config.model}`
-- data: `{config.data}`
-- command: `{shlex.join(["python", *sys.argv])}`
-- processes: {get_world_size()}
-- versions: torch {torch.__version__}, transformers {transformers.__version__}
-
-At the end:
-
-{figures}
-
-All flags:
-
-{flags}
-"""
 
 
 def _state(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:

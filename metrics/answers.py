@@ -2,8 +2,8 @@
 
 Each policy samples n completions per problem. All metrics are means over problems:
 
-    best-of-N          probability that at least one of N samples is correct           (metrics.pass_at_k)
-    chosen by reward   probability that the sample with the highest reward is correct  (metrics.best_of_n)
+    best-of-N          probability that at least one of N samples is correct           (formulas.pass_at_k)
+    chosen by reward   probability that the sample with the highest reward is correct  (formulas.best_of_n)
     unique answers     number of different answers among N samples / N; unreadable answers count as none
 
 Each is the exact mean over all subsets of N of the n samples. Give DPO's samples first: the other policies
@@ -28,11 +28,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import metrics
-from answers import answer_key, answers_equal, gsm8k_answer, math_answer
-from files import InputError, flag, read_rows, require, write_json
-from formats import Sample, read_question, read_samples, transcript
-from tables import check_outputs, new_figure, sample_rewards, save_figure
+from common.files import InputError, write_json
+from common.flags import flag, require
+from common.rows import Sample, read_question, read_rows, read_samples, transcript
+from metrics import formulas
+from metrics.equality import answer_key, answers_equal, gsm8k_answer, math_answer
+from metrics.tables import check_outputs, new_figure, sample_rewards, save_figure
 
 LEVELS = {1: "easy", 3: "medium", 5: "hard"}  # of MATH
 EASY, MEDIUM = 4, 64  # GSM8K: easy if the base model solves it within 4 samples, medium within 64
@@ -40,7 +41,7 @@ MARKERS = "osv^Dx+*"
 
 
 @dataclass
-class AnswersConfig:
+class Config:
     """Flags of evaluate.py answers."""
 
     problems: str | None = flag(None, "Rows of GSM8K (question, answer) or MATH (problem, solution, level).")
@@ -160,7 +161,7 @@ def unique_answers(answers: list[str | None], k: int) -> float:
     Value a, found in c_a of the n samples, is among k of them with the chance pass_at_k(n, c_a, k).
     """
     counts = Counter(answer for answer in answers if answer is not None)
-    return sum(metrics.pass_at_k(len(answers), c, k) for c in counts.values()) / k
+    return sum(formulas.pass_at_k(len(answers), c, k) for c in counts.values()) / k
 
 
 def compute_curves(graded: Graded, rewards: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -169,12 +170,12 @@ def compute_curves(graded: Graded, rewards: np.ndarray | None) -> dict[str, np.n
     counts = graded.correct.sum(1).astype(int)
     ks = range(1, n + 1)
     curves = {
-        "best-of-N": np.array([[metrics.pass_at_k(n, c, k) for k in ks] for c in counts.tolist()]),
+        "best-of-N": np.array([[formulas.pass_at_k(n, c, k) for k in ks] for c in counts.tolist()]),
         "unique answers": np.array([[unique_answers(row, k) for k in ks] for row in graded.answers]),
     }
     if rewards is not None:
         pairs = list(zip(graded.correct, rewards, strict=True))
-        curves["chosen by reward"] = np.array([[metrics.best_of_n(*pair, k) for k in ks] for pair in pairs])
+        curves["chosen by reward"] = np.array([[formulas.best_of_n(*pair, k) for k in ks] for pair in pairs])
     return curves
 
 
@@ -216,7 +217,7 @@ def compare(curves: dict[str, dict[str, np.ndarray]], split: np.ndarray, seed: i
         for metric, (values, statistic) in statistics.items():  # values (problems, n), or (problems, n, 2)
             row[metric] = [float(statistic(column)) for column in values.swapaxes(0, 1)]
             row_intervals[metric] = {
-                k: metrics.bootstrap(values[:, k - 1], statistic, seed) for k in powers(first.shape[1])
+                k: formulas.bootstrap(values[:, k - 1], statistic, seed) for k in powers(first.shape[1])
             }
         row["needed"] = samples_needed(np.array(row["best-of-N"]), first.mean(0)).tolist()
         results[name] = row | {"intervals": row_intervals}
@@ -281,8 +282,8 @@ def draw(results: dict[str, dict[str, Any]], rates: dict[str, np.ndarray], n: in
     save_figure(figure, path)
 
 
-def answers(config: AnswersConfig) -> None:
-    """Best-of-N of several policies on problems with a right answer, by difficulty (DPL paper, 4.2 and C)."""
+def run(config: Config) -> None:
+    """Print the metrics of every policy, by difficulty of the problems."""
     problems = read_problems(config.problems)
     paths = zip(config.names(), config.samples, strict=True)
     files = {name: match_samples(path, problems) for name, path in paths}

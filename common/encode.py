@@ -23,8 +23,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from files import InputError, error_prefix
-from formats import Text, message
+from common.files import InputError, error_prefix
+from common.rows import Text, message
 
 MARKER = "Marker0of0an0answer"  # no template trims or rewrites it
 FIELDS = ("content", "reasoning_content", "thinking")  # of a message: what a template must not leave out

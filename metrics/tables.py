@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
-import metrics
 from checks import check_packable
-from files import InputError, atomic_write, error_prefix, flag, require, require_new, write_json
-from formats import Sample, read_samples, to_texts
-from parallel import get_device, get_dtype
-from train_reward import load_reward_model, score_texts
+from common.files import InputError, atomic_write, error_prefix, write_json
+from common.flags import flag, require, require_new
+from common.parallel import get_device, get_dtype
+from common.rows import Sample, read_samples, to_texts
+from hub import load_reward_model
+from metrics import formulas
+from train_reward import score_texts
 
 Groups = dict[str, list[Sample]]  # a file's samples by prompt
 Columns = dict[str, np.ndarray]  # metric: its value for each prompt, nan where it is not defined
@@ -86,7 +88,7 @@ def report_means(config: SamplesConfig, columns: list[Columns], files: list[Grou
         line, row = f"{name:36}", result.setdefault(name, {})
         for head, x in zip(heads, values, strict=True):
             if len(x := x[~np.isnan(x)]):
-                low, high = metrics.bootstrap(x, np.mean, config.seed)
+                low, high = formulas.bootstrap(x, np.mean, config.seed)
                 row[head] = {"mean": x.mean(), "low": low, "high": high, "prompts": len(x)}
             cell = "{mean:.3g} [{low:.3g}, {high:.3g}]".format(**row[head]) if head in row else "-"
             line += f" {cell:>25}"

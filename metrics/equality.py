@@ -255,7 +255,7 @@ def _start_child() -> subprocess.Popen:
         first = _child.stdout.readline()
         if first != "ready\n":
             _stop_child()
-            from files import InputError  # imported here: the child starts faster without transformers
+            from common.files import InputError
 
             reason = first.strip() or "its process died"
             raise InputError(f"comparing answers needs math-verify ({reason}): pip install math-verify")

@@ -1,11 +1,4 @@
-"""A language model as judge, over any endpoint that speaks OpenAI's protocol: vLLM, llama.cpp, OpenAI.
-
-Two kinds of question are asked, in the words of the text files in data/judge:
-
-- rate_pools(): the samples of a prompt are split into pools of two or four, and the judge rates the diversity
-  of each pool from 1 to 5 (DPL paper, section B.1).
-- compare(): which of two answers is better? Each comparison is asked twice, the second time with the answers
-  swapped, since judges favour a position (MallowsPO paper, section C.3.1).
+"""Questions to a judge, over any endpoint that speaks OpenAI's protocol: vLLM, llama.cpp, OpenAI.
 
 Answers are written to --cache as they arrive and never asked for again. When a request goes wrong:
 
@@ -40,35 +33,26 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session, hf_raise_for_status
 from tqdm import tqdm
 
-from answers import after_thinking
-from files import InputError, digest_json, fill, flag, parse_json, read_template, require
+from common.files import InputError, digest_json, parse_json, read_template
+from common.flags import flag, require
 
 Texts = Sequence[str]
-
-DIVERSITY = {"logical": 2, "content": 4, "surface_form": 4, "perspective": 4}  # metric: samples per pool
-PROMPT_FILES = "data/judge"
 BACKOFF = 1.0  # seconds before the first retry, doubled for each further one
 MAX_WAIT = 60.0  # seconds, longest wait before a retry, whatever Retry-After asks for
 MAX_FAILURES = 10
 NO_KEY = "none"  # without a key, huggingface_hub would send a saved Hugging Face token
 MIN_SECRET = 8  # characters; a shorter key, such as "EMPTY" for a local server, is no secret
-SWAPPED = {"A": "B", "B": "A", "tie": "tie", None: None}
 URL = re.compile(r"https?://(\[[\da-fA-F:]+\]|[^\s/:@\[\]?#]+)(:\d{1,5})?(/\S*)?")
-# not "Rating: 3-4", "Rating: 7/10" or "Rating: 1,5"
-RATING = re.compile(
-    r"(?i)(?<![^\W_])rating[*_`]*\s*[:=][\s*_`]*([+-]?\d+(?:\.\d+)?)"
-    r"(?![.,]?\d|[^\W_]|[ \t]*(?:[-–—]|to|or)[ \t]*\d|[*_` \t]*(?:/|out of)(?!\s*5(?![.,]?\d)))"
-)
 
 
 @dataclass
-class JudgeConfig:
+class EndpointConfig:
     """Flags of scripts that ask a judge."""
 
     endpoint: str = flag("http://localhost:8000/v1", "URL of an OpenAI-compatible endpoint.")
     judge_model: str = flag("gpt-4o-mini-2024-07-18", "Name by which the endpoint knows the judge.")
     api_key_env: str = flag("OPENAI_API_KEY", "Environment variable with the endpoint's key, if any.")
-    judge_prompts: str = flag(PROMPT_FILES, "Folder with the text files of the questions.")
+    judge_prompts: str = flag("data/judge", "Folder with the text files of the questions.")
     cache: str = flag("out/judge_cache.jsonl", "File of answers, by --judge_model, question and settings.")
     resume: bool = flag(False, "Replace --out_file; answers in --cache are reused with or without this flag.")
     dry_run: bool = flag(False, "Print how many requests would be sent, and send none.")
@@ -103,6 +87,11 @@ def _read_key(api_key_env: str) -> str:
 def _scrub(text: str, key: str) -> str:
     """`text` without the key, which a server may echo."""
     return text.replace(key, "[key]") if len(key) >= MIN_SECRET else text
+
+
+def read_judge_prompt(config: EndpointConfig, name: str, *placeholders: str) -> str:
+    """Text of <name>.txt in --judge_prompts. Raises InputError if the file or a placeholder is missing."""
+    return read_template(Path(config.judge_prompts) / f"{name}.txt", *placeholders)
 
 
 # ---- requests
@@ -198,7 +187,7 @@ def _side_by_side(function: Callable[[str], Any], items: Texts, workers: int) ->
             tasks.put(None)
 
 
-def _look_up(prompts: Texts, config: JudgeConfig) -> tuple[dict[str, str], dict[str, str]]:
+def _look_up(prompts: Texts, config: EndpointConfig) -> tuple[dict[str, str], dict[str, str]]:
     """Return {prompt: answer} for the prompts in the cache and {prompt: digest} for the others, each once.
 
     Lines that are not JSON are ignored: a killed run may leave half a line. Raises InputError for a file of
@@ -220,12 +209,12 @@ def _look_up(prompts: Texts, config: JudgeConfig) -> tuple[dict[str, str], dict[
     return texts, {prompt: digest for prompt, digest in digests.items() if digest not in cached}
 
 
-def count_calls(prompts: Texts, config: JudgeConfig) -> int:
+def count_calls(prompts: Texts, config: EndpointConfig) -> int:
     """How many requests ask() would send, without retries: distinct prompts that are not in the cache."""
     return len(_look_up(prompts, config)[1])
 
 
-def ask(prompts: Texts, parse: Callable[[str], Any], config: JudgeConfig, label: str) -> list[Any]:
+def ask(prompts: Texts, parse: Callable[[str], Any], config: EndpointConfig, label: str) -> list[Any]:
     """Send each prompt to the judge; returns parse(answer) for each, None where the answer is missing.
 
     parse() returns None for an answer that it cannot read. `label` names the progress bar and the warning
@@ -320,83 +309,3 @@ def fetch_embeddings(
         except RequestError as error:
             raise InputError(f"{url}: no embeddings of texts {first} and following: {error}") from None
     return np.concatenate(arrays)
-
-
-# ---- questions and answers
-
-
-def read_judge_prompt(config: JudgeConfig, name: str, *placeholders: str) -> str:
-    """Text of <name>.txt in --judge_prompts. Raises InputError if the file or a placeholder is missing."""
-    is_default = config.judge_prompts == PROMPT_FILES
-    folder = (Path(__file__).parent if is_default else Path()) / config.judge_prompts
-    return read_template(folder / f"{name}.txt", *placeholders)
-
-
-def rating(text: str) -> float | None:
-    """X of the first readable "Rating: X" after_thinking(); None if there is none or X is not in 1..5.
-
-    The first, because the rating comes before its explanation (DPL paper, section B.1). "X/5" is read as X.
-    """
-    match = RATING.search(after_thinking(text))
-    return float(match[1]) if match and 1 <= float(match[1]) <= 5 else None
-
-
-def verdict(text: str) -> str | None:
-    """Return "A", "B" or "tie" for the last [[A]], [[B]] or [[C]] after_thinking(); None if there is none."""
-    matches = re.findall(r"\[\[([ABC])\]\]", after_thinking(text))
-    return {"A": "A", "B": "B", "C": "tie"}[matches[-1]] if matches else None
-
-
-def pool_prompts(prompts: Texts, groups: Sequence[Texts], config: JudgeConfig) -> list[tuple[str, int, str]]:
-    """(metric, prompt index, question) of each pool of consecutive samples; groups[i] belongs to prompts[i].
-
-    DIVERSITY gives the pool sizes. Samples that do not fill a last pool are left out.
-    """
-    questions = []
-    for metric, size in DIVERSITY.items():
-        template = read_judge_prompt(config, metric, "prompt", "responses")
-        for index, (prompt, samples) in enumerate(zip(prompts, groups, strict=True)):
-            for start in range(0, len(samples) - size + 1, size):
-                pool = enumerate(samples[start : start + size], 1)
-                responses = "\n\n".join(f"<response {n}>\n{text}\n</response {n}>" for n, text in pool)
-                questions.append((metric, index, fill(template, prompt=prompt, responses=responses)))
-    return questions
-
-
-def rate_pools(prompts: Texts, groups: list[Texts], config: JudgeConfig) -> tuple[dict, dict]:
-    """Rate the diversity of each prompt's samples; groups[i] belongs to prompts[i] (DPL paper, section B.1).
-
-    Returns ratings and counts. ratings[metric][i] holds the ratings of that prompt's pools, missing ones left
-    out: 1 to 5, larger is more diverse; "logical" is 5 - rating of agreement, so 0 to 4. counts[metric] holds
-    the numbers of pools "asked" and "missing".
-    """
-    questions = pool_prompts(prompts, groups, config)
-    answers = ask([question for _, _, question in questions], rating, config, "diversity")
-    ratings = {metric: [[] for _ in prompts] for metric in DIVERSITY}
-    counts = {metric: {"asked": 0, "missing": 0} for metric in DIVERSITY}
-    for (metric, index, _), answer in zip(questions, answers, strict=True):
-        counts[metric]["asked"] += 1
-        counts[metric]["missing"] += answer is None
-        if answer is not None:
-            ratings[metric][index].append(5 - answer if metric == "logical" else answer)
-    return ratings, counts
-
-
-def pair_prompts(prompts: Texts, first: Texts, second: Texts, config: JudgeConfig) -> list[str]:
-    """The questions of compare(): all with `first` as answer A, then all with `second` as answer A."""
-    template = read_judge_prompt(config, "pairwise", "prompt", "answer_a", "answer_b")
-    return [
-        fill(template, prompt=prompt, answer_a=a, answer_b=b)
-        for answers in ((first, second), (second, first))
-        for prompt, a, b in zip(prompts, *answers, strict=True)
-    ]
-
-
-def compare(prompts: Texts, first: Texts, second: Texts, config: JudgeConfig) -> tuple[list, list]:
-    """Compare two answers to each prompt, in both orders (MallowsPO paper, section C.3.1).
-
-    Returns the verdicts with `first` shown first, and those with `second` shown first. In both lists "A"
-    means that `first` is better, "B" that `second` is, and None that the answer is missing.
-    """
-    answers = ask(pair_prompts(prompts, first, second, config), verdict, config, "comparison")
-    return answers[: len(prompts)], [SWAPPED[answer] for answer in answers[len(prompts) :]]

@@ -1,0 +1,39 @@
+"""Samples of the embedded world against its exact optimum (DPL paper, equation 35), slot by slot.
+
+The defaults continue from those of train_dpl.py and sample.py.
+
+    python evaluate.py society
+"""
+
+import json
+import math
+from dataclasses import dataclass
+
+from common.files import write_json
+from common.flags import flag, require
+from common.rows import last_turn, read_rows, read_sample
+from data.society.truth import WORLD, compare_samples, print_comparison
+
+
+@dataclass
+class Config:
+    """Flags of evaluate.py society."""
+
+    samples: str = flag("out/dpl/samples.jsonl", "File that sample.py wrote.")
+    alpha: float = flag(0.2, "The policy was trained with this alpha.")
+    beta: float = flag(0.1, "The policy was trained with this beta.")
+    out_file: str | None = flag(None, "Also write all results to this file, as JSON.")
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            require(self, name, 0 < getattr(self, name) < math.inf, "a positive number")
+
+
+def run(config: Config) -> None:
+    """Compare the samples with the best policy for alpha and beta."""
+    samples = [read_sample(row, where) for where, row in read_rows(config.samples)]
+    pairs = [(last_turn(sample.prompt), sample.text) for sample in samples]
+    result = compare_samples(pairs, json.loads(WORLD.read_bytes()), config.alpha, config.beta)
+    print_comparison(result)
+    if config.out_file:
+        write_json(config.out_file, result)
