@@ -3,11 +3,16 @@
 import gzip
 import importlib
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 from itertools import product
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -57,6 +62,51 @@ def lines(*rows):
 def truncate(path):
     """Leave the first half of a file."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def free_port():
+    """A port on which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def _script(rank, world, port, words, folder, log):
+    os.chdir(folder)
+    for name in ("stdout", "stderr"):
+        os.dup2(os.open(f"{log}.{name}", os.O_CREAT | os.O_WRONLY), getattr(sys, f"__{name}__").fileno())
+    if world > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        os.environ |= {name: str(value) for name, value in place.items()}
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def run_script(world, *words, folders=None):
+    """Run one of the project's scripts as torchrun would, but that its processes are forks of one import.
+
+    Returns its exit codes, and what it wrote to stdout and stderr. Process i runs in folders[i].
+    """
+    context, port, log = multiprocessing.get_context("forkserver"), free_port(), tempfile.mkdtemp()
+    context.set_forkserver_preload(["train_dpl", "train_reward", "sample", "evaluate"])
+    words = [str(ROOT / words[0]), *map(str, words[1:])]
+    folders = folders or [ROOT] * world
+    processes = [
+        context.Process(target=_script, args=(rank, world, port, words, folders[rank], f"{log}/{rank}"))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    wait([process.sentinel for process in processes])
+    failed = [process for process in processes if process.exitcode]
+    for process in processes:
+        process.join(3 if failed else 120)  # torchrun ends the others too
+        process.kill()
+        process.join()
+    paths = (sorted(Path(log).glob(f"*.{name}")) for name in ("stdout", "stderr"))
+    return [p.exitcode for p in processes], *("".join(path.read_text() for path in some) for some in paths)
 
 
 def torchrun(*words):

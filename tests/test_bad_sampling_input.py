@@ -2,18 +2,16 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIG, PAIR, USER, lines, truncate
+from conftest import FIG, PAIR, USER, lines, run_script, truncate
 from safetensors.torch import load_file, save_file
 
 import evaluate
 import sample
-import train_dpl
 
 SAMPLE = ["--num_samples", 1, "--max_new_tokens", 1]
 
@@ -362,8 +360,6 @@ def test_sample_resumes_only_with_its_flags(refused, tiny_model_folder, data, tm
     ],
 )
 def test_as_a_user_sees_it(tiny_model_folder, tmp_path, script, flags, fragment):
-    script = Path(train_dpl.__file__).with_name(script)
     flags = [str(tiny_model_folder) if word == "MODEL" else word for word in flags]
-    done = subprocess.run([sys.executable, script, *flags], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {fragment}\n")
+    assert run_script(1, script, *flags, folders=[tmp_path]) == ([2], "", f"error: {fragment}\n")
     assert not any(tmp_path.iterdir())

@@ -37,7 +37,7 @@ def sample(model, compiled):
 
 
 def test_samples_are_those_without_compile(backend):
-    backend("aot_eager")
+    backend("eager")  # how often code is compiled does not depend on the backend
     config = copy.deepcopy(CONFIGS["gemma2"])  # grouped heads, a layer with a window and one without, caps
     config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
     model = make(config)

@@ -1,14 +1,11 @@
 """A new loss is a script of at most 25 lines that touches no other file; a wrong one is refused."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PAIRS, ROOT, lines
+from conftest import PAIRS, ROOT, lines, run_script
 
 from common.files import InputError
 from hub import load_model
@@ -33,10 +30,8 @@ def run_fork(name, model, folder, *flags):
     }
     common |= {"--max_steps": 2, "--warmup_steps": 0, "--log_every": 1, "--lora_dropout": 0, "--lr": 1e-2}
     words = [str(word) for flag in common.items() for word in flag]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, FORKS / f"{name}.py", *words, *map(str, flags)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    codes, _, stderr = run_script(1, f"tests/forks/{name}.py", *words, *flags)
+    assert codes == [0], stderr
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
 
 

@@ -5,9 +5,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -15,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT, first_pairs, free_port, run_script, torchrun
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -26,7 +23,7 @@ from pairs import count_tokens, micro_batches
 from train_dpl import DPLConfig, objective
 from trainer import train
 
-STEPS = 12
+STEPS = 8
 KINDS = {
     "lora": {"lora_rank": 8, "lora_alpha": 8.0, "lora_dropout": 0.0, "lr": 1e-3},
     "full": {"lora_rank": 0, "lr": 1e-4},
@@ -36,12 +33,6 @@ KINDS = {
 def run(config):
     """Train in this process, as one of many if the environment says so."""
     train(config, partial(objective, config=config))
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def work(rank, world, port, configs):
@@ -100,7 +91,7 @@ def runs(tmp_path):
     folder = tmp_path / "runs"
     folder.mkdir()
     rows = [row for _, row in read_rows(ROOT / "data/society/test.jsonl.gz")]
-    rows = rows[::25]  # stories and polls: long pairs and short ones
+    rows = rows[::50]  # stories and polls: long pairs and short ones
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model, tokenizer = load_model(ROOT / "data/society/reference")
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
@@ -110,7 +101,7 @@ def runs(tmp_path):
     def config(name, parallel, world, **flags):
         """Of a kind, the word in its name."""
         defaults = {"max_steps": STEPS, "schedule": "constant", "log_every": 1, "eval_every": STEPS}
-        defaults |= {"batch_size": 9, "micro_batch_tokens": 120, "save_every": 10, "warmup_steps": 5}
+        defaults |= {"batch_size": 9, "micro_batch_tokens": 120, "save_every": 6, "warmup_steps": 3}
         config = DPLConfig(
             model=str(folder / "model"),
             data=str(folder / "rows.jsonl"),
@@ -125,20 +116,18 @@ def runs(tmp_path):
     for one in made.values():
         run(one)
     kinds = list(product(KINDS, ("ddp", "fsdp")))
-    for world in (2, 4):
-        some = {(kind, parallel, world): config(kind, parallel, world) for kind, parallel in kinds}
-        if world == 2:
-            half = {"max_steps": STEPS // 2}
-            some |= {(f"half {k}", p, 2): config(f"half {k}", p, 2, **half) for k, p in kinds}
-            lean = {"checkpoint_activations": True}
-            some |= {(f"lean {k}", "fsdp", 2): config(f"lean {k}", "fsdp", 2, **lean) for k in KINDS}
-        else:
-            for kind, parallel in kinds:
-                place = folder / "resumed on 4" / f"{kind}-{parallel}"
-                some[f"half {kind}", parallel, 4] = copied(made[f"half {kind}", parallel, 2], place)
-        run_many(world, list(some.values()))
-        made |= some
-    return made
+    some = {(kind, parallel, 2): config(kind, parallel, 2) for kind, parallel in kinds}
+    some |= {(f"half {k}", p, 2): config(f"half {k}", p, 2, max_steps=STEPS // 2) for k, p in kinds}
+    lean = {"checkpoint_activations": True}
+    some |= {(f"lean {k}", "fsdp", 2): config(f"lean {k}", "fsdp", 2, **lean) for k in KINDS}
+    run_many(2, list(some.values()))
+    made |= some
+    some = {}
+    for kind, parallel in kinds:
+        place = folder / "resumed on 4" / f"{kind}-{parallel}"
+        some[f"half {kind}", parallel, 4] = copied(made[f"half {kind}", parallel, 2], place)
+    run_many(4, list(some.values()))
+    return made | some
 
 
 def copied(half, folder):
@@ -175,15 +164,14 @@ def test_processes_share_every_row_once_in_as_many_groups_of_near_equal_load(len
     assert len(over) < world and all(len(group) == 2 for group in over)
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "rows.jsonl"])
-def test_bad_input_ends_all_processes_in_one_line(tmp_path, name):
+def test_bad_input_ends_all_processes_in_one_line(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 2)
-    # the second data file is good, but there is no writing below it: only rank 0 finds out
-    data, out = tmp_path / name, tmp_path / "rows.jsonl" / "run"
+    # the file is good, but there is no writing below it: only rank 0 finds out
+    data, out = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl" / "run"
     model = ROOT / "data/society/reference"
     done = torchrun("train_dpl.py", "--model", model, "--data", data, "--out_dir", out)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode != 0 and len(errors) == 1 and name in errors[0]
+    assert done.returncode != 0 and len(errors) == 1 and "rows.jsonl" in errors[0]
     assert done.stderr.count("Traceback") == 1  # torchrun's own
     assert list(tmp_path.iterdir()) == [tmp_path / "rows.jsonl"]
 
@@ -191,31 +179,22 @@ def test_bad_input_ends_all_processes_in_one_line(tmp_path, name):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_nodes_that_share_no_folder_are_told_so(tmp_path, parallel):
     """Two processes in folders of their own, and a relative --out_dir: FSDP fails to save, DDP to resume."""
-    society = ROOT / "data/society"
-    flags = {"data": society / "test.jsonl.gz", "model": society / "reference", "out_dir": "run"}
-    flags |= {"max_steps": 2, "batch_size": 8, "parallel": parallel}
-    words = [sys.executable, ROOT / "train_dpl.py", *(f"--{name}={value}" for name, value in flags.items())]
-
-    def run_both(*more):
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-        both = []
-        for rank in ("0", "1"):
-            (tmp_path / rank).mkdir(exist_ok=True)
-            env = {**os.environ, **place, "RANK": rank, "LOCAL_RANK": "0"}
-            pipe = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-            both.append(subprocess.Popen([*words, *more], cwd=tmp_path / rank, env=env, **pipe))
-        return [(process.communicate(timeout=120)[1], process.returncode) for process in both]
-
-    found = run_both()
+    data, society = first_pairs("test", 16, tmp_path / "rows.jsonl"), ROOT / "data/society/reference"
+    flags = {"data": data, "model": society, "out_dir": "run", "max_steps": 2, "parallel": parallel}
+    words = ["train_dpl.py", *(f"--{name}={value}" for name, value in flags.items())]
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder in folders:
+        folder.mkdir()
+    codes, _, stderr = run_script(2, *words, folders=folders)
     if parallel == "ddp":
-        assert [code for _, code in found] == [0, 0]
-        found = run_both("--resume")
-    assert found[0][1] == 2
-    errors = [line for stderr, _ in found for line in stderr.splitlines() if line.startswith("error: ")]
+        assert codes == [0, 0] and stderr.count("must be a folder that all nodes share") == 1
+        codes, _, stderr = run_script(2, *words, "--resume", folders=folders)
+    assert 2 in codes
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "must be a folder that all nodes share" in errors[0]
 
 
 def test_fsdp_holds_half_of_the_weights_on_each_of_two_processes():
-    done = torchrun("bench/fsdp_memory.py")
-    shares = [float(share) for share in re.findall(r"([\d.]+)%", done.stdout)]
+    _, stdout, _ = run_script(2, "bench/fsdp_memory.py")
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", stdout)]
     assert len(shares) == 4 and max(shares) <= 60 and sum(shares) >= 200

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PAIRS, ROOT, lines
+from conftest import PAIRS, ROOT, lines, run_script
 
 import sample
 import train_dpl
@@ -97,11 +97,13 @@ def test_the_sampling_recipe_samples(run, tiny_model_folder, data, tmp_path):
 
 def test_a_sweep_shares_one_reference_cache(tiny_model_folder, tmp_path):
     (tmp_path / "pairs.jsonl").write_bytes(lines(*PAIRS))
-    environment = os.environ | {"ALPHAS": "0.1 0.3", "RUN": sys.executable, "OUT": "sweep"}
+    environment = os.environ | {"ALPHAS": "0.1 0.3", "RUN": "echo", "OUT": "sweep"}
     flags = ["--model", tiny_model_folder, "--data", "pairs.jsonl", "--max_steps", "1"]
     command = [ROOT / "recipes" / "sweep.sh", f"@{ROOT}/recipes/society.txt", *flags]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    for command in done.stdout.splitlines():
+        codes, _, stderr = run_script(1, "train_dpl.py", *command.split()[1:], folders=[tmp_path])
+        assert codes == [0], stderr
     sweep = tmp_path / "sweep"
     assert sorted(path.name for path in sweep.iterdir()) == ["alpha_0.1", "alpha_0.3", "reference_cache"]
     assert len(list((sweep / "reference_cache").iterdir())) == 1

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FIG, MUD, PAIR, PAIRS, USER, lines, torchrun
+from conftest import FIG, MUD, PAIR, PAIRS, USER, lines, run_script
 from peft import PeftModel
 from test_model import CONFIGS, make_pairs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -183,8 +183,9 @@ def test_two_processes_train_the_same_reward_model(tiny_model_folder, tmp_path, 
     flags |= {"batch_size": 3, "lora_dropout": 0}
     train(monkeypatch, **flags, out_dir=tmp_path / "one")
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    done = torchrun("train_reward.py", *words, "--out_dir", tmp_path / "two", "--parallel", "fsdp")
-    assert done.returncode == 0, done.stderr
+    words += ["--out_dir", tmp_path / "two", "--parallel", "fsdp"]
+    codes, _, stderr = run_script(2, "train_reward.py", *words)
+    assert codes == [0, 0], stderr
     one, two = (load_reward_model(str(tmp_path / name))[0].state_dict() for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4)
