@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
+from attention import compile_once, dense, dense_masks, require_attention, use_packed_attention
 from checks import probe_ids, refused
 from common.files import InputError
 from common.parallel import to_device
-from model import compile_once, dense, dense_masks, head_logits, require_attention, use_packed_attention
+from model import head_logits
 from pairs import Packed, pack
 
 FINISH = ("", "eos", "stop", "length")  # Completion.finish by code; "" while it is active

@@ -51,13 +51,14 @@ sys.path.insert(0, str(ROOT))
 
 from machine import CUDA, DEVICE, DTYPE, clock, clocks, guard, rates
 
+from attention import block_mask, dense, dense_masks, flex
 from checks import own_values, packing_gap, probe_pairs
 from common.files import InputError
 from common.flags import flag, parse, run_command
 from common.logs import flops_per_token, peak_memory
 from decode import Batch
 from lora import add_lora, lora_layers
-from model import block_mask, dense, dense_masks, flex, pair_stats
+from model import pair_stats
 from pairs import Pair, pack
 from sample import sample_batch
 

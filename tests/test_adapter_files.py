@@ -192,20 +192,20 @@ def test_only_a_merged_model_is_replaced_and_only_if_asked(write, refused, tmp_p
     run_merge(monkeypatch, adapter, out)
     weights = (out / "model.safetensors").read_bytes()
     (out / "config.json").write_text("{}")
-    refused(lora, ["merge", adapter, out], out, "--overwrite replaces it")
+    refused(merge, [adapter, out], out, "--overwrite replaces it")
     assert (out / "config.json").read_text() == "{}"
     run_merge(monkeypatch, adapter, out, "--overwrite")
     assert (out / "config.json").read_text() != "{}"
     assert (out / "model.safetensors").read_bytes() == weights
-    refused(lora, ["merge", adapter, adapter, "--overwrite"], adapter, "no merged model")
+    refused(merge, [adapter, adapter, "--overwrite"], adapter, "no merged model")
     assert (adapter / "adapter_model.safetensors").is_file()
 
 
 def test_what_is_no_adapter_is_refused_and_leaves_nothing(write, refused, tmp_path):
     base = make_base("llama")
     adapter = write(base, adapt(base))
-    refused(lora, ["merge", tmp_path / "base", tmp_path / "merged"], "adapter_config.json")
+    refused(merge, [tmp_path / "base", tmp_path / "merged"], "adapter_config.json")
     (adapter / "adapter_model.safetensors").write_bytes(b"cut short")
-    refused(lora, ["merge", adapter, tmp_path / "merged"], "adapter_model.safetensors")
+    refused(merge, [adapter, tmp_path / "merged"], "adapter_model.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
-    refused(lora, ["merge", adapter], "out")
+    refused(merge, [adapter], "out")

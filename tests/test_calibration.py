@@ -1,4 +1,4 @@
-"""Best-of-N and calibration: the formulas of metrics/formulas.py against enumeration and cases worked out by hand."""
+"""Best-of-N and calibration: metrics/formulas.py against enumeration and cases worked out by hand."""
 
 import math
 from fractions import Fraction

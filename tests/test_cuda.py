@@ -12,14 +12,15 @@ import torch
 from test_model import CONFIGS, make, make_pairs
 from torch.nn.attention.flex_attention import create_block_mask
 
+import attention
 import checks
-import model as model_file
 import trainer
+from attention import RowAttention, attention_rule, block_mask, compile_once, dense, dense_masks, flex
 from common import logs, parallel
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.files import InputError
 from lora import add_lora
-from model import RowAttention, attention_rule, block_mask, compile_once, dense, dense_masks, flex, pair_stats
+from model import pair_stats
 from pairs import Pair, pack
 
 CUDA, PAIRS = torch.device("cuda", 0), make_pairs()
@@ -52,7 +53,7 @@ def test_a_restored_optimizer_counts_its_steps_on_the_weights_device(tmp_path):
 def test_short_rows_keep_off_the_kernel_for_decoding(monkeypatch):
     """It does not compile for rows under 128 tokens with grouped heads."""
     seen = []
-    monkeypatch.setattr(model_file, "flex_attention", lambda *_, **options: seen.append(options))
+    monkeypatch.setattr(attention, "flex_attention", lambda *_, **options: seen.append(options))
     flex(*torch.zeros(3, 1, 4, 18, 16), None, 1.0, None)
     assert seen[0]["kernel_options"]["FORCE_USE_FLEX_ATTENTION"]
 
@@ -94,18 +95,18 @@ def test_block_masks_equal_create_block_mask_s():
 
 def test_where_flex_attention_does_not_compile_the_dense_masks_serve(monkeypatch, capsys):
     """The CPU is such a place: FlexAttention has no backward pass there."""
-    monkeypatch.setattr(model_file, "COMPILES", {})
+    monkeypatch.setattr(attention, "COMPILES", {})
     packed = pack(PAIRS)
     qkv = torch.randn(3, 1, 2, len(packed.ids), 16)
     wanted = dense(*qkv, dense_masks(packed, None), 0.25, None)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.ndim == 4))  # queries, keys and values
-    monkeypatch.setattr(model_file, "compile_once", lambda function: function)
+    monkeypatch.setattr(attention, "compile_once", lambda function: function)
     attend = RowAttention(packed)
     for _ in range(2):
         assert torch.equal(attend(None, *qkv, scale=0.25, window=None, softcap=None), wanted)
     error = capsys.readouterr().err
     assert error.startswith("warning: FlexAttention does not compile here") and error.count("\n") == 1
-    monkeypatch.setattr(model_file, "flex_compiles", lambda *_: pytest.fail("tried"))
+    monkeypatch.setattr(attention, "flex_compiles", lambda *_: pytest.fail("tried"))
     RowAttention(packed, "dense")(None, *qkv, scale=0.25, window=None, softcap=None)
 
 

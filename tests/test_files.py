@@ -222,7 +222,8 @@ def test_many_brackets_that_are_not_nested():
 # Ctrl-C comes once main() is over, as it may while Python unloads torch
 LATE = """
 import atexit, os, signal, sys
-from files import InputError, run_command
+from common.files import InputError
+from common.flags import run_command
 signal.signal(signal.SIGINT, {handler})  # a shell's background jobs ignore Ctrl-C
 atexit.register(lambda: print("finished", flush=True))
 atexit.register(os.kill, os.getpid(), signal.SIGINT)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import model
+import attention
 
 
 @pytest.fixture
@@ -91,8 +91,8 @@ def test_wrong_results_fail(gpu, monkeypatch):
         gpu.attention((18,), 16, 2)
 
     assert "texts differ by" in gpu.architecture("mistral", torch.float32)
-    rule = model.attention_rule
-    monkeypatch.setattr(model, "attention_rule", lambda packed, _: rule(packed, None))
+    rule = attention.attention_rule
+    monkeypatch.setattr(attention, "attention_rule", lambda packed, _: rule(packed, None))
     with pytest.raises(AssertionError, match="texts differ by"):
         gpu.architecture("mistral", torch.float32)
 

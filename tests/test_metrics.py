@@ -1,4 +1,4 @@
-"""Each formula of metrics/formulas.py against sacrebleu, brute force, enumeration or a case worked out by hand."""
+"""metrics/formulas.py against sacrebleu, brute force, enumeration or a case worked out by hand."""
 
 import itertools
 import math

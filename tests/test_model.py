@@ -32,11 +32,13 @@ from transformers import (
     RobertaConfig,
 )
 
+import attention
 import checks
 import model as model_file
+from attention import block_mask, dense, dense_masks, flex
 from checks import check_packable, max_positions, probe_ids
 from common.files import InputError
-from model import block_mask, dense, dense_masks, flex, pair_stats
+from model import pair_stats
 from pairs import Pair, pack
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -234,11 +236,11 @@ def test_attention_to_few_keys_is_compared_on_texts_with_more(kind, monkeypatch)
     if kind == "sparse":
         if "keys chosen by an indexer" not in NOT_PACKABLE:
             pytest.skip("needs a younger transformers")
-        monkeypatch.setattr(model_file, "KEYWORDS", model_file.KEYWORDS | {"indices"})
+        monkeypatch.setattr(attention, "KEYWORDS", attention.KEYWORDS | {"indices"})
         model = make(NOT_PACKABLE["keys chosen by an indexer"])
     else:
-        rule = model_file.attention_rule
-        monkeypatch.setattr(model_file, "attention_rule", lambda packed, window: rule(packed, None))
+        rule = attention.attention_rule
+        monkeypatch.setattr(attention, "attention_rule", lambda packed, window: rule(packed, None))
         model = make(MistralConfig(**GROUPED, sliding_window=40))
     for _ in range(2):
         with pytest.raises(InputError, match="log-probabilities move"):
@@ -292,12 +294,12 @@ def rounded(model):
 def test_bfloat16_models_that_pack_right_are_accepted_and_others_refused(name, monkeypatch):
     model = rounded(make(CONFIGS[name]))
     check_packable(model, "some/model")
-    rule = model_file.attention_rule
+    rule = attention.attention_rule
 
     def sees_the_other_completion(packed, window):
         return rule(packed._replace(branch=packed.branch.clamp(max=0)), window)
 
-    monkeypatch.setattr(model_file, "attention_rule", sees_the_other_completion)
+    monkeypatch.setattr(attention, "attention_rule", sees_the_other_completion)
     with pytest.raises(InputError, match="log-probabilities move"):
         check_packable(model, "some/model")
 
