@@ -174,15 +174,16 @@ def own_values(model: PreTrainedModel, pairs: Sequence[Sequence[list[int]]]) -> 
     A reward model's rewards instead.
     """
     model.set_attn_implementation("eager")  # under "packed", sparse attention would be dense in both
-    values = []
-    for prompt, *completions in pairs:
-        for completion in completions:
-            row = torch.tensor([prompt + completion], device=model.device)
-            if model.get_output_embeddings() is None:
-                values.append(model(row[:, :-1]).logits[0, 0].float())
-                continue
-            logp = model(row).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-            values.append(logp.gather(1, row[0, len(prompt) :, None]).sum())
+    values, mixed = [], getattr(model, "mixed", False)
+    for prompt, completion in ((prompt, text) for prompt, *both in pairs for text in both):
+        row = torch.tensor([prompt + completion], device=model.device)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+            logits = model(row if model.get_output_embeddings() else row[:, :-1]).logits.float()
+        if model.get_output_embeddings() is None:
+            values.append(logits[0, 0])
+            continue
+        logp = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        values.append(logp.gather(1, row[0, len(prompt) :, None]).sum())
     return torch.stack(values)
 
 
@@ -203,7 +204,7 @@ def check_packable(model: PreTrainedModel, path: str) -> None:
     wrong: recurrent layers, biases by index, attention sinks, windows known to the mask alone, unusual heads.
     """
     # SmolLM2 rounds to 2e-3 nats in float32 and up to 0.9 in bfloat16; a wrong mask moves at least 4
-    exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
+    exact = model.dtype == torch.float32 and not getattr(model, "mixed", False)
     limit = 1e-2 if exact else 2.0
     with refused(f"--model {path}: {type(model).__name__} cannot be packed"):
         try:

@@ -199,8 +199,13 @@ class SharedPromptCache:
     def set_prompts(self, prompt_index: Tensor) -> None:
         """Completion i now continues prompt prompt_index[i]. Prompts without a completion are dropped.
 
-        For prompt_matmul, completions get slots of a grid (prompts, width): a row holds those of one prompt.
-        `grid` has the batch index in each slot, 0 in an empty one; None if the batch is the whole grid.
+        prompt_matmul makes one product per prompt, so completions get slots of a grid, a row for each prompt:
+
+            completion   0  1  2  3  4           grid   0  2  3    completions of prompt 0
+            its prompt   0  1  0  0  1                  1  4  -    completions of prompt 1
+            its slot     0  3  1  2  4                             (- is 0: what comes of it is not read)
+
+        `grid` is None if the batch fills it in order.
         """
         present, self.prompt_index = prompt_index.unique(return_inverse=True)
         if len(present) < len(self.prompt_lengths):

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention import RowAttention, require_attention, use_packed_attention
+from common.parallel import shard
 from pairs import Packed
 
 CHUNK = {"cpu": 2**24, "cuda": 2**27}  # logits computed at once: 64 and 512 MiB in float32
@@ -48,11 +49,23 @@ def pair_stats(model: PreTrainedModel, packed: Packed, entropy: bool = False) ->
     or a reward model: a sequence classifier with one label, whose head `score` reads the hidden state at the
     last fed token of each completion.
     """
-    # parallel.shard() makes packed_forward a method of a sharded model: FSDP gathers the weights around it.
-    # It would also copy the row to the GPU, tensor by tensor, and wait for each
     packed = packed.to(model.get_input_embeddings().weight.device)
-    forward = getattr(model, "packed_forward", partial(packed_forward, model))
+    forward = getattr(model, "packed_forward", partial(packed_forward, model))  # see set_forward
     return forward(packed, entropy)
+
+
+def set_forward(model: PreTrainedModel, device: torch.device, mixed: bool, fsdp: bool) -> None:
+    """Make packed_forward a method of a model that is trained: in its precision, and on its shards.
+
+    `mixed`: weights are float32 and matrix products bfloat16. `fsdp`: each process keeps a shard of every
+    weight, on `device`, and FSDP gathers whole weights around the method.
+    """
+    model.mixed = mixed
+    forward = torch.autocast(device.type, torch.bfloat16, enabled=mixed)(packed_forward)
+    if fsdp:
+        shard(model, device, mixed, forward)
+    else:
+        model.packed_forward = partial(forward, model)
 
 
 def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Stats:

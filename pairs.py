@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from common.encode import encode_answers, encode_prompts
-from common.files import InputError
+from common.files import InputError, error_prefix
 from common.parallel import to_device
+from common.rows import read_pairs
 
 
 class Pair(NamedTuple):
@@ -123,7 +124,23 @@ def micro_batches(
     return mine
 
 
+def default_micro_batch_tokens(device: torch.device) -> int:
+    """Tokens per forward pass: enough to keep the device busy, and no more than its memory holds for 7B."""
+    if device.type == "cpu":
+        return 512  # as fast as 2,048, in half the memory
+    return 8192 if torch.cuda.get_device_properties(device).total_memory >= 80e9 else 2048
+
+
 # ---- tokenising
+
+
+def load_pairs(
+    path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool = False
+) -> Sequence:
+    """Tokenised preference pairs of a file. Raises InputError naming the file."""
+    rows = read_pairs(path, chat)
+    with error_prefix(path):
+        return tokenize(rows, tokenizer, max_length)
 
 
 def tokenize(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Pair]:

@@ -22,13 +22,23 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from common.files import digest_json, digest_tensors, write_tensors
+from common.files import digest_json, digest_tensors, is_writable, write_tensors
 from common.parallel import all_reduce, get_rank, get_world_size
 from model import Stats, pair_stats
 from pairs import micro_batches, pack
 
 EXCHANGE_EVERY = 16  # micro-batches between all_reduces of the results
 SAVE_SECONDS = 60  # between saves of an unfinished pass
+NOT_COMPUTED = math.nan
+
+
+def cache_folder(out: Path) -> Path:
+    """Where the reference's numbers are kept for the run in `out`: beside it, for all runs of a sweep.
+
+    Inside it, if there is no writing beside it, as in a mounted volume.
+    """
+    beside = out.parent / "reference_cache"
+    return beside if is_writable(beside) else out / "reference_cache"
 
 
 def digest_model(model: PreTrainedModel) -> str:
@@ -51,7 +61,7 @@ def reference_stats(
     """
     key = digest_json([key or digest_model(model), examples])
     path = folder / f"{key[:32]}.safetensors"
-    stats = torch.full((len(Stats._fields), len(examples), 2), math.nan)  # NaN: not computed yet
+    stats = torch.full((len(Stats._fields), len(examples), 2), NOT_COMPUTED)
     with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
         cached = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
         layout = {name: (x.shape, x.dtype) for name, x in cached.items()}
@@ -68,15 +78,15 @@ def reference_stats(
     bar = tqdm(total=count, desc="reference pass", unit="pair", disable=get_rank() > 0 or None)
     new, saved = torch.zeros_like(stats), time.monotonic()
     for index, batch in enumerate(batches, 1):
-        new[:, batch] = (
-            torch.stack(pair_stats(model, pack([examples[row] for row in batch]), True)).float().cpu()
-        )
+        computed = pair_stats(model, pack([examples[row] for row in batch]), entropy=True)
+        new[:, batch] = torch.stack(computed).float().cpu()
         bar.update(len(batch) * get_world_size())
         last = index == len(batches)
         if index % EXCHANGE_EVERY and not last:
             continue
         new = all_reduce(new)
-        stats = torch.where(new[1] > 0, new, stats)  # new[1] is the length: 0 where nothing was computed
+        is_new = Stats(*new).length > 0
+        stats = torch.where(is_new, new, stats)
         new.zero_()
         if get_rank() == 0 and (last or time.monotonic() - saved > SAVE_SECONDS):
             tensors = dict(zip(Stats._fields, stats, strict=True))

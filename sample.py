@@ -49,13 +49,12 @@ from common.files import (
     read_template,
     write_json,
 )
-from common.flags import flag, parse, require, require_same, run_command
+from common.flags import Flags, flag, parse, require, require_same, run_command
 from common.parallel import all_gather, distributed, get_device, get_dtype, get_rank, get_world_size
 from common.rows import read_prompts, to_messages
 from decode import Batch, Completion, exponential_noise, gumbel_max, next_token_probs
 from hub import load_model
 
-FORMATS = ("jsonl", "messages", "alpaca_eval", "arena_hard")
 MAY_CHANGE = {"out_file", "overwrite", "resume"}  # flags that may change when a run is resumed
 
 
@@ -122,9 +121,9 @@ def sample_global_batch(
     return [c._replace(sampled_logp=c.sampled_logp / tau - log_z) for c in chosen], ess, log_z
 
 
-def draw_seed(generator: torch.Generator | None) -> int:
-    """A random seed from `generator`, or from torch's global generator."""
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else None))
+def draw_seed(generator: torch.Generator) -> int:
+    """A random seed for sample()."""
+    return int(torch.randint(2**62, (), generator=generator))
 
 
 def sample(
@@ -134,45 +133,29 @@ def sample(
     max_new_tokens: int,
     eos_token_id: int | list[int] | None,
     *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
+    global_temperature: float | None = None,
+    particles: int | None = None,
+    **sampling_params: float,
 ) -> list[Completion]:
     """Sample `num_samples` completions of one prompt, in one batch.
 
-    Raises InputError if the model cannot be sampled (see Batch) or its log-probabilities are NaN.
+    `sampling_params` are those of next_token_probs. With a `global_temperature` tau, they come from
+    p(y)^(1/tau) / Z instead: exact in the limit of many `particles` (default: num_samples); with few,
+    completions repeat, and `sampled_logp` is log p(y) / tau - log Z, with log Z estimated. Raises InputError
+    if the model cannot be sampled (see Batch) or its log-probabilities are NaN.
     """
-    batch = Batch(model, [prompt_ids], [0] * num_samples, max_new_tokens, eos_token_id)
-    seed = draw_seed(generator)
+    count = particles or num_samples if global_temperature else num_samples
+    batch = Batch(model, [prompt_ids], [0] * count, max_new_tokens, eos_token_id)
+    if global_temperature:
+        rng = np.random.default_rng(seed)
+        return sample_global_batch(batch, num_samples, global_temperature, rng, **sampling_params)[0]
     rngs = [np.random.default_rng([seed, i]) for i in range(num_samples)]
-    return sample_batch(batch, rngs, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-
-
-def sample_global(
-    model: PreTrainedModel,
-    prompt_ids: list[int],
-    num_samples: int,
-    max_new_tokens: int,
-    eos_token_id: int | list[int] | None,
-    *,
-    global_temperature: float,
-    particles: int,
-    generator: torch.Generator | None = None,
-) -> list[Completion]:
-    """Sample `num_samples` completions of one prompt from p(y)^(1/tau) / Z, with tau the global temperature.
-
-    Exact in the limit of many particles; with few, completions repeat. `sampled_logp` is log p(y) / tau -
-    log Z, with log Z estimated. Raises InputError as sample() does.
-    """
-    batch = Batch(model, [prompt_ids], [0] * particles, max_new_tokens, eos_token_id)
-    rng = np.random.default_rng(draw_seed(generator))
-    return sample_global_batch(batch, num_samples, global_temperature, rng)[0]
+    return sample_batch(batch, rngs, **sampling_params)
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig(Flags):
     """Flags of sample.py."""
 
     model: str = flag("out/dpl", "Folder or hub name of a model, or folder of an adapter.")
@@ -183,52 +166,29 @@ class SampleConfig:
     out_file: str | None = flag(None, "Default: samples.jsonl, in the --model folder if that is a run.")
     overwrite: bool = flag(False, "Replace --out_file.")
     resume: bool = flag(False, "Continue --out_file of an interrupted run; start it if there is none.")
-    format: str = flag(
-        "jsonl", "jsonl, messages; for one sample: alpaca_eval (.json), arena_hard (version 2)."
-    )
-    num_samples: int = flag(16, "Completions per prompt.")
-    max_new_tokens: int = flag(256, "Longest completion, in tokens.")
+    num_samples: int = flag(16, "Completions per prompt.", "[1, inf)")
+    max_new_tokens: int = flag(256, "Longest completion, in tokens.", "[1, inf)")
     stop: list[str] | None = flag(None, "Strings that end a completion; they are removed from its text.")
     temperature: float = flag(1.0, "Token temperature; 0 is greedy.")
-    top_k: int = flag(0, "Keep the top_k likeliest tokens; 0 keeps all.")
-    top_p: float = flag(1.0, "Keep the smallest set of tokens with this total probability.")
-    min_p: float = flag(0.0, "Keep tokens with at least min_p times the largest probability.")
-    global_temperature: float | None = flag(None, "Temperature of whole texts; above 1, add --min_p 0.01.")
+    top_k: int = flag(0, "Keep the top_k likeliest tokens; 0 keeps all.", "[0, inf)")
+    top_p: float = flag(1.0, "Keep the smallest set of tokens with this total probability.", "(0, 1]")
+    min_p: float = flag(0.0, "Keep tokens with at least min_p times the largest probability.", "[0, 1]")
+    global_temperature: float | None = flag(None, "Of whole texts; above 1, add --min_p 0.01.", "[1e-6, inf)")
     particles: int = flag(128, "Particles per prompt, for --global_temperature.")
-    batch_size: int = flag(128, "Completions per batch; a smaller one saves memory.")
+    batch_size: int = flag(128, "Completions per batch; a smaller one saves memory.", "[1, inf)")
     compile: bool = flag(False, "Compile the decoding step: minutes at the start, then faster steps.")
-    seed: int = flag(0, "Seed of all random numbers.")
-
-    may_be_empty = ("prompt",)
+    seed: int = flag(0, "Seed of all random numbers.", "[0, inf)")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         t, tau = self.temperature, self.global_temperature
-        for name, condition, wanted in (
-            ("num_samples", self.num_samples >= 1, "at least 1"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", t == 0 or 1e-6 <= t < math.inf, "0, or at least 1e-6"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("global_temperature", tau is None or 1e-6 <= tau < math.inf, "at least 1e-6"),
-            ("global_temperature", tau is None or t == 1, "given without --temperature"),
-            ("particles", tau is None or self.particles >= self.num_samples, "at least --num_samples"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("seed", self.seed >= 0, "0 or more"),
-            ("format", self.format in FORMATS, f"one of {', '.join(FORMATS)}"),
-            (
-                "num_samples",
-                self.num_samples == 1 or self.format not in ("alpaca_eval", "arena_hard"),
-                f"1 for --format {self.format}: its readers want one answer a prompt",
-            ),
-            (
-                "prompt_template",
-                self.prompt_template is None or self.prompt is None,
-                "given without --prompt",
-            ),
-            ("resume", not (self.resume and self.overwrite), "given without --overwrite"),
-        ):
-            require(self, name, condition, wanted)
+        require(self, "temperature", t == 0 or 1e-6 <= t < math.inf, "0, or at least 1e-6")
+        require(self, "global_temperature", tau is None or t == 1, "given without --temperature")
+        enough = tau is None or self.particles >= self.num_samples
+        require(self, "particles", enough, "at least --num_samples")
+        one = self.prompt_template is None or self.prompt is None
+        require(self, "prompt_template", one, "given without --prompt")
+        require(self, "resume", not (self.resume and self.overwrite), "given without --overwrite")
 
 
 def encode(
@@ -300,28 +260,6 @@ def sample_prompts(
     return result
 
 
-def format_line(config: SampleConfig, row: dict, index: int, total: int, text: str, stats: dict) -> str:
-    """Line `index` of `total`, in the --format asked for: one sample of the prompt of `row`."""
-    prompt = row["prompt"]
-    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    content = text.strip() if isinstance(prompt, list) else text  # the template writes its own space again
-    if config.format == "messages":
-        sample = {"messages": [*messages, {"role": "assistant", "content": content}]}
-    elif config.format == "alpaca_eval":
-        sample = {"instruction": messages[-1]["content"], "output": content, "generator": config.model}
-    elif config.format == "arena_hard":
-        answer = {"role": "assistant", "content": {"answer": content}}
-        sample = {"uid": row.get("uid", messages[-1]["content"]), "ans_id": str(index), "model": config.model}
-        sample |= {"messages": [*messages, answer], "metadata": {"token_len": stats["tokens"]}}
-    else:
-        sample = {"prompt": prompt, "completion": text}
-        sample |= {"chat_template_kwargs": row["options"]} if "options" in row else {}
-    line = json.dumps(sample | stats, ensure_ascii=False)
-    if config.format == "alpaca_eval":  # one JSON list
-        line = ("[" if index == 0 else " ") + line + ("]" if index == total - 1 else ",")
-    return line + "\n"
-
-
 def lines_to_keep(out: Path, config: SampleConfig, digest: str) -> list[bytes]:
     """The complete lines of `out` that --resume keeps; `digest` is that of the encoded prompts.
 
@@ -345,7 +283,7 @@ def lines_to_keep(out: Path, config: SampleConfig, digest: str) -> list[bytes]:
 @distributed()
 def main() -> None:
     """Sample every prompt of a file, or print samples of one prompt."""
-    config = parse(SampleConfig, __doc__)
+    config = parse(SampleConfig, __doc__, may_be_empty=("prompt",))
     template = read_template(config.prompt_template, "question") if config.prompt_template else None
     if config.prompt is None:
         rows = read_prompts(config.prompts, template, config.chat)
@@ -385,14 +323,16 @@ def main() -> None:
             with atomic_write(out, "wb") as file:
                 file.writelines(lines[: done * count])
             write_json(f"{out}.flags.json", {"config": asdict(config), "prompts": digest})
-        samples = list(enumerate(itertools.chain(*parts), first * count))
+        samples = list(itertools.chain(*parts))
         if is_writer:
             with out.open("a", encoding="utf-8") as file:
-                file.writelines(
-                    format_line(config, rows[i // count], i, total, *sample) for i, sample in samples
-                )
+                for i, (text, stats) in enumerate(samples, first * count):
+                    row = rows[i // count]
+                    own = {"chat_template_kwargs": row["options"]} if "options" in row else {}
+                    sample = {"prompt": row["prompt"], "completion": text} | own | stats
+                    file.write(json.dumps(sample, ensure_ascii=False) + "\n")
         elif out is None:
-            for _, (text, stats) in samples:
+            for text, stats in samples:
                 print(f"--- {', '.join(f'{name} {value}' for name, value in stats.items())}\n{text}\n")
         bar.update(len(samples) // count)
     if out:

@@ -41,11 +41,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.files import atomic_write, write_json
-from common.flags import flag, parse, require, run_command
+from common.flags import flag, require, run_command
 from common.parallel import get_rank
 from model import Stats
 from train_dpl import dpl_margin, per_token
-from trainer import TrainConfig, train
+from trainer import TrainConfig, parse_run, train
 
 LOSSES = ("theta", "phi", "ipo", "simpo", "dpl")
 
@@ -55,34 +55,24 @@ class MallowsConfig(TrainConfig):
     """Flags of train_mallows.py."""
 
     out_dir: str = flag("out/mallows", "Folder for the adapter, metrics.jsonl and dispersion.json.")
-    loss: str = flag("theta", "theta (DPO, weighted), phi, ipo, simpo or dpl.")
-    link: str = flag("exact", "For phi: exact, or its smooth stand-ins sigmoid and polynomial.")
+    loss: str = flag("theta", "theta is DPO, weighted.", LOSSES)
+    link: str = flag("exact", "For phi; the others are smooth stand-ins.", ("exact", "sigmoid", "polynomial"))
     epsilon: str = flag("0.1", "The polynomial replaces g on [-epsilon, epsilon]; auto is -2 log phi(x).")
-    dispersion: str = flag("on", "off sets c(x) = 1: plain DPO, IPO, SimPO and DPL, or phi = 1/e.")
-    dispersion_scale: float | None = flag(None, "phi* (default: c(x) has the mean 1 over --data).")
-    alpha: float = flag(0.2, "For dpl: weight of the entropy bonus.")
-    beta: float = flag(0.1, "Penalty towards the reference; for simpo: scale of the reward.")
-    gamma: float = flag(0.5, "For simpo: the margin that the reward should reach.")
+    dispersion: str = flag("on", "off sets c(x) = 1: DPO, IPO, SimPO and DPL, or phi = 1/e.", ("on", "off"))
+    dispersion_scale: float | None = flag(None, "phi* (default: the mean of c(x) is 1).", "(0, inf)")
+    alpha: float = flag(0.2, "For dpl: weight of the entropy bonus.", "(0, inf)")
+    beta: float = flag(0.1, "Penalty towards the reference; for simpo: scale of the reward.", "(0, inf)")
+    gamma: float = flag(0.5, "For simpo: the margin that the reward should reach.", "[0, inf)")
     length_normalize: bool = flag(False, "Average log-probabilities over tokens, as simpo always does.")
-
-    society = "recipes/debates.txt"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("alpha", "beta"):
-            require(self, name, 0 < getattr(self, name) < math.inf, "a positive number")
-        require(self, "gamma", 0 <= self.gamma < math.inf, "0 or more, and finite")
-        require(self, "loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}")
-        require(self, "link", self.link in LINKS, f"one of {', '.join(LINKS)}")
         require(self, "link", self.link == "exact" or self.loss == "phi", "exact unless --loss is phi")
         try:
             width = self.epsilon == "auto" or 0 < float(self.epsilon) < math.inf
         except ValueError:
             width = False
         require(self, "epsilon", width, "a positive number or auto")
-        require(self, "dispersion", self.dispersion in ("on", "off"), "on or off")
-        fits = self.dispersion_scale is None or 0 < self.dispersion_scale < math.inf
-        require(self, "dispersion_scale", fits, "a positive number")
 
 
 def neg_log_dispersion(entropy: Tensor, vocab_size: int) -> Tensor:
@@ -287,7 +277,7 @@ def report_dispersion(
 
 def main() -> None:
     """Train by the command line's flags."""
-    config = parse(MallowsConfig, __doc__)
+    config = parse_run(MallowsConfig, __doc__, "recipes/debates.txt")
     train(config, partial(objective, config=config), prepare=partial(fit_dispersion, config=config))
 
 

@@ -18,7 +18,6 @@ token. That is a sequence classifier of transformers with one label, and so is w
     python evaluate.py quality --reward_model out/reward
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,13 +30,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from checks import max_positions
 from common.encode import answer_lead, encode_answers, encode_prompts, render
 from common.files import InputError, error_prefix
-from common.flags import flag, parse, require, run_command
+from common.flags import flag, run_command
 from common.rows import Text, message, read_pairs
 from hub import load_reward_model
 from model import Stats
 from pairs import Pair
 from reference import score_completions
-from trainer import TrainConfig, train
+from trainer import TrainConfig, parse_run, train
 
 
 @dataclass
@@ -45,11 +44,7 @@ class RewardConfig(TrainConfig):
     """Flags of train_reward.py."""
 
     out_dir: str = flag("out/reward", "Folder for the adapter or model, metrics.jsonl and checkpoint/.")
-    center: float = flag(0.0, "Weight of (r(chosen) + r(rejected))^2; 0.01 is usual, 0 leaves it out.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "center", 0 <= self.center < math.inf, "0 or more, and finite")
+    center: float = flag(0.0, "Weight of (r(chosen) + r(rejected))^2; 0.01 is usual.", "[0, inf)")
 
 
 def objective(policy: Stats, reference: None, *, center: float) -> dict[str, Tensor]:
@@ -141,7 +136,7 @@ def score_texts(
 
 def main() -> None:
     """Train by the command line's flags."""
-    config = parse(RewardConfig, __doc__)
+    config = parse_run(RewardConfig, __doc__)
     loss = partial(objective, center=config.center)
     train(config, loss, reference=False, load_model=load_reward_model, load=load_texts)
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from common.encode import encode_answers, encode_prompts
 from common.files import error_prefix
-from common.flags import flag, parse, run_command
+from common.flags import flag, run_command
 from common.rows import read_examples
 from model import Stats
 from pairs import truncate
-from trainer import TrainConfig, train
+from trainer import TrainConfig, parse_run, train
 
 
 @dataclass
@@ -27,8 +27,6 @@ class SFTConfig(TrainConfig):
     """Flags of train_sft.py."""
 
     out_dir: str = flag("out/sft", "Folder for the adapter or model, metrics.jsonl and checkpoint/.")
-
-    society = None  # it has no rows for supervised fine-tuning
 
 
 def objective(policy: Stats, reference: None) -> dict[str, Tensor]:
@@ -56,7 +54,7 @@ def finetune(config: SFTConfig) -> None:
 
 def main() -> None:
     """Train by the command line's flags."""
-    finetune(parse(SFTConfig, __doc__))
+    finetune(parse_run(SFTConfig, __doc__, society=None))
 
 
 if __name__ == "__main__":

@@ -25,19 +25,19 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from checks import check_inputs, check_memory, check_objective, check_packable
-from common import parallel
+from common import logs, parallel
 from common.checkpoint import (
     claim_run,
     find_checkpoint,
@@ -48,48 +48,41 @@ from common.checkpoint import (
     saved_args,
     start_run,
 )
-from common.files import ROOT, InputError, digest_json, error_prefix, is_writable
-from common.flags import flag, require
-from common.logs import (
-    flops_per_token,
-    open_loggers,
-    peak_memory,
-    print_device,
-    print_row,
-    print_start,
-    speed,
-)
-from common.rows import read_pairs
+from common.files import ROOT, InputError, digest_json, error_prefix
+from common.flags import Flags, flag, parse, require
 from hub import export, load_model
 from lora import add_lora, lora_disabled, lora_layers, print_share
-from model import Stats, packed_forward, pair_stats
-from pairs import count_tokens, describe, micro_batches, pack, tokenize
-from reference import digest_model, reference_stats
+from model import Stats, pair_stats, set_forward
+from pairs import (
+    count_tokens,
+    default_micro_batch_tokens,
+    describe,
+    load_pairs,
+    micro_batches,
+    pack,
+)
+from reference import cache_folder, digest_model, reference_stats
 
-# objective(policy, reference) -> {"loss": (pairs,), and any other (pairs,) tensors: averaged and logged}
-#
-# `policy` and `reference` are Stats of one micro-batch, (pairs, 2) each. policy.logp carries gradients.
-# policy.entropy is computed, with its gradient, only if the objective uses it. `reference` is None in a run
-# without a reference. The loss of a pair may not depend on other pairs (batch statistics), because the other
-# pairs of the global batch are in other micro-batches. The training loop logs "reward_accuracy", the share of
-# pairs with a positive "reward_margin"; "kl", if there is a reference; and, for a language model,
-# "logp_chosen" and "logp_rejected" ("logp" if an example has one completion).
-Objective = Callable[[Stats, Stats | None], dict[str, Tensor]]
-LoadModel = Callable[[str, str, torch.dtype], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
-Load = Callable[[str, PreTrainedTokenizerBase, int, bool], Sequence]
-Prepare = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Sequence, Stats], dict[str, Any]]
+
+class Objective(Protocol):
+    """A loss: returns {"loss": (pairs,), and any other (pairs,) tensors: averaged and logged}.
+
+    `policy` and `reference` are Stats of one micro-batch, (pairs, 2) each. policy.logp carries gradients.
+    policy.entropy is computed, with its gradient, only if the objective uses it. `reference` is None in a run
+    without a reference. The loss of a pair may not depend on other pairs (batch statistics), because the
+    other pairs of the global batch are in other micro-batches. The training loop logs "reward_accuracy", the
+    share of pairs with a positive "reward_margin"; "kl", if there is a reference; and, for a language model,
+    "logp_chosen" and "logp_rejected" ("logp" if an example has one completion).
+    """
+
+    def __call__(self, policy: Stats, reference: Stats | None) -> dict[str, Tensor]: ...
+
+
 SEED_STRIDE = 1000003  # between the seeds of epochs (their order) and of steps (their dropout)
-CHOICES = {
-    "schedule": ("constant", "linear", "cosine"),
-    "optimizer": ("adamw", "rmsprop"),
-    "dtype": ("auto", "float32", "bfloat16"),
-    "parallel": ("ddp", "fsdp"),
-    "attention": ("flex", "dense"),
-}
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Flags):
     """Flags of every train_*.py. Defaults are the DPL paper's (appendix B.3) where it gives a value."""
 
     # model and data
@@ -97,87 +90,63 @@ class TrainConfig:
     data: str | None = flag(None, "Training rows: .jsonl[.gz], .json, .parquet.")
     eval_data: str | None = flag(None, "Held-out rows, evaluated every --eval_every steps.")
     chat: bool = flag(False, "Put rows of strings through the chat template.")
-    max_length: int = flag(512, "Longest prompt + completion, in tokens.")
+    max_length: int = flag(512, "Longest prompt + completion, in tokens.", "[1, inf)")
     # the run's folder
     out_dir: str = flag("out/run", "Folder for the adapter, metrics.jsonl and checkpoint/.")
     overwrite: bool = flag(False, "Replace the run in --out_dir.")
     resume: bool = flag(False, "Continue the run in --out_dir with the flags saved there, or start it.")
     # LoRA
-    lora_rank: int = flag(16, "Rank of the adapter; 0 trains all weights.")
-    lora_alpha: float = flag(16.0, "LoRA's scale: the adapter's output is multiplied by alpha / rank.")
-    lora_dropout: float = flag(0.05, "Dropout on the adapter's input.")
+    lora_rank: int = flag(16, "Rank of the adapter; 0 trains all weights.", "[0, inf)")
+    lora_alpha: float = flag(16.0, "LoRA's scale: its output is multiplied by alpha / rank.", "(0, inf)")
+    lora_dropout: float = flag(0.05, "Dropout on the adapter's input.", "[0, 1)")
     lora_targets: list[str] | None = flag(None, "Layers to adapt (default: all linear layers but the head).")
     # optimization
-    batch_size: int = flag(8, "Pairs per optimizer step, over all processes and micro-batches.")
-    max_steps: int = flag(0, "Optimizer steps; 0 means --epochs decides.")
-    epochs: float = flag(1.0, "Passes over the data, if --max_steps is 0.")
-    lr: float = flag(1e-5, "Peak learning rate.")
-    warmup_steps: int = flag(150, "Steps of linear warm-up.")
-    schedule: str = flag("constant", "After the warm-up: constant, linear or cosine (both to zero).")
-    optimizer: str = flag("adamw", "adamw (no weight decay) or rmsprop.")
-    max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0 does not clip.")
-    seed: int = flag(0, "Seed for the order of pairs, the adapter's initialization and dropout.")
+    batch_size: int = flag(8, "Pairs per optimizer step, over all processes and micro-batches.", "[1, inf)")
+    max_steps: int = flag(0, "Optimizer steps; 0 means --epochs decides.", "[0, inf)")
+    epochs: float = flag(1.0, "Passes over the data, if --max_steps is 0.", "(0, inf)")
+    lr: float = flag(1e-5, "Peak learning rate.", "(0, inf)")
+    warmup_steps: int = flag(150, "Steps of linear warm-up.", "[0, inf)")
+    schedule: str = flag("constant", "Learning rate after the warm-up.", ("constant", "linear", "cosine"))
+    optimizer: str = flag("adamw", "adamw has no weight decay.", ("adamw", "rmsprop"))
+    max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0 does not clip.", "[0, inf)")
+    seed: int = flag(0, "Seed of the order of pairs, the adapter and dropout.", "[0, 4294967296)")
     # logging and checkpoints
-    log_every: int = flag(10, "Steps between rows of metrics.jsonl, which are printed too.")
-    eval_every: int = flag(100, "Steps between evaluations; there is also one at the start and the end.")
-    save_every: int = flag(100, "Steps between checkpoints; there is also one at the end.")
-    keep: int = flag(2, "Checkpoints to keep: the newest ones.")
+    log_every: int = flag(10, "Steps between rows of metrics.jsonl, which are printed too.", "[1, inf)")
+    eval_every: int = flag(100, "Steps between evaluations, beside those at start and end.", "[1, inf)")
+    save_every: int = flag(100, "Steps between checkpoints; there is also one at the end.", "[1, inf)")
+    keep: int = flag(2, "Checkpoints to keep: the newest ones.", "[1, inf)")
     wandb: bool = flag(False, "Log to Weights & Biases too.")
     tensorboard: bool = flag(False, "Log to --out_dir/tensorboard too.")
     # memory and devices
-    micro_batch_tokens: int | None = flag(
-        None, "Tokens per forward pass (default: 512; on a GPU 2048, or 8192 if it has 80 GB)."
-    )
+    micro_batch_tokens: int | None = flag(None, "Per forward pass (512; GPU 2048, 80 GB 8192).", "[1, inf)")
     checkpoint_activations: bool = flag(False, "Save memory: run each layer again in the backward pass.")
-    parallel: str = flag("ddp", "With torchrun: ddp (each process holds the whole model) or fsdp (a shard).")
-    dtype: str = flag("auto", "float32, bfloat16 or auto: bfloat16 on CUDA, else float32.")
-    attention: str = flag("flex", "On a GPU: flex (FlexAttention, compiled) or dense (needs no compiler).")
-
-    society = "recipes/society.txt"  # flags for the built-in world, if neither --model nor --data is given
+    parallel: str = flag("ddp", "torchrun: a process holds the whole model, or a shard.", ("ddp", "fsdp"))
+    dtype: str = flag("auto", "auto: bfloat16 on a GPU, else float32.", ("auto", "float32", "bfloat16"))
+    attention: str = flag("flex", "On a GPU: FlexAttention, or dense (no compiler).", ("flex", "dense"))
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_length", "log_every", "eval_every", "save_every", "keep"):
-            require(self, name, getattr(self, name) >= 1, "at least 1")
-        tokens = self.micro_batch_tokens
-        require(self, "micro_batch_tokens", tokens is None or tokens >= 1, "at least 1")
-        for name in ("lora_rank", "max_steps", "warmup_steps", "max_grad_norm"):
-            require(self, name, getattr(self, name) >= 0, "0 or more")
-        for name in ("lr", "lora_alpha", "epochs"):
-            require(self, name, 0 < getattr(self, name) < math.inf, "a positive number")
-        require(self, "seed", 0 <= self.seed < 2**32, "0 or more and below 2^32")
-        require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
-        for name, choices in CHOICES.items():
-            require(self, name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        super().__post_init__()
         require(self, "parallel", self.parallel == "ddp" or "RANK" in os.environ, "started by torchrun")
         require(self, "resume", not (self.resume and self.overwrite), "given without --overwrite")
         for name in ("wandb", "tensorboard"):
             if getattr(self, name) and not importlib.util.find_spec(name):
                 raise InputError(f"--{name}: needs its package: pip install {name}")
 
-    @classmethod
-    def default_args(cls, args: argparse.Namespace) -> list[str]:
-        """Arguments with lower priority than the command line's: the saved run's, or the society's."""
+
+def parse_run(
+    config: type[TrainConfig], description: str, society: str | None = "recipes/society.txt"
+) -> TrainConfig:
+    """Read a training script's flags. Those of the run to resume have lower priority than the command line's.
+
+    `society` is a file of flags for the embedded world, for when neither --model nor --data is given.
+    """
+
+    def default_args(args: argparse.Namespace) -> list[str]:
         if args.resume and Path(args.out_dir, "run.json").is_file():
-            return saved_args(Path(args.out_dir))
-        if args.model is None and args.data is None and cls.society:
-            return [f"@{ROOT / cls.society}"]
-        return []
+            return saved_args(Path(args.out_dir), {one.name for one in fields(config)})
+        return [f"@{ROOT / society}"] if society and args.model is None and args.data is None else []
 
-
-def load_pairs(
-    path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool = False
-) -> Sequence:
-    """Tokenised preference pairs of a file. Raises InputError naming the file."""
-    rows = read_pairs(path, chat)
-    with error_prefix(path):
-        return tokenize(rows, tokenizer, max_length)
-
-
-def default_micro_batch_tokens(device: torch.device) -> int:
-    """Tokens per forward pass: enough to keep the device busy, and no more than its memory holds for 7B."""
-    if device.type == "cpu":
-        return 512  # as fast as 2,048, in half the memory
-    return 8192 if torch.cuda.get_device_properties(device).total_memory >= 80e9 else 2048
+    return parse(config, description, default_args=default_args)
 
 
 def batch_indices(step: int, size: int, count: int, seed: int) -> list[int]:
@@ -261,9 +230,9 @@ def train(
     objective: Objective,
     *,
     reference: bool = True,
-    load_model: LoadModel = load_model,
-    load: Load = load_pairs,
-    prepare: Prepare | None = None,
+    load_model: Callable = load_model,
+    load: Callable = load_pairs,
+    prepare: Callable | None = None,
 ) -> None:
     """Train by `config` on the loss `objective`, and write the run's folder.
 
@@ -284,8 +253,7 @@ def train(
     # LoRA: a bfloat16 base and a float32 adapter. All weights: float32 weights, autocast to bfloat16
     dtype = torch.bfloat16 if bfloat16 and config.lora_rank else torch.float32
     mixed = bfloat16 and not config.lora_rank
-    forward = torch.autocast(device.type, torch.bfloat16, enabled=mixed)(packed_forward)
-    print_device(device, "bfloat16" if bfloat16 else "float32")
+    logs.print_device(device, "bfloat16" if bfloat16 else "float32")
 
     # ---- model and data
     place = "cpu" if fsdp else str(device)  # FSDP moves the shards
@@ -306,12 +274,8 @@ def train(
     if config.checkpoint_activations:
         parallel.checkpoint_activations(model)
     model.attention = config.attention
-    if fsdp:
-        parallel.shard(model, device, mixed, forward)
-    else:
-        model.packed_forward = partial(forward, model)
-    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-        check_packable(model, config.model)
+    set_forward(model, device, mixed, fsdp)
+    check_packable(model, config.model)
 
     # ---- the run's folder: what is wrong with it, or with the objective, is told before the reference pass
     claim_run(config, out)
@@ -328,14 +292,11 @@ def train(
     # ---- the reference pass: the model is still untrained and its adapter is off, so it is the reference
     ref = eval_ref = None
     if reference:
-        cache = out.parent / "reference_cache"  # shared by the runs of a sweep
-        if not is_writable(cache):  # --out_dir is a mounted volume
-            cache = out / "reference_cache"
         # float32 weights under autocast, and FSDP's bfloat16 copies of them, round differently
         key = f"{digests['model']} {config.parallel if mixed else ''}"
         with lora_disabled(model):
             ref, eval_ref = (
-                reference_stats(model, some, cache, max_tokens, key) if some else None
+                reference_stats(model, some, cache_folder(out), max_tokens, key) if some else None
                 for some in (examples, held_out)
             )
 
@@ -359,9 +320,9 @@ def train(
     entropy = check_objective(objective, len(examples[0]) - 1, reference, device)
 
     # ---- the loop
-    loggers = open_loggers(config, out) if parallel.get_rank() == 0 else []
-    print_start(parameters, len(examples), steps, size, config)
-    flops, signals, began = flops_per_token(model), parallel.record_signals(), time.monotonic()
+    loggers = logs.open_loggers(config, out) if parallel.get_rank() == 0 else []
+    logs.print_start(parameters, len(examples), steps, size, config)
+    flops, signals, began = logs.flops_per_token(model), parallel.record_signals(), time.monotonic()
 
     def evaluate() -> dict[str, float]:
         with torch.no_grad(), error_prefix(f"--eval_data {config.eval_data}"):
@@ -370,10 +331,10 @@ def train(
         return {f"eval_{name}": value for name, value in means.items()}
 
     def log(row: dict[str, float]) -> None:
-        row["peak_memory_gb"] = max(parallel.all_gather(peak_memory(device)))
+        row["peak_memory_gb"] = max(parallel.all_gather(logs.peak_memory(device)))
         for logger in loggers:
             logger(row)
-        print_row(row, steps, start, began)
+        logs.print_row(row, steps, start, began)
 
     hide = True if parallel.get_rank() > 0 else None  # None: tqdm shows its bar on a terminal only
     bar = tqdm(range(start, steps), out.name, steps, initial=start, unit="step", disable=hide)
@@ -404,7 +365,7 @@ def train(
 
         seconds = time.monotonic() - step_began
         tokens = sum(count_tokens(examples[index]) for index in batch)
-        row |= {"grad_norm": norm, **speed(seconds, size, tokens, flops, device)}
+        row |= {"grad_norm": norm, **logs.speed(seconds, size, tokens, flops, device)}
         if step % config.log_every == 0 or evaluates:
             log(row)
         stop = max(parallel.all_gather(max(signals, default=0)))  # all processes stop at the same step

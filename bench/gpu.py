@@ -54,7 +54,7 @@ from machine import CUDA, DEVICE, DTYPE, clock, clocks, guard, rates
 from attention import block_mask, dense, dense_masks, flex
 from checks import own_values, packing_gap, probe_pairs
 from common.files import InputError
-from common.flags import flag, parse, run_command
+from common.flags import Flags, flag, parse, run_command
 from common.logs import flops_per_token, peak_memory
 from decode import Batch
 from lora import add_lora, lora_layers
@@ -82,13 +82,14 @@ STEPS = 10 if CUDA else 4  # of training
 
 
 @dataclass
-class GpuConfig:
+class GpuConfig(Flags):
     """Flags of bench/gpu.py."""
 
     out_file: str = flag("out/gpu.md", "The report is appended to it.")
     parts: list[str] | None = flag(None, "Only these parts.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for part in self.parts or []:
             if part not in PARTS:
                 raise InputError(f"--parts {part}: must be one of {', '.join(PARTS)}")

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from machine import CUDA, DEVICE, DTYPE, apart, clock, rates
 
-from common.flags import flag, parse, run_command
+from common.flags import Flags, flag, parse, run_command
 from common.logs import peak_memory
 from decode import Batch
 from hub import load_model
@@ -31,7 +31,7 @@ CONTENDERS = ("generate", "static", "sample.py")
 
 
 @dataclass
-class BenchConfig:
+class BenchConfig(Flags):
     """Flags of bench/sample.py."""
 
     model: str = flag("data/society/reference", "Folder or hub name of a model.")

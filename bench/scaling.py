@@ -28,13 +28,13 @@ sys.path.insert(0, str(ROOT))
 
 from machine import DEVICE, DTYPE, apart, clock, rates
 
-from common.flags import flag, parse, run_command
+from common.flags import Flags, flag, parse, run_command
 from common.logs import peak_memory
 from lora import add_lora
 from model import Stats
-from pairs import Pair, count_tokens
+from pairs import Pair, count_tokens, default_micro_batch_tokens
 from train_dpl import DPLConfig, objective
-from trainer import MICRO_BATCH_TOKENS, forward_backward
+from trainer import forward_backward
 
 HIDDEN = 256
 SWEEPS = {
@@ -48,7 +48,7 @@ LABELS = ("completion, tokens", "prompt, tokens", "pairs in the batch", "vocabul
 
 
 @dataclass
-class ScalingConfig:
+class ScalingConfig(Flags):
     """Flags of bench/scaling.py."""
 
     out_file: str = flag(str(ROOT / "assets/scaling.png"), "Where to draw.")
@@ -83,7 +83,7 @@ def time_gradient(case: Case, passes: int) -> tuple[float, float, float]:
     zeros = torch.zeros(case.pairs, 2)
     reference = Stats(zeros, zeros + case.completion, zeros)
     dpo = partial(objective, config=DPLConfig(alpha=0.1, beta=0.1))
-    before, tokens = peak_memory(DEVICE), MICRO_BATCH_TOKENS[DEVICE.type]
+    before, tokens = peak_memory(DEVICE), default_micro_batch_tokens(DEVICE)
 
     def run() -> None:
         forward_backward(model, pairs, range(case.pairs), reference, dpo, tokens)

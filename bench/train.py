@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from machine import CUDA, DEVICE, DTYPE, apart, clock, rates
 
 from common.files import InputError
-from common.flags import flag, parse, run_command
+from common.flags import Flags, flag, parse, run_command
 from common.logs import peak_memory
 from common.rows import read_pairs
 from hub import load_model
@@ -53,7 +53,7 @@ DPO = partial(objective, config=DPLConfig(alpha=0.1, beta=0.1))
 
 
 @dataclass
-class BenchConfig:
+class BenchConfig(Flags):
     """Flags of bench/train.py."""
 
     model: str = flag("data/society/reference", "Folder or hub name of a model.")

@@ -118,10 +118,12 @@ def run_id(out: Path) -> str | None:
     return read_run(out).get("run_id") if (out / "run.json").is_file() else None
 
 
-def saved_args(out: Path) -> list[str]:
-    """The flags of the run in a folder, as a command line would give them."""
+def saved_args(out: Path, names: set[str]) -> list[str]:
+    """The flags of the run in a folder, as a command line would give them; warns of those not in `names`."""
     flags = read_run(out) | {"out_dir": str(out), "overwrite": False}
     flags.pop("run_id", None)
+    for name in flags.keys() - names:
+        print(f"warning: {out / 'run.json'}: --{name} {flags.pop(name)} is no flag any more", file=sys.stderr)
     values = {name: v if isinstance(v, list) else [v] for name, v in flags.items() if v is not None}
     return [word for name, value in values.items() for word in (f"--{name}", *map(str, value))]
 

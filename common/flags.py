@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -54,9 +55,34 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def flag(default: Any, help: str) -> Any:
-    """A dataclass field that parse() turns into a command-line flag with this default and help text."""
-    return field(default=default, metadata={"help": help})
+def flag(default: Any, help: str, allowed: str | tuple[str, ...] | None = None) -> Any:
+    """A field of a Flags dataclass, which parse() turns into a command-line flag with this help text.
+
+    `allowed` is an interval, such as "(0, 1]" or "[1, inf)", or the words that the flag may be.
+    """
+    words = f" ({', '.join(allowed)})" if isinstance(allowed, tuple) else ""
+    return field(default=default, metadata={"help": help + words, "allowed": allowed})
+
+
+class Flags:
+    """Base class of the dataclasses of flags: every value, unless it is None, must be one that is allowed."""
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, allowed = getattr(self, one.name), one.metadata.get("allowed")
+            if value is not None and allowed is not None:
+                require(self, one.name, *_check(value, allowed))
+
+
+def _check(value: Any, allowed: str | tuple[str, ...]) -> tuple[bool, str]:
+    """Whether a flag's value is allowed, and what is allowed in words."""
+    if isinstance(allowed, tuple):
+        return value in allowed, f"one of {', '.join(allowed)}"
+    low, high = map(float, allowed[1:-1].split(","))
+    is_above = value >= low if allowed[0] == "[" else value > low
+    is_below = value <= high if allowed[-1] == "]" else value < high
+    wanted = {"(0, inf)": "a positive number"}.get(allowed, f"in {allowed}")
+    return is_above and is_below, f"at least {low:g}" if re.fullmatch(r"\[.*, inf\)", allowed) else wanted
 
 
 def require(config: Any, name: str, condition: bool, wanted: str) -> None:
@@ -81,14 +107,19 @@ def require_same(flags: dict[str, Any], saved: dict[str, Any], may_change: set[s
             raise InputError(f"--{name} {value}: the run to --resume had {before}; give the same")
 
 
-def parse(config: type[Config], description: str | None, args: list[str] | None = None) -> Config:
-    """Read a config dataclass from the command line and from @files (flags with values, # comments).
+def parse(
+    config: type[Config],
+    description: str | None,
+    args: list[str] | None = None,
+    default_args: Callable[[argparse.Namespace], list[str]] | None = None,
+    may_be_empty: tuple[str, ...] = (),
+) -> Config:
+    """Read a dataclass of flags from the command line and from @files (flags with values, # comments).
 
-    `args` are the command line's arguments unless given. If the dataclass has a class method
-    `default_args(args)`, the arguments that it returns are read before those of the command line. A path
-    below data/ that the working directory lacks is the project's own. Raises InputError for anything that
-    cannot be read, and for an empty string, such as an unset $VARIABLE gives, unless the dataclass's class
-    attribute `may_be_empty` names the flag.
+    `args` are the command line's arguments unless given. default_args(what they say) returns arguments that
+    are read before them. A path below data/ that the working directory lacks is the project's own. Raises
+    InputError for anything that cannot be read, and for an empty string, such as an unset $VARIABLE gives,
+    unless `may_be_empty` names the flag.
     """
 
     def split(line: str) -> list[str]:
@@ -105,11 +136,11 @@ def parse(config: type[Config], description: str | None, args: list[str] | None 
     try:
         " ".join(sys.argv).encode()
         argv = sys.argv[1:] if args is None else args
-        if hasattr(config, "default_args"):
-            argv = config.default_args(parser.parse_known_args(argv)[0]) + argv
+        if default_args:
+            argv = default_args(parser.parse_known_args(argv)[0]) + argv
         for name, value in vars(parser.parse_known_args(argv)[0]).items():
             texts = value if isinstance(value, list) else [value]
-            if "" in texts and name not in getattr(config, "may_be_empty", ()):
+            if "" in texts and name not in may_be_empty:
                 raise InputError(f"--{name}: is empty; give a value, or leave the flag out")
             if any(isinstance(text, str) and "\0" in text for text in texts):  # no file can have such a name
                 raise InputError(f"--{name}: has a NUL character")

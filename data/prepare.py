@@ -48,7 +48,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.files import InputError, atomic_write
-from common.flags import flag, parse, require, require_new, run_command
+from common.flags import Flags, flag, parse, require, require_new, run_command
 from common.rows import ASSISTANT, last_turn, read_rows
 
 Row = dict[str, Any]
@@ -195,7 +195,7 @@ SOURCES = {
 
 
 @dataclass
-class PrepareConfig:
+class PrepareConfig(Flags):
     """Flags of data/prepare.py, after the name of a data set."""
 
     out_file: str | None = flag(None, "File to write, .jsonl or .jsonl.gz.")
@@ -204,6 +204,7 @@ class PrepareConfig:
     overwrite: bool = flag(False, "Replace --out_file.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         is_jsonl = str(self.out_file).endswith((".jsonl", ".jsonl.gz"))
         require(self, "out_file", is_jsonl, "a name that ends in .jsonl or .jsonl.gz")
         require_new(self, "out_file")

@@ -42,8 +42,8 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.files import InputError, atomic_write, write_json
-from common.flags import flag, parse, run_command
+from common.files import atomic_write, write_json
+from common.flags import Flags, flag, parse, run_command
 
 OUTCOMES = np.array([[20, 11], [30, 3], [18, 15], [15, 10], [1, 4]])  # Table 4: an arm's two rewards ...
 PROBABILITY = np.array([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.99, 0.01], [0.99, 0.01]])  # ... how likely
@@ -76,16 +76,12 @@ class Run(NamedTuple):
 
 
 @dataclass
-class BanditConfig:
+class BanditConfig(Flags):
     """The experiment's flags."""
 
-    steps: int = flag(500_000, "Steps of full-batch gradient descent; the default is the paper's.")
+    steps: int = flag(500_000, "Steps of full-batch gradient descent, as in the paper.", "[1000, inf)")
     out_dir: str = flag("out/bandit", "Folder for metrics.json.")
     picture_dir: str = flag("assets", "Folder for bandit_frontier.png and bandit_training.png.")
-
-    def __post_init__(self) -> None:
-        if self.steps < 1000:
-            raise InputError(f"--steps {self.steps}: the pictures need at least 1,000")
 
 
 def dpo_slope(s: NDArray) -> NDArray:

@@ -34,8 +34,8 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.files import InputError, atomic_write, write_json
-from common.flags import flag, parse, run_command
+from common.files import atomic_write, write_json
+from common.flags import Flags, flag, parse, run_command
 from common.rows import read_pairs
 from hub import load_model
 from pairs import tokenize
@@ -47,17 +47,13 @@ STYLE = {5: {"marker": "^", "ls": ":"}, 10: {"marker": "o", "ls": "-"}, 100: {"m
 
 
 @dataclass
-class DispersionConfig:
+class DispersionConfig(Flags):
     """Flags of experiments/dispersion.py."""
 
-    rankings: int = flag(10_000, "Rankings drawn from each Mallows model.")
+    rankings: int = flag(10_000, "Rankings drawn from each Mallows model.", "[1, inf)")
     out_file: str = flag("out/dispersion.json", "File for the numbers.")
     picture: str = flag("assets/dispersion.png", "File for the picture of the estimates.")
     links: str = flag("assets/links.png", "File for the picture of the links.")
-
-    def __post_init__(self) -> None:
-        if self.rankings < 1:
-            raise InputError(f"--rankings {self.rankings}: must be at least 1")
 
 
 def mallows_rankings(phi: float, items: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -33,9 +33,8 @@ sys.path.insert(0, str(ROOT))
 
 from common.encode import decode_continuation, encode_answers, encode_prompts, end_tokens
 from common.files import write_json
-from common.flags import flag, parse, require, run_command
+from common.flags import Flags, flag, parse, run_command
 from data.society.truth import WORLD, list_stories, optimum, utility
-from decode import Batch
 from experiments.doctor import REFERENCE, TRAIN, run
 from experiments.temperature import story_logits, story_logp
 from hub import load_model
@@ -43,7 +42,7 @@ from metrics.embedding import embed
 from metrics.formulas import cosine_diversity, unit_vectors
 from metrics.tables import mean_and_error
 from reference import score_completions
-from sample import sample_batch, sample_global_batch
+from sample import sample
 
 BETA, RATIOS = 0.1, (1, 1.1, 1.2, 1.3, 1.5, 2, 4, 11)  # alpha / beta
 # The two stories of a pair share most of their words, and the loss does not see the shared probability: large
@@ -79,17 +78,13 @@ STYLES = {  # curve: (line and marker, grey)
 
 
 @dataclass
-class ParetoConfig:
+class ParetoConfig(Flags):
     """Flags of experiments/pareto.py."""
 
-    seeds: int = flag(3, "Training runs of each policy.")
-    samples: int = flag(500, "Samples at each point; also the number of particles.")
+    seeds: int = flag(3, "Training runs of each policy.", "[2, inf)")
+    samples: int = flag(500, "Samples at each point; also the number of particles.", "[2, inf)")
     out_dir: str = flag("out/pareto", "Folder of the policies and of one file of results per seed.")
     out_file: str = flag("assets/pareto.png", "The picture; NAME_cosine.png is drawn beside it.")
-
-    def __post_init__(self) -> None:
-        for name in ("seeds", "samples"):
-            require(self, name, getattr(self, name) >= 2, "at least 2")
 
 
 def train_policies(config: ParetoConfig) -> None:
@@ -133,13 +128,8 @@ def evaluate_policies(config: ParetoConfig, seed: int) -> dict[str, list[dict[st
 
         well_formed is the exact probability, or at a global temperature the share of the samples.
         """
-        batch = Batch(model, [prompt], [0] * config.samples, 48, ends)
-        if tau is None:
-            rngs = [np.random.default_rng([seed, i]) for i in range(config.samples)]
-            completions = sample_batch(batch, rngs, **params)
-        else:
-            rng = np.random.default_rng(seed)
-            completions, *_ = sample_global_batch(batch, config.samples, tau, rng, **params)
+        options = {"seed": seed, "global_temperature": tau, **params}
+        completions = sample(model, prompt, config.samples, 48, ends, **options)
         tokens = [c.tokens[: -1 if c.finish == "eos" else None] for c in completions]
         texts = [decode_continuation(ids, tokenizer) for ids in tokens]
         logp = story_logp(*logits, **params).numpy()

@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 from common.encode import decode_continuation, encode_answers, encode_prompts
 from common.files import write_json
-from common.flags import flag, parse, require, run_command
+from common.flags import Flags, flag, parse, run_command
 from common.rows import read_pairs
 from data.society.truth import WORLD, optimum
 from experiments.doctor import REFERENCE, run
@@ -49,7 +49,7 @@ from hub import load_model
 from metrics.answers import powers, samples_needed
 from metrics.formulas import pass_at_k
 from metrics.tables import mean_and_error
-from sample import sample
+from sample import draw_seed, sample
 
 BETA, ALPHAS = 0.1, (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # token temperatures of DPO
@@ -67,17 +67,13 @@ MOST = 128  # samples per person
 
 
 @dataclass
-class PopulationConfig:
+class PopulationConfig(Flags):
     """Flags of experiments/population.py."""
 
-    seeds: int = flag(3, "Training runs of each policy.")
-    samples: int = flag(1024, "Samples per poll and policy, for the measured points of coverage.")
+    seeds: int = flag(3, "Training runs of each policy.", "[2, inf)")
+    samples: int = flag(1024, "Samples per poll and policy, for the measured points.", f"[{MOST}, inf)")
     out_dir: str = flag("out/population", "Folder of the policies and of population.json.")
     pictures: str = flag("assets", "Folder of the three pictures.")
-
-    def __post_init__(self) -> None:
-        require(self, "seeds", self.seeds >= 2, "at least 2")
-        require(self, "samples", self.samples >= MOST, f"at least {MOST}")
 
 
 def opinion_probs(model: Any, tokenizer: Any, polls: dict[str, dict], temperature: float) -> np.ndarray:
@@ -141,7 +137,7 @@ def measured_coverage(
     generator = torch.Generator().manual_seed(seed)
     for prompt, poll in polls.items():
         [ids] = encode_prompts([prompt], tokenizer)
-        params = {"temperature": temperature, "generator": generator}
+        params = {"temperature": temperature, "seed": draw_seed(generator)}
         drawn = sample(model, ids, config.samples, 16, tokenizer.eos_token_id, **params)
         texts = [decode_continuation(c.tokens[:-1], tokenizer) for c in drawn if c.finish == "eos"]
         counts = [texts.count(opinion) for opinion in poll["shares"]]

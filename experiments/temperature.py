@@ -40,7 +40,7 @@ from data.society.truth import WORLD, compare_samples, list_stories, read_story
 from decode import Batch, next_token_probs
 from experiments.doctor import stack
 from hub import load_model
-from sample import sample_batch, sample_global_batch
+from sample import sample, sample_global_batch
 
 VOCAB, LENGTH, END = 6, 6, 0  # of the random model: token ids, most tokens of a text, the end token
 MIN_P = {"min_p": 0.01}
@@ -166,14 +166,13 @@ def story_results(config: TemperatureConfig) -> dict[str, Any]:
     dpo, dpl = (story_logits(models[name], prompt, answers) for name in ("dpo", "dpl2"))
     logp, min_p_logp = story_logp(*dpo), story_logp(*dpo, **MIN_P)
 
-    def sample(name: str, tau: float | None = None, **params: float) -> tuple[list[str], float]:
+    def sampled(name: str, tau: float | None = None, **params: float) -> tuple[list[str], float]:
         """Texts of a policy, at a global temperature if tau is given; and the effective sample size."""
         ends, count = end_tokens(models[name], tokenizer, [story_prompt]), config.samples
-        batch, ess = Batch(models[name], [prompt], [0] * count, 48, ends), float(count)
         if tau is None:
-            completions = sample_batch(batch, [np.random.default_rng([0, i]) for i in range(count)], **params)
+            completions, ess = sample(models[name], prompt, count, 48, ends, **params), float(count)
         else:
-            rng = np.random.default_rng(0)
+            batch, rng = Batch(models[name], [prompt], [0] * count, 48, ends), np.random.default_rng(0)
             completions, ess, _ = sample_global_batch(batch, count, tau, rng, **params)
         tokens = [c.tokens[: -1 if c.finish == "eos" else None] for c in completions]
         return [decode_continuation(ids, tokenizer) for ids in tokens], ess
@@ -183,10 +182,10 @@ def story_results(config: TemperatureConfig) -> dict[str, Any]:
         return 100 * metrics["misspelt"], 100 * metrics["malformed"]
 
     samples = {
-        "DPO, token temperature": [sample("dpo", temperature=t) for t in TEMPERATURES],
-        "DPO, global temperature, all texts": [sample("dpo", t) for t in TEMPERATURES],
-        "DPO, global temperature, min-p": [sample("dpo", t, **MIN_P) for t in TEMPERATURES],
-        "DPL, α/β": [sample(name) for name in POLICIES],
+        "DPO, token temperature": [sampled("dpo", temperature=t) for t in TEMPERATURES],
+        "DPO, global temperature, all texts": [sampled("dpo", t) for t in TEMPERATURES],
+        "DPO, global temperature, min-p": [sampled("dpo", t, **MIN_P) for t in TEMPERATURES],
+        "DPL, α/β": [sampled(name) for name in POLICIES],
     }
     errors = {label: np.array([error_rates(t) for t, _ in runs]) for label, runs in samples.items()}
     for column, title in enumerate(("name misspelt or missing, %", "story malformed, %")):

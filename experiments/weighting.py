@@ -59,7 +59,7 @@ sys.path.insert(0, str(ROOT))
 
 from common.encode import decode_continuation, encode_prompts
 from common.files import write_json
-from common.flags import flag, parse, require, run_command
+from common.flags import Flags, flag, parse, run_command
 from data.society.make_world import exact_logp
 from data.society.truth import WORLD, mallows_favourites, mallows_pair
 from experiments.doctor import REFERENCE, run
@@ -67,7 +67,7 @@ from hub import load_model
 from metrics.tables import mean_and_error
 from model import Stats
 from reference import score_completions
-from sample import sample
+from sample import draw_seed, sample
 from train_mallows import MallowsConfig, fit_dispersion, mallows_dpl_loss, mallows_phi_loss, objective
 from trainer import train
 
@@ -92,17 +92,13 @@ METRICS = {  # key: title
 
 
 @dataclass
-class WeightingConfig:
+class WeightingConfig(Flags):
     """Flags of experiments/weighting.py."""
 
-    seeds: int = flag(3, "Training runs of each policy.")
-    samples: int = flag(256, "Samples per debate, for what a policy writes besides the answers.")
+    seeds: int = flag(3, "Training runs of each policy.", "[2, inf)")
+    samples: int = flag(256, "Samples per debate, for what a policy writes besides the answers.", "[2, inf)")
     out_dir: str = flag("out/weighting", "Folder of the policies and of weighting.json.")
     out_file: str = flag("assets/weighting.png", "The picture.")
-
-    def __post_init__(self) -> None:
-        for name in ("seeds", "samples"):
-            require(self, name, getattr(self, name) >= 2, "at least 2")
 
 
 # ---- training
@@ -152,7 +148,7 @@ def other_texts(
     rows, generator = [], torch.Generator().manual_seed(seed)
     for prompt, debate in debates.items():
         [ids] = encode_prompts([prompt], tokenizer)
-        drawn = sample(model, ids, samples, 24, tokenizer.eos_token_id, generator=generator)
+        drawn = sample(model, ids, samples, 24, tokenizer.eos_token_id, seed=draw_seed(generator))
         is_answer = [
             c.finish == "eos" and decode_continuation(c.tokens[:-1], tokenizer) in debate["ranking"]
             for c in drawn

@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.files import InputError, write_json
-from common.flags import flag, require
+from common.flags import Flags, flag, require
 from common.rows import Sample, read_question, read_rows, read_samples, transcript
 from metrics import formulas
 from metrics.equality import answer_key, answers_equal, gsm8k_answer, math_answer
@@ -41,7 +41,7 @@ MARKERS = "osv^Dx+*"
 
 
 @dataclass
-class Config:
+class Config(Flags):
     """Flags of evaluate.py answers."""
 
     problems: str | None = flag(None, "Rows of GSM8K (question, answer) or MATH (problem, solution, level).")
@@ -55,6 +55,7 @@ class Config:
     seed: int = flag(0, "Seed of the bootstrap over problems.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, "problems", self.problems is not None, "given")
         require(self, "samples", bool(self.samples), "given: one file or more")
         names = self.names()

@@ -31,7 +31,7 @@ import torch
 from checks import check_packable, max_positions
 from common.encode import answer_lead, encode_answers, encode_prompts
 from common.files import InputError, error_prefix, fill, read_template, write_json
-from common.flags import flag, require
+from common.flags import Flags, flag, require
 from common.parallel import get_device, get_dtype
 from common.rows import message, read_rows
 from hub import load_model
@@ -44,14 +44,14 @@ BINS = 10
 
 
 @dataclass
-class Config:
+class Config(Flags):
     """Flags of evaluate.py choices."""
 
     questions: str | None = flag(
         None, "MMLU's rows, TruthfulQA's .csv, or rows of question, choices, answer."
     )
     models: list[str] | None = flag(None, "Folders or hub names of the policies to compare.")
-    limit: int = flag(0, "Evaluate this many questions, chosen at random by --seed; 0 means all.")
+    limit: int = flag(0, "Evaluate this many questions, chosen at random by --seed; 0 means all.", "[0, inf)")
     binary: bool = flag(False, "TruthfulQA: the best answer against one incorrect answer.")
     chat: bool = flag(False, "Put the questions through the chat template.")
     template: str = flag("data/prompts/choices.txt", "File with {question} and {options}.")
@@ -61,9 +61,9 @@ class Config:
     seed: int = flag(0, "Seed of the choice of questions, of the options' order and of the bootstrap.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, "questions", self.questions is not None, "given")
         require(self, "models", bool(self.models), "given: one or more")
-        require(self, "limit", self.limit >= 0, "0 or more")
         check_outputs(self)
 
 

@@ -45,22 +45,17 @@ class Config(SamplesConfig):
     embedder: str | None = flag(None, "Sentence encoder: folder, hub name, or its name at --embeddings_url.")
     embeddings_url: str | None = flag(None, "OpenAI-compatible endpoint that computes the embeddings.")
     api_key_env: str = flag("OPENAI_API_KEY", "Environment variable with that endpoint's key.")
-    budget: int = flag(20, "Words of each text that the second set of lexical metrics sees.")
+    budget: int = flag(20, "Words of each text that the second set of lexical metrics sees.", "[2, inf)")
     reward_model: str | None = flag(None, "Also measure the good samples alone, by this model's reward.")
     reward_threshold: float | None = flag(None, "Lowest good reward (default: the median over --baseline).")
 
     def __post_init__(self) -> None:
         has_threshold = self.baseline is not None or self.reward_threshold is not None
-        for name, condition, wanted in (
-            ("budget", self.budget >= max(ORDERS), f"at least {max(ORDERS)}"),
-            ("embeddings_url", not self.embeddings_url or self.embedder, "given with --embedder, its model"),
-            (
-                "reward_model",
-                not self.reward_model or has_threshold,
-                "given with --baseline or --reward_threshold",
-            ),
-        ):
-            require(self, name, condition, wanted)
+        super().__post_init__()
+        has_model = not self.embeddings_url or self.embedder
+        require(self, "embeddings_url", has_model, "given with --embedder, its model")
+        can_tell = not self.reward_model or has_threshold
+        require(self, "reward_model", can_tell, "given with --baseline or --reward_threshold")
 
 
 def lexical_metrics(texts: Sequence[str], vocabulary: dict[int, int]) -> dict[str, float]:

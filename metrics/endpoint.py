@@ -12,7 +12,6 @@ not, because at temperature 0 the same request most likely gets the same answer.
 """
 
 import json
-import math
 import os
 import queue
 import random
@@ -34,7 +33,7 @@ from huggingface_hub.utils import get_session, hf_raise_for_status
 from tqdm import tqdm
 
 from common.files import InputError, digest_json, parse_json, read_template
-from common.flags import flag, require
+from common.flags import Flags, flag, require
 
 Texts = Sequence[str]
 BACKOFF = 1.0  # seconds before the first retry, doubled for each further one
@@ -46,7 +45,7 @@ URL = re.compile(r"https?://(\[[\da-fA-F:]+\]|[^\s/:@\[\]?#]+)(:\d{1,5})?(/\S*)?
 
 
 @dataclass
-class EndpointConfig:
+class EndpointConfig(Flags):
     """Flags of scripts that ask a judge."""
 
     endpoint: str = flag("http://localhost:8000/v1", "URL of an OpenAI-compatible endpoint.")
@@ -56,22 +55,18 @@ class EndpointConfig:
     cache: str = flag("out/judge_cache.jsonl", "File of answers, by --judge_model, question and settings.")
     resume: bool = flag(False, "Replace --out_file; answers in --cache are reused with or without this flag.")
     dry_run: bool = flag(False, "Print how many requests would be sent, and send none.")
-    timeout: float = flag(60.0, "Seconds to wait for the endpoint before a request is sent again.")
-    workers: int = flag(8, "Requests side by side.")
-    retries: int = flag(5, "How often a failed request is sent again.")
-    max_new_tokens: int = flag(512, "Longest answer of the judge, its reasoning included, in tokens.")
+    timeout: float = flag(60.0, "Seconds to wait before a request is sent again.", "(0, inf)")
+    workers: int = flag(8, "Requests side by side.", "[1, 100]")
+    retries: int = flag(5, "How often a failed request is sent again.", "[0, 20]")
+    max_new_tokens: int = flag(512, "Longest answer of the judge, with its reasoning, in tokens.", "[1, inf)")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _read_key(self.api_key_env)
-        for name, condition, wanted in (
-            ("endpoint", bool(URL.fullmatch(self.endpoint)), "a URL such as http://localhost:8000/v1"),
-            ("judge_model", bool(self.judge_model.strip()), "the name of a model"),
-            ("timeout", 0 < self.timeout < math.inf, "a positive number of seconds"),
-            ("workers", 1 <= self.workers <= 100, "in 1 to 100"),  # huggingface_hub opens 100 connections
-            ("retries", 0 <= self.retries <= 20, "in 0 to 20"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-        ):
-            require(self, name, condition, wanted)
+        require(
+            self, "endpoint", bool(URL.fullmatch(self.endpoint)), "a URL such as http://localhost:8000/v1"
+        )
+        require(self, "judge_model", bool(self.judge_model.strip()), "the name of a model")
 
 
 def _read_key(api_key_env: str) -> str:

@@ -35,6 +35,7 @@ class Config(SamplesConfig):
     reference: str | None = flag(None, "Folder or hub name of the reference policy.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, "reference", self.reference or self.reward_model, "given, or --reward_model, or both")
 
 

@@ -6,27 +6,22 @@ The defaults continue from those of train_dpl.py and sample.py.
 """
 
 import json
-import math
 from dataclasses import dataclass
 
 from common.files import write_json
-from common.flags import flag, require
+from common.flags import Flags, flag
 from common.rows import last_turn, read_rows, read_sample
 from data.society.truth import WORLD, compare_samples, print_comparison
 
 
 @dataclass
-class Config:
+class Config(Flags):
     """Flags of evaluate.py society."""
 
     samples: str = flag("out/dpl/samples.jsonl", "File that sample.py wrote.")
-    alpha: float = flag(0.2, "The policy was trained with this alpha.")
-    beta: float = flag(0.1, "The policy was trained with this beta.")
+    alpha: float = flag(0.2, "The policy was trained with this alpha.", "(0, inf)")
+    beta: float = flag(0.1, "The policy was trained with this beta.", "(0, inf)")
     out_file: str | None = flag(None, "Also write all results to this file, as JSON.")
-
-    def __post_init__(self) -> None:
-        for name in ("alpha", "beta"):
-            require(self, name, 0 < getattr(self, name) < math.inf, "a positive number")
 
 
 def run(config: Config) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from checks import check_packable
 from common.files import InputError, atomic_write, error_prefix, write_json
-from common.flags import flag, require, require_new
+from common.flags import Flags, flag, require, require_new
 from common.parallel import get_device, get_dtype
 from common.rows import Sample, read_samples, to_texts
 from hub import load_reward_model
@@ -27,7 +27,7 @@ Columns = dict[str, np.ndarray]  # metric: its value for each prompt, nan where 
 
 
 @dataclass
-class SamplesConfig:
+class SamplesConfig(Flags):
     """Flags of the subcommands that read samples of prompts."""
 
     samples: str = flag("out/dpl/samples.jsonl", "File that sample.py wrote, in any --format.")

@@ -22,7 +22,7 @@ import train_dpl
 from hub import load_model
 from lora import add_lora, lora_layers, save_lora
 from merge import write_merged
-from trainer import load_pairs
+from pairs import load_pairs
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -64,15 +64,6 @@ def test_sample_with_bad_prompts(refused, tiny_model_folder, tmp_path, rows, fra
         (["--temperature", -1], "--temperature -1.0: must be 0, or at least 1e-6"),
         (["--top_p", 0], "--top_p 0.0: must be in (0, 1]"),
         (["--batch_size", 0], "--batch_size 0: must be at least 1"),
-        (["--format", "csv"], "--format csv: must be one of jsonl, messages, alpaca_eval, arena_hard"),
-        (
-            ["--format", "alpaca_eval", "--num_samples", 2],
-            "must be 1 for --format alpaca_eval: its readers want one answer",
-        ),
-        (
-            ["--format", "arena_hard", "--num_samples", 16],
-            "--num_samples 16: must be 1 for --format arena_hard",
-        ),
         (["--prompts", ""], "--prompts: is empty; give a value, or leave the flag out"),
         (["--stop", "a", ""], "--stop: is empty; give a value, or leave the flag out"),
         (["--resume", "--overwrite"], "--resume True: must be given without --overwrite"),

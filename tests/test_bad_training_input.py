@@ -159,8 +159,8 @@ def test_bad_supervised_rows(train_refused, tmp_path, row, fragment):
         ({"--max_length": 0}, "--max_length 0: must be at least 1"),
         ({"--schedule": "steep"}, "--schedule steep: must be one of constant, linear, cosine"),
         (
-            {"--divergence": "forward_kl"},
-            "--divergence forward_kl: must be reverse_kl unless alpha equals beta",
+            {"--schedule": "step"},
+            "--schedule step: must be one of constant, linear, cosine",
         ),
         ({"--overwrite": None, "--resume": None}, "--resume True: must be given without --overwrite"),
         ({"--lora_targets": "q_proj", "nope": None}, "--lora_targets nope: no such linear layer"),

@@ -11,9 +11,9 @@ from common.files import InputError
 from hub import load_model
 from lora import add_lora
 from model import pair_stats
-from pairs import pack
+from pairs import load_pairs, pack
 from train_dpl import DPLConfig, dpl_loss
-from trainer import load_pairs, train
+from trainer import train
 
 FORKS = ROOT / "tests" / "forks"
 ROWS = [*PAIRS, {"prompt": "Who sings?", "chosen": " My friend.", "rejected": " Zoë sings about a café!"}]

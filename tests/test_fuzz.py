@@ -17,10 +17,10 @@ from common.checkpoint import checkpoints, newest_checkpoint
 from common.files import digest_json
 from common.flags import parse, run_command
 from hub import load_model
-from pairs import tokenize
+from pairs import load_pairs, tokenize
 from reference import reference_stats
 from train_dpl import DPLConfig, objective
-from trainer import load_pairs, train
+from trainer import train
 
 PAIRS = [{"prompt": f"Fruit {i}?", "chosen": " The fig.", "rejected": f" Mud {i}."} for i in range(8)]
 ROWS = "".join(json.dumps(pair) + "\n" for pair in PAIRS).encode()
@@ -209,12 +209,11 @@ def test_cache(run, tiny_model_folder, tmp_path, damage, seed):
 
 WHOLE = ["batch_size", "micro_batch_tokens", "max_length", "log_every", "eval_every", "save_every", "keep"]
 WHOLE += ["lora_rank", "max_steps", "warmup_steps", "seed"]
-REAL = ["lr", "lora_alpha", "epochs", "alpha", "beta", "divergence_alpha", "lora_dropout", "max_grad_norm"]
+REAL = ["lr", "lora_alpha", "epochs", "alpha", "beta", "lora_dropout", "max_grad_norm"]
 WORDS = [
     "schedule",
     "optimizer",
     "dtype",
-    "divergence",
     "parallel",
     "overwrite",
     "wandb",

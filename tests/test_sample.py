@@ -27,7 +27,7 @@ from decode import Batch, exponential_noise, gumbel_max, keep_in_place
 from hub import load_model
 from model import pair_stats
 from pairs import pack
-from sample import next_token_probs, sample, sample_batch, sample_global, sample_global_batch
+from sample import next_token_probs, sample, sample_batch, sample_global_batch
 
 
 @given(
@@ -133,7 +133,7 @@ def frequencies(completions, texts):
 def test_frequencies_and_log_probabilities_are_the_model_s(enumerated):
     """Every text, by chi-square and by pair_stats."""
     model, prompt, texts, logp = enumerated
-    completions = sample(model, prompt, 20_000, 3, 1, generator=torch.Generator().manual_seed(0))
+    completions = sample(model, prompt, 20_000, 3, 1)
     for completion in completions:
         expected = logp[texts.index(tuple(completion.tokens))].item()
         assert completion.logp == pytest.approx(expected, abs=1e-4)
@@ -158,7 +158,7 @@ def test_log_probabilities_equal_pair_stats_where_windows_slide():
 def test_sampled_logp_follows_the_sampling_parameters():
     model, prompt = make(CONFIGS["llama"]), [5, 6, 7]
     params = {"temperature": 1.7, "top_k": 9, "top_p": 0.8, "min_p": 0.05}
-    for completion in sample(model, prompt, 4, 6, 2, generator=torch.Generator().manual_seed(3), **params):
+    for completion in sample(model, prompt, 4, 6, 2, seed=3, **params):
         total, ids = 0.0, prompt
         for token in completion.tokens:
             logits = model(torch.tensor([ids])).logits[:, -1]
@@ -207,8 +207,7 @@ def test_global_temperature_comes_after_truncation(enumerated):
 
 def test_global_temperature_1_leaves_weights_even():
     model, options = make(CONFIGS["llama"]), {"global_temperature": 1.0, "particles": 32}
-    seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
-    first, second = (sample_global(model, [5, 6, 7], 4, 20, 2, generator=g, **options) for g in seeds)
+    first, second = (sample(model, [5, 6, 7], 4, 20, 2, **options) for _ in range(2))
     assert first == second
     assert [c.sampled_logp for c in first] == pytest.approx([c.logp for c in first], abs=1e-4)
 
@@ -234,7 +233,7 @@ def test_global_temperature_near_0_is_greedy_and_not_an_underflow():
     model, prompt = make(CONFIGS["llama"]), [5, 6, 7]
     [greedy] = sample(model, prompt, 1, 8, 2, temperature=0)
     assert math.exp(greedy.logp / len(greedy.tokens)) ** 1000 == 0  # p^(1/tau) alone would be
-    for completion in sample_global(model, prompt, 4, 8, 2, global_temperature=1e-3, particles=8):
+    for completion in sample(model, prompt, 4, 8, 2, global_temperature=1e-3, particles=8):
         assert completion.tokens == greedy.tokens
 
 
@@ -341,30 +340,15 @@ def test_stop_strings_end_a_text_and_are_cut_off(run):
         assert a["tokens"] <= b["tokens"]
 
 
-def test_formats(run, sharp_model_folder, tmp_path):
+def test_chat_puts_strings_into_the_template(run, sharp_model_folder, tmp_path):
     model = shutil.copytree(sharp_model_folder, tmp_path / "chat")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(model)
-    rows = [{"prompt": [{"role": "user", "content": "Hi"}], "uid": "a1"}, {"prompt": "The fig", "uid": "b2"}]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = {}
-    for name in sample_file.FORMATS:
-        data = run("--model", model, "--format", name, "--num_samples", 1, "--overwrite")
-        made[name] = json.loads(data) if name == "alpaca_eval" else read(data)
-    texts = [row["completion"] for row in made["jsonl"]]
-    texts = [texts[0].strip(), texts[1]]  # without the template's space before an answer
-    assert [row["output"] for row in made["alpaca_eval"]] == texts
-    assert [row["instruction"] for row in made["alpaca_eval"]] == ["Hi", "The fig"]
-    assert [row["messages"][-1]["content"] for row in made["messages"]] == texts
-    assert [row["messages"][-1]["content"]["answer"] for row in made["arena_hard"]] == texts
-    assert [row["uid"] for row in made["arena_hard"]] == ["a1", "b2"]
-    for rows in made.values():
-        assert all({"logp", "sampled_logp", "finish"} <= row.keys() for row in rows)
-    assert all(row["metadata"].keys() == {"token_len"} for row in made["arena_hard"])
+    plain = read(run("--model", model))
     chat = read(run("--model", model, "--chat", "--overwrite"))
-    assert chat[-1]["prompt"] == [{"role": "user", "content": "The fig"}]
-    assert chat[-1]["completion"] != texts[-1]
+    assert chat[-1]["prompt"] == [{"role": "user", "content": plain[-1]["prompt"]}]
+    assert chat[-1]["completion"] != plain[-1]["completion"]
 
 
 def test_prompts_from_a_text_file_or_the_command_line(run, tmp_path, capsys):

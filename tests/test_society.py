@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import evaluate
-import sample
-from common.rows import read_pairs, read_sample
+from common.rows import read_pairs, read_rows, read_sample
+from data import export
 from data.society.make_world import exact_logp
 from data.society.truth import (
     compare_samples,
@@ -120,19 +120,37 @@ def test_evaluate_prints_and_writes_its_result(world, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("as_messages", [False, True])
-@pytest.mark.parametrize("format", sample.FORMATS)
-def test_evaluate_reads_every_format_of_sample_py(world, tmp_path, monkeypatch, format, as_messages):
+@pytest.mark.parametrize("format", ["messages", "alpaca_eval", "arena_hard"])
+def test_evaluate_reads_every_layout_of_export_py(world, tmp_path, monkeypatch, format, as_messages):
     prompt, texts = world["story_prompt"], list_stories(world)[::100]
-    config, stats = sample.SampleConfig(format=format, num_samples=1), {"tokens": 20, "logp": -5.0}
-    row = {"prompt": [{"role": "user", "content": prompt}] if as_messages else prompt}
-    path = tmp_path / ("samples.json" if format == "alpaca_eval" else "samples.jsonl")
-    lines = [sample.format_line(config, row, i, len(texts), text, stats) for i, text in enumerate(texts)]
-    path.write_text("".join(lines))
-    flags = ["--samples", path, "--out_file", tmp_path / "metrics.json"]
+    row = {"prompt": [{"role": "user", "content": prompt}] if as_messages else prompt, "tokens": 20}
+    path, out = (
+        tmp_path / "samples.jsonl",
+        tmp_path / ("out.json" if format == "alpaca_eval" else "out.jsonl"),
+    )
+    path.write_text("".join(json.dumps(row | {"completion": text}) + "\n" for text in texts))
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": prompt, "uid": "a1"}) + "\n")
+    flags = [
+        "--samples",
+        path,
+        "--format",
+        format,
+        "--out_file",
+        out,
+        "--prompts",
+        tmp_path / "prompts.jsonl",
+    ]
+    monkeypatch.setattr("sys.argv", ["export.py", *map(str, flags)])
+    export.main()
+    flags = ["--samples", out, "--out_file", tmp_path / "metrics.json"]
     monkeypatch.setattr("sys.argv", ["evaluate.py", "society", *map(str, flags)])
     evaluate.main()
     result = json.loads((tmp_path / "metrics.json").read_text())
-    assert result == compare_samples([(prompt, text) for text in texts], world, 0.2, 0.1)
+    kept = texts if format == "messages" else texts[:1]  # their readers want one answer a prompt
+    assert result == compare_samples([(prompt, text) for text in kept], world, 0.2, 0.1)
+    if format == "arena_hard":
+        [row] = [row for _, row in read_rows(out)]
+        assert row["uid"] == "a1" and row["metadata"] == {"token_len": 20}
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,18 +16,11 @@ from trl import DPOConfig, DPOTrainer
 from common.files import InputError
 from model import Stats, pair_stats
 from pairs import pack
-from train_dpl import DPLConfig, divergence_margin, dpl_loss, dpl_margin, objective, per_token
+from train_dpl import DPLConfig, dpl_loss, dpl_margin, objective, per_token
 
 LOG_RATIO = st.floats(-1e4, 1e4, allow_subnormal=False)
 LOGP = st.floats(-200, 0)
 PENALTY = st.floats(0.01, 2)
-# TRL 1.16's scores of a log-ratio x, from its source, as functions of x and f_alpha_divergence_coef
-TRL_SCORES = {
-    "reverse_kl": lambda x, coef: x,
-    "forward_kl": lambda x, coef: 1 - math.exp(-x),
-    "js_divergence": lambda x, coef: math.log(2) - math.log1p(math.exp(-x)),
-    "alpha_divergence": lambda x, coef: (math.exp((coef - 1) * x) - 1) / (coef - 1),
-}
 
 
 def one_pair(chosen, rejected, dtype=torch.float64):
@@ -145,21 +138,18 @@ def make_trainer(folder, policy, reference, **flags):
     [
         ({}, {}),
         ({"length_normalize": True}, {"loss_type": "sigmoid_norm"}),
-        ({"divergence": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
-        ({"divergence": "js_divergence"}, {"f_divergence_type": "js_divergence"}),
-        *(
-            (
-                {"divergence": "alpha_divergence", "divergence_alpha": a},
-                {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1 - a},
-            )
-            for a in (0.2, 0.5, 0.9)
-        ),
     ],
 )
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_loss_and_gradient_equal_trl(tmp_path, config, flags, beta):
+    config = DPLConfig(alpha=beta, beta=beta, **config)
+    check_against_trl(tmp_path, partial(objective, config=config), beta=beta, **flags)
+
+
+def check_against_trl(tmp_path, objective, **flags):
+    """Loss and gradient of an objective on a random policy are those of TRL's trainer with its `flags`."""
     policy, reference = make_policy_and_reference()
-    trainer = make_trainer(tmp_path, policy, reference, beta=beta, **flags)
+    trainer = make_trainer(tmp_path, policy, reference, **flags)
     rows = list(trainer.train_dataset)
     expected = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
     expected.backward()
@@ -167,8 +157,7 @@ def test_loss_and_gradient_equal_trl(tmp_path, config, flags, beta):
     packed = pack([(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows])
     with torch.no_grad():
         known = pair_stats(reference, packed)
-    config = DPLConfig(alpha=beta, beta=beta, **config)
-    losses = objective(pair_stats(policy, packed), known, config=config)["loss"]
+    losses = objective(pair_stats(policy, packed), known)["loss"]
     losses.mean().backward()
 
     assert abs(expected.item() - math.log(2)) > 1e-3  # the policy is not the reference
@@ -178,51 +167,6 @@ def test_loss_and_gradient_equal_trl(tmp_path, config, flags, beta):
     gap = sum((p.grad - theirs[name].grad).square().sum() for name, p in policy.named_parameters()).sqrt()
     size = sum(p.grad.square().sum() for p in theirs.values()).sqrt()
     assert gap < 1e-4 * size
-
-
-# ---- other divergences
-
-
-@pytest.mark.parametrize("name", TRL_SCORES)
-@settings(deadline=None, max_examples=100)
-@given(
-    x=st.floats(-30, 30),
-    y=st.floats(-30, 30),
-    reference=st.floats(-100, 0),
-    beta=PENALTY,
-    a=st.floats(0.01, 0.99),
-)
-def test_divergence_margins_are_differences_of_trl_scores(name, x, y, reference, beta, a):
-    policy, known = one_pair(reference + x, reference + y), one_pair(reference, reference)
-    score = TRL_SCORES[name]
-    scores = score(x, 1 - a), score(y, 1 - a)
-    margin = divergence_margin(policy, known, beta, name, a).item()
-    # float64: reference + x - reference moves x by 1e-14, and a score by that share of itself
-    tolerance = 1e-11 * beta * (1 + abs(scores[0]) + abs(scores[1])) + 1e-13 * beta / a
-    assert margin == pytest.approx(beta * (scores[0] - scores[1]), rel=0, abs=tolerance)
-
-
-@pytest.mark.parametrize("name", TRL_SCORES)
-@settings(deadline=None, max_examples=100)
-@given(x=LOG_RATIO, y=LOG_RATIO, beta=PENALTY, a=st.floats(0.01, 0.99))
-def test_divergences_are_finite_with_finite_gradients(name, x, y, beta, a):
-    policy, zero = one_pair(x, y, torch.float32), one_pair(0, 0, torch.float32)
-    policy.logp.requires_grad_()
-    margin = divergence_margin(policy, zero, beta, name, a)
-    loss = -F.logsigmoid(margin)
-    loss.sum().backward()
-    assert margin.isfinite().all()
-    assert loss.isfinite().all()
-    assert policy.logp.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("a", [1e-4, 1e-6, 1e-8])
-def test_alpha_divergence_towards_0_is_reverse_kl(a):
-    policy, zero = one_pair(3.3, -2.6, torch.float32), one_pair(0, 0, torch.float32)
-    margin = divergence_margin(policy, zero, 1.0, "alpha_divergence", a).item()
-    assert margin == pytest.approx(
-        5.9, abs=10 * a + 1e-5
-    )  # the series' next term, a (3.3² - 2.6²) / 2, and float32
 
 
 # ---- what training reaches: tabular policies on the exact expected loss
@@ -320,22 +264,16 @@ def test_per_token_divides_by_the_length():
 
 
 @pytest.mark.parametrize("length_normalize", [False, True])
-@pytest.mark.parametrize("divergence", TRL_SCORES)
-def test_objective_does_what_its_flags_say(length_normalize, divergence):
-    alpha = 0.3 if divergence == "reverse_kl" else 0.2
-    config = DPLConfig(
-        alpha=alpha, beta=0.2, divergence=divergence, divergence_alpha=0.7, length_normalize=length_normalize
-    )
+def test_objective_does_what_its_flags_say(length_normalize):
+    config = DPLConfig(alpha=0.3, beta=0.2, length_normalize=length_normalize)
     policy, reference = some_stats()
     values = objective(policy, reference, config=config)
-    rewards = []  # in plain numbers, pair by pair: equation 5, or beta times TRL's score of the log-ratio
+    rewards = []  # in plain numbers, pair by pair: equation 5
     for p, r, size in zip(
         policy.logp.flatten(), reference.logp.flatten(), policy.length.flatten(), strict=True
     ):
         p, r = (x.item() / (size.item() if length_normalize else 1) for x in (p, r))
-        rewards.append(
-            0.3 * p - 0.2 * r if divergence == "reverse_kl" else 0.2 * TRL_SCORES[divergence](p - r, 1 - 0.7)
-        )
+        rewards.append(0.3 * p - 0.2 * r)
     margins = [chosen - rejected for chosen, rejected in zip(rewards[::2], rewards[1::2], strict=True)]
     assert values["reward_margin"].tolist() == pytest.approx(margins, rel=1e-4, abs=1e-5)  # float32
     losses = [math.log1p(math.exp(-margin)) for margin in margins]
@@ -351,10 +289,6 @@ def test_objective_does_what_its_flags_say(length_normalize, divergence):
         ("alpha", {"alpha": math.nan}),
         ("beta", {"beta": 0.0}),
         ("beta", {"beta": math.inf}),
-        ("divergence", {"divergence": "kl"}),
-        ("divergence", {"divergence": "forward_kl", "alpha": 0.2, "beta": 0.1}),
-        ("divergence_alpha", {"divergence_alpha": 0.0}),
-        ("divergence_alpha", {"divergence_alpha": 1.0}),
     ],
 )
 def test_flags_outside_their_range_are_refused_by_name(flag, flags):

@@ -13,7 +13,7 @@ from common.files import InputError
 from common.rows import read_rows
 from hub import load_model
 from model import pair_stats
-from pairs import pack
+from pairs import load_pairs, pack
 from reference import reference_stats
 from train_mallows import (
     LOSSES,
@@ -25,7 +25,6 @@ from train_mallows import (
     objective,
     report_dispersion,
 )
-from trainer import load_pairs
 
 SOCIETY = "data/society/reference"
 

@@ -37,7 +37,7 @@ from data.society.truth import mallows_favourites, preference, read_story
 from hub import load_model
 from model import pair_stats
 from pairs import pack
-from sample import sample
+from sample import draw_seed, sample
 from train_sft import SFTConfig, finetune
 
 STORY_PROMPT = "Write a story about a doctor.\n"
@@ -183,7 +183,7 @@ def make_pairs(
         [ids] = encode_prompts([prompt], tokenizer)
         found: list[dict[str, str]] = []
         while len(found) < count // len(prompts):
-            drawn = sample(model, ids, 1024, 40, tokenizer.eos_token_id, generator=generator)
+            drawn = sample(model, ids, 1024, 40, tokenizer.eos_token_id, seed=draw_seed(generator))
             drawn = [c.tokens[:-1] for c in drawn if c.finish == "eos" and len(c.tokens) > 1]
             for first, second in zip(drawn[::2], drawn[1::2], strict=False):
                 garbled = rng.random() < GARBLED

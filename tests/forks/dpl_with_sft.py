@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import train_dpl
-from common.flags import flag, parse, run_command
-from trainer import train
+from common.flags import flag, run_command
+from trainer import parse_run, train
 
 
 @dataclass
@@ -19,4 +19,4 @@ def objective(policy, reference, *, config):
     return values | {"loss": values["loss"] + config.sft_weight * sft, "sft": sft}
 
 
-run_command(lambda: train(config := parse(Config, __doc__), partial(objective, config=config)))
+run_command(lambda: train(config := parse_run(Config, __doc__), partial(objective, config=config)))

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from functools import partial
 
-from common.flags import flag, parse, run_command
+from common.flags import flag, run_command
 from train_dpl import dpl_loss
-from trainer import TrainConfig, train
+from trainer import TrainConfig, parse_run, train
 
 
 @dataclass
@@ -20,4 +20,4 @@ def objective(policy, reference, *, config):
     return {"loss": dpo - config.bonus * entropy, "policy_entropy": entropy}
 
 
-run_command(lambda: train(config := parse(Config, __doc__), partial(objective, config=config)))
+run_command(lambda: train(config := parse_run(Config, __doc__), partial(objective, config=config)))

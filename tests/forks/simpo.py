@@ -2,8 +2,8 @@
 
 import torch.nn.functional as F
 
-from common.flags import parse, run_command
-from trainer import TrainConfig, train
+from common.flags import run_command
+from trainer import TrainConfig, parse_run, train
 
 BETA, GAMMA = 2.0, 0.5
 
@@ -13,4 +13,4 @@ def objective(policy, reference):
     return {"loss": -F.logsigmoid(chosen - rejected - GAMMA), "reward_margin": chosen - rejected}
 
 
-run_command(lambda: train(parse(TrainConfig, __doc__), objective, reference=False))
+run_command(lambda: train(parse_run(TrainConfig, __doc__), objective, reference=False))
