@@ -1,10 +1,12 @@
 """Samples that sample.py wrote, in the layouts that other programs read.
 
-messages      {"messages": [..., {"role": "assistant", "content": ...}]}
-alpaca_eval   a JSON list for AlpacaEval; one answer a prompt, the first sample
-arena_hard    rows for Arena-Hard 2, likewise; --prompts has their uid
+    messages      {"messages": [..., {"role": "assistant", "content": ...}]}
+    alpaca_eval   a JSON list for AlpacaEval; one answer a prompt, the first sample
+    arena_hard    rows for Arena-Hard 2, likewise; --prompts has their uid
 
-python data/export.py --samples out/dpl/samples.jsonl --format alpaca_eval --name dpl --out_file dpl.json
+The command:
+
+    python data/export.py --samples out/dpl/samples.jsonl --format alpaca_eval --name dpl --out_file dpl.json
 """
 
 import json
