@@ -60,8 +60,15 @@ def flag(default: Any, help: str, allowed: str | tuple[str, ...] | None = None) 
 
     `allowed` is an interval, such as "(0, 1]" or "[1, inf)", or the words that the flag may be.
     """
-    words = f" ({', '.join(allowed)})" if isinstance(allowed, tuple) else ""
-    return field(default=default, metadata={"help": help + words, "allowed": allowed})
+    text = _FlagHelp(f"{help} ({', '.join(allowed)})" if isinstance(allowed, tuple) else help)
+    text.allowed = allowed
+    return field(default=default, metadata={"help": text})
+
+
+class _FlagHelp(str):
+    """A flag's help text, which also holds what is allowed: HfArgumentParser takes no other metadata."""
+
+    allowed: str | tuple[str, ...] | None
 
 
 class Flags:
@@ -69,7 +76,7 @@ class Flags:
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            value, allowed = getattr(self, one.name), one.metadata.get("allowed")
+            value, allowed = getattr(self, one.name), one.metadata["help"].allowed
             if value is not None and allowed is not None:
                 require(self, one.name, *_check(value, allowed))
 

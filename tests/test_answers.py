@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metrics import equality as answers
+from metrics import equality
 from metrics.equality import answer_key, answers_equal, gsm8k_answer, math_answer
 
 
 @pytest.fixture
 def no_child(monkeypatch):
     """Fail if math-verify is asked."""
-    monkeypatch.setattr(answers, "_start_child", lambda: pytest.fail("math-verify was asked"))
+    monkeypatch.setattr(equality, "_start_child", lambda: pytest.fail("math-verify was asked"))
 
 
 # ---- GSM8K

@@ -67,7 +67,7 @@ def test_sample_with_bad_prompts(refused, tiny_model_folder, tmp_path, rows, fra
         (["--prompts", ""], "--prompts: is empty; give a value, or leave the flag out"),
         (["--stop", "a", ""], "--stop: is empty; give a value, or leave the flag out"),
         (["--resume", "--overwrite"], "--resume True: must be given without --overwrite"),
-        (["--global_temperature", 0], "--global_temperature 0.0: must be at least 1e-6"),
+        (["--global_temperature", 0], "--global_temperature 0.0: must be at least 1e-06"),
         (["--global_temperature", 2, "--temperature", 2], "must be given without --temperature"),
         (["--global_temperature", 2, "--particles", 0], "--particles 0: must be at least --num_samples"),
         (["--max_new_tokens", 2100], "--max_new_tokens 2100: needs 21"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.files import InputError
-from metrics import equality as answers
+from metrics import equality
 from metrics.equality import answers_equal, gsm8k_answer, math_answer
 
 BOUND = 30  # seconds: an answer that is never decided would take longer
@@ -152,7 +152,7 @@ def test_different_mathematics(gold, answer):
     ],
 )
 def test_hostile_answers_take_bounded_time(monkeypatch, answer):
-    monkeypatch.setattr(answers, "CPU_SECONDS", 0.3)
+    monkeypatch.setattr(equality, "CPU_SECONDS", 0.3)
     start = time.monotonic()
     assert not answers_equal("7", answer)
     assert answers_equal(answer, answer)
@@ -162,7 +162,7 @@ def test_hostile_answers_take_bounded_time(monkeypatch, answer):
 
 
 def test_worker_threads(monkeypatch):
-    monkeypatch.setattr(answers, "CPU_SECONDS", 0.5)
+    monkeypatch.setattr(equality, "CPU_SECONDS", 0.5)
     pairs = [("x+x", "2x"), ("7", "9^{9^{9^9}}"), ("x+x", "3x"), ("x+x", "x*2"), ("(1,x)", "(1,y)")]
     with ThreadPoolExecutor(3) as pool:
         verdicts = list(pool.map(lambda pair: answers_equal(*pair), pairs))
@@ -171,14 +171,14 @@ def test_worker_threads(monkeypatch):
 
 def test_a_killed_child_is_replaced():
     assert answers_equal("x+x", "2x")
-    first = answers._child.pid
+    first = equality._child.pid
     os.kill(first, signal.SIGKILL)
     assert answers_equal("x+x", "2x") and not answers_equal("x+x", "3x")
-    assert answers._child.pid != first
+    assert equality._child.pid != first
 
 
 def test_an_interrupted_question_does_not_answer_the_next_one(monkeypatch):
-    child = answers._start_child()
+    child = equality._start_child()
 
     class Interrupted:
         def readline(self):
@@ -193,8 +193,8 @@ def test_an_interrupted_question_does_not_answer_the_next_one(monkeypatch):
 
 
 def test_the_child_ends_with_its_parent():
-    code = "import answers; answers.answers_equal('x+x', '2x'); print(answers._child.pid)"
-    root = Path(answers.__file__).parent
+    code = "from metrics import equality as e; e.answers_equal('x+x', '2x'); print(e._child.pid)"
+    root = Path(equality.__file__).parent.parent
     pid = int(subprocess.check_output([sys.executable, "-c", code], cwd=root, timeout=60))
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
@@ -203,7 +203,7 @@ def test_the_child_ends_with_its_parent():
 def test_missing_math_verify_is_one_clear_line(monkeypatch, tmp_path):
     (tmp_path / "math_verify.py").write_text("raise ModuleNotFoundError(\"No module named 'math_verify'\")")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    answers._stop_child()
+    equality._stop_child()
     with pytest.raises(InputError, match="pip install math-verify") as error:
         answers_equal("x+x", "2x")
     assert "\n" not in str(error.value)

@@ -186,20 +186,13 @@ def test_bad_csv_files_are_named(data, fragment, tmp_path):
         list(read_rows(tmp_path / "a.csv"))
 
 
-@dataclass
-class Empty(Config):
-    """Flags of which one may be empty."""
-
-    may_be_empty = ("name",)
-
-
 def test_an_empty_flag_is_refused_unless_it_may_be_empty(monkeypatch):
     for words in (["--name="], ["--name", ""], ["--layers", "a", ""]):
         with pytest.raises(InputError, match=re.escape(f"{words[0].strip('=')}: is empty")):
             parse_arguments(monkeypatch, *words)
-    assert parse(Empty, None, ["--name="]).name == ""
+    assert parse(Config, None, ["--name="], may_be_empty=("name",)).name == ""
     with pytest.raises(InputError, match="--layers: is empty"):
-        parse(Empty, None, ["--layers="])
+        parse(Config, None, ["--layers="], may_be_empty=("name",))
 
 
 @given(st.integers(0, 2 * MAX_DEPTH), st.sampled_from(['{"a":%s}', "[0,%s]"]))
