@@ -34,16 +34,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from checks import check_inputs, check_memory, check_objective, check_packable
 from common import logs, parallel
 from common.checkpoint import (
-    claim_run,
-    find_checkpoint,
+    Plan,
     load_checkpoint,
-    metrics_before,
     open_run,
+    plan_run,
     save_checkpoint,
     saved_args,
     start_run,
@@ -53,14 +52,7 @@ from common.flags import Flags, flag, parse, require
 from hub import export, load_model
 from lora import add_lora, lora_disabled, lora_layers, print_share
 from model import Stats, pair_stats, set_forward
-from pairs import (
-    count_tokens,
-    default_micro_batch_tokens,
-    describe,
-    load_pairs,
-    micro_batches,
-    pack,
-)
+from pairs import count_tokens, default_micro_batch_tokens, describe, load_pairs, micro_batches, pack
 from reference import cache_folder, digest_model, reference_stats
 
 
@@ -224,6 +216,37 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     return config.lr * (left if config.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
+def load_policy(
+    config: TrainConfig, device: torch.device, load_model: Callable
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model to train and its tokenizer, in the dtype and on the device that training wants."""
+    check_memory(config, device)
+    half = is_bfloat16(config, device)
+    logs.print_device(device, "bfloat16" if half else "float32")
+    # LoRA: a bfloat16 base and a float32 adapter. All weights: float32 weights, autocast to bfloat16
+    dtype = torch.bfloat16 if half and config.lora_rank else torch.float32
+    return load_model(config.model, "cpu" if config.parallel == "fsdp" else str(device), dtype)
+
+
+def is_bfloat16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether matrix products are computed in bfloat16."""
+    return config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+
+
+def make_trainable(config: TrainConfig, model: PreTrainedModel, device: torch.device) -> None:
+    """Add the adapter, if any, shard the model, and check that it can be packed."""
+    torch.manual_seed(config.seed)
+    if config.lora_rank:
+        add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
+        print_share(model)
+    if config.checkpoint_activations:
+        parallel.checkpoint_activations(model)
+    model.attention = config.attention
+    mixed = is_bfloat16(config, device) and not config.lora_rank
+    set_forward(model, device, mixed, config.parallel == "fsdp")
+    check_packable(model, config.model)
+
+
 @parallel.distributed()
 def train(
     config: TrainConfig,
@@ -244,20 +267,10 @@ def train(
     Under torchrun every process calls train(), and only rank 0 prints. SIGTERM and SIGINT save a checkpoint
     and exit with code 128 + the signal's number.
     """
-    # ---- open the run: check flags and paths; nothing is written yet
+    # ---- flags and paths, model and data; nothing is written yet
     out, device = open_run(config), parallel.get_device()
-    check_memory(config, device)
-    fsdp = config.parallel == "fsdp"
     max_tokens = config.micro_batch_tokens or default_micro_batch_tokens(device)
-    bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    # LoRA: a bfloat16 base and a float32 adapter. All weights: float32 weights, autocast to bfloat16
-    dtype = torch.bfloat16 if bfloat16 and config.lora_rank else torch.float32
-    mixed = bfloat16 and not config.lora_rank
-    logs.print_device(device, "bfloat16" if bfloat16 else "float32")
-
-    # ---- model and data
-    place = "cpu" if fsdp else str(device)  # FSDP moves the shards
-    model, tokenizer = load_model(config.model, place, dtype)
+    model, tokenizer = load_policy(config, device, load_model)
     examples, held_out = (
         load(path, tokenizer, config.max_length, config.chat) if path else []
         for path in (config.data, config.eval_data)
@@ -265,27 +278,10 @@ def train(
     digests = {"model": digest_model(model), "data": digest_json(examples)}
     check_inputs(config, model, examples, held_out, digests)
     print(f"the first example, as the model sees it:\n{describe(examples[0], tokenizer)}")
-
-    # ---- adapter and sharding
-    torch.manual_seed(config.seed)
-    if config.lora_rank:
-        add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
-        print_share(model)
-    if config.checkpoint_activations:
-        parallel.checkpoint_activations(model)
-    model.attention = config.attention
-    set_forward(model, device, mixed, fsdp)
-    check_packable(model, config.model)
+    make_trainable(config, model, device)
 
     # ---- the run's folder: what is wrong with it, or with the objective, is told before the reference pass
-    claim_run(config, out)
-    checkpoint = find_checkpoint(config, digests)
-    start = checkpoint[1]["step"] if checkpoint else 0
-    size = min(config.batch_size, len(examples))
-    steps = config.max_steps or math.ceil(config.epochs * len(examples) / size)
-    if start > steps:
-        raise InputError(f"--max_steps, --epochs: {steps:,} steps, but the run to --resume is at {start:,}")
-    metrics = metrics_before(out, start)
+    plan = plan_run(config, out, digests, len(examples))
     if not prepare:
         check_objective(objective, len(examples[0]) - 1, reference, device)
 
@@ -293,14 +289,51 @@ def train(
     ref = eval_ref = None
     if reference:
         # float32 weights under autocast, and FSDP's bfloat16 copies of them, round differently
-        key = f"{digests['model']} {config.parallel if mixed else ''}"
+        key = f"{digests['model']} {config.parallel if model.mixed else ''}"
         with lora_disabled(model):
             ref, eval_ref = (
                 reference_stats(model, some, cache_folder(out), max_tokens, key) if some else None
                 for some in (examples, held_out)
             )
 
-    # ---- optimizer, checkpoint
+    # ---- the objective
+    start_run(config, out, plan)
+    if prepare:
+        objective = partial(objective, **prepare(model, tokenizer, examples, ref))
+    # calls the objective on random Stats, and finds out whether it uses policy.entropy
+    entropy = check_objective(objective, len(examples[0]) - 1, reference, device)
+
+    def gradient(step: int) -> tuple[dict[str, float], int]:
+        batch = batch_indices(step, plan.size, len(examples), config.seed)
+        with error_prefix(f"step {step}"):
+            row = forward_backward(model, examples, batch, ref, objective, max_tokens, entropy)
+        return row, sum(count_tokens(examples[index]) for index in batch)
+
+    def evaluate() -> dict[str, float]:
+        with torch.no_grad(), error_prefix(f"--eval_data {config.eval_data}"):
+            every = range(len(held_out))
+            means = forward_backward(model, held_out, every, eval_ref, objective, max_tokens, entropy)
+        return {f"eval_{name}": value for name, value in means.items()}
+
+    row = run_steps(config, out, plan, model, digests, gradient, evaluate if held_out else None)
+    export(out, config, model, tokenizer, row)
+
+
+def run_steps(
+    config: TrainConfig,
+    out: Path,
+    plan: Plan,
+    model: PreTrainedModel,
+    digests: dict[str, str],
+    gradient: Callable[[int], tuple[dict[str, float], int]],
+    evaluate: Callable[[], dict[str, float]] | None,
+) -> dict[str, float]:
+    """The loop: gradient, optimizer step, log, checkpoint. Returns the row of the final policy.
+
+    gradient(step) adds to the weights' gradients, unless they are disabled; it returns what to log and how
+    many tokens it read. evaluate() returns what to log of held-out data.
+    """
+    device, start, steps, size = parallel.get_device(), plan.start, plan.steps, plan.size
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "adamw":  # beta2 = 0.95: a run of a hundred steps must forget its first gradients
         fused = device.type == "cuda"  # the default on CUDA, foreach, needs a second copy of all weights
@@ -309,26 +342,11 @@ def train(
         )
     else:
         optimizer = torch.optim.RMSprop(parameters, lr=config.lr)
-    if checkpoint:
-        load_checkpoint(*checkpoint, model, optimizer)
-    if parallel.get_rank() == 0:
-        start_run(config, out, metrics)
-    parallel.barrier()  # no process writes into the folder before it holds run.json
-    if prepare:
-        objective = partial(objective, **prepare(model, tokenizer, examples, ref))
-    # calls the objective on random Stats, and finds out whether it uses policy.entropy
-    entropy = check_objective(objective, len(examples[0]) - 1, reference, device)
-
-    # ---- the loop
+    if plan.checkpoint:
+        load_checkpoint(*plan.checkpoint, model, optimizer)
     loggers = logs.open_loggers(config, out) if parallel.get_rank() == 0 else []
-    logs.print_start(parameters, len(examples), steps, size, config)
+    logs.print_start(parameters, plan.count, steps, size, config)
     flops, signals, began = logs.flops_per_token(model), parallel.record_signals(), time.monotonic()
-
-    def evaluate() -> dict[str, float]:
-        with torch.no_grad(), error_prefix(f"--eval_data {config.eval_data}"):
-            every = range(len(held_out))
-            means = forward_backward(model, held_out, every, eval_ref, objective, max_tokens, entropy)
-        return {f"eval_{name}": value for name, value in means.items()}
 
     def log(row: dict[str, float]) -> None:
         row["peak_memory_gb"] = max(parallel.all_gather(logs.peak_memory(device)))
@@ -340,32 +358,29 @@ def train(
     bar = tqdm(range(start, steps), out.name, steps, initial=start, unit="step", disable=hide)
     for step in bar:
         row = {"step": step}  # a row of metrics.jsonl: the policy after `step` updates
-        evaluates = bool(held_out) and step % config.eval_every == 0
+        evaluates = evaluate is not None and step % config.eval_every == 0
         if evaluates:
             row |= evaluate()
 
         step_began = time.monotonic()
-        batch = batch_indices(step, size, len(examples), config.seed)
         torch.manual_seed(config.seed + SEED_STRIDE * (step + 1) + parallel.get_rank())  # dropout's
         for _, layer in lora_layers(model):  # no dropout in the base: it must compute what the reference did
             layer.train()
-        with error_prefix(f"step {step}"):
-            row |= forward_backward(model, examples, batch, ref, objective, max_tokens, entropy)
+        values, tokens = gradient(step)
         model.eval()
-        if not fsdp:
+        if config.parallel == "ddp":
             parallel.all_reduce_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
         norm = parallel.full_tensor(norm).item()
         if not math.isfinite(norm):
-            raise InputError(f"step {step}: NaN or infinite gradient on pairs {sorted(batch)}; stopped")
+            raise InputError(f"step {step}: NaN or infinite gradient; stopped")
         for group in optimizer.param_groups:
             group["lr"] = row["lr"] = learning_rate(config, step, steps)
         optimizer.step()
         optimizer.zero_grad()
 
         seconds = time.monotonic() - step_began
-        tokens = sum(count_tokens(examples[index]) for index in batch)
-        row |= {"grad_norm": norm, **logs.speed(seconds, size, tokens, flops, device)}
+        row |= {**values, "grad_norm": norm, **logs.speed(seconds, size, tokens, flops, device)}
         if step % config.log_every == 0 or evaluates:
             log(row)
         stop = max(parallel.all_gather(max(signals, default=0)))  # all processes stop at the same step
@@ -378,12 +393,9 @@ def train(
                 print(f"stopped by {name} at step {step + 1} of {steps}; --resume goes on", file=sys.stderr)
             sys.exit(128 + stop)
 
-    # ---- the end: the final policy, without dropout, on the next batch and the held-out pairs
+    # the final policy, without dropout, on the next batch and the held-out examples
     row = {"step": steps}
     with torch.no_grad():
-        batch = batch_indices(steps, size, len(examples), config.seed)
-        row |= forward_backward(model, examples, batch, ref, objective, max_tokens, entropy)
-    if held_out:
-        row |= evaluate()
-    log(row)
-    export(out, config, model, tokenizer, row)
+        row |= gradient(steps)[0]
+    log(row | (evaluate() if evaluate else {}))
+    return row

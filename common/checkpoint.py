@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -139,8 +139,37 @@ def metrics_before(out: Path, start: int) -> list[bytes]:
         raise InputError(f"{path}: damaged; move it away to --resume without the old rows") from None
 
 
-def start_run(config: Any, out: Path, metrics: list[bytes]) -> None:
-    """Write run.json, and metrics.jsonl with the lines `metrics`; remove a run that is overwritten."""
+class Plan(NamedTuple):
+    """Which steps a run makes, and from where."""
+
+    count: int  # examples
+    size: int  # examples of a step
+    start: int  # first step
+    steps: int  # of the whole run
+    checkpoint: tuple[Path, dict[str, Any]] | None  # to go on from
+    metrics: list[bytes]  # rows of metrics.jsonl from before
+
+
+def plan_run(config: Any, out: Path, digests: dict[str, str], count: int) -> Plan:
+    """Claim the run's folder and find out where to start. `count` is the number of examples."""
+    claim_run(config, out)
+    checkpoint = find_checkpoint(config, digests)
+    start = checkpoint[1]["step"] if checkpoint else 0
+    size = min(config.batch_size, count)
+    steps = config.max_steps or math.ceil(config.epochs * count / size)
+    if start > steps:
+        raise InputError(f"--max_steps, --epochs: {steps:,} steps, but the run to --resume is at {start:,}")
+    return Plan(count, size, start, steps, checkpoint, metrics_before(out, start))
+
+
+def start_run(config: Any, out: Path, plan: Plan) -> None:
+    """Write run.json and metrics.jsonl, and remove a run that is overwritten. All processes must call it."""
+    if get_rank() == 0:
+        _start_run(config, out, plan.metrics)
+    barrier()  # no process writes into the folder before it holds run.json
+
+
+def _start_run(config: Any, out: Path, metrics: list[bytes]) -> None:
     saved = read_run(out) if config.resume and (out / "run.json").is_file() else {"run_id": uuid.uuid4().hex}
     # overwrite is true until the old run is gone: if this process is killed before, --resume removes the rest
     overwrite = config.overwrite or saved.get("overwrite", False)
