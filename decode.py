@@ -269,8 +269,9 @@ class Batch:
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         """Compute the prompts, packed end to end without padding; returns logits (prompts, vocab)."""
-        if self.model.config._attn_implementation != "packed":
+        if not getattr(self.model, "can_decode", False):
             check_decoding(self.model)
+        use_packed_attention(self.model)
         head = self.model.get_output_embeddings()
         if isinstance(head, nn.Linear):  # float32 logits; caps and scales that the model applies come after
             head.forward = lambda hidden: head_logits(hidden, head.weight, head.bias)
@@ -370,7 +371,7 @@ def check_decoding(model: PreTrainedModel) -> None:
     texts = torch.tensor(probe_ids(model)[:12], device=model.device).view(2, 6)
     model.set_attn_implementation("eager")
     own = model(texts, use_cache=False).logits[:, 3:5].float().softmax(-1)
-    use_packed_attention(model)
+    model.can_decode = True
     try:
         batch = Batch(model, texts[:, :4].tolist(), [0, 1], 3, None)
         for step in range(2):
@@ -380,7 +381,7 @@ def check_decoding(model: PreTrainedModel) -> None:
                 # it may attend in both directions (BERT), or its positions do not start at 0 (RoBERTa)
                 raise ValueError(f"probabilities of next tokens move by {gap:.2g}")
     except Exception:
-        model.set_attn_implementation("eager")  # so that the next batch is refused too
+        model.can_decode = False  # so that the next batch is refused too
         raise
 
 

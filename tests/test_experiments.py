@@ -12,6 +12,7 @@ import torch
 from conftest import first_pairs
 from scipy.stats import chisquare
 
+from common.files import InputError
 from data.society.truth import WORLD, list_stories, story_distributions
 from experiments import bandit, dispersion, doctor, pareto, temperature
 from metrics.formulas import entropy_bits
@@ -179,7 +180,7 @@ def test_bandit_runs_and_dpo_leaves_the_good_arms_first(tmp_path, monkeypatch):
 
 def test_bandit_refuses_too_few_steps(monkeypatch):
     monkeypatch.setattr("sys.argv", ["bandit.py", "--steps", "10"])
-    with pytest.raises(bandit.InputError, match="--steps 10"):
+    with pytest.raises(InputError, match="--steps 10"):
         bandit.main()
 
 

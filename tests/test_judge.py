@@ -21,7 +21,7 @@ from common.files import InputError, digest_json
 from metrics import endpoint as judge
 from metrics.endpoint import EndpointConfig, ask, count_calls, fetch_embeddings
 from metrics.judge import rate_pools, rating
-from metrics.winrate import compare, verdict
+from metrics.winrate import compare, pair_prompts, verdict
 
 KEY = "sk-secret-0123456789"
 ECHO = json.dumps({"error": {"message": f"wrong key {KEY}", "header": f"Bearer {KEY}"}})
@@ -371,7 +371,7 @@ def test_comparisons_are_asked_in_both_orders(endpoint, config):
 def test_prompt_files_are_the_users_to_replace(config, tmp_path):
     config.judge_prompts = str(tmp_path)
     (tmp_path / "pairwise.txt").write_text("{prompt}|{answer_a}|{answer_b}|{x}")
-    questions = judge.pair_prompts(["{answer_a}"], ["{prompt}{"], ["\\1"], config)
+    questions = pair_prompts(["{answer_a}"], ["{prompt}{"], ["\\1"], config)
     assert questions == ["{answer_a}|{prompt}{|\\1|{x}", "{answer_a}|\\1|{prompt}{|{x}"]
     with pytest.raises(InputError, match=re.escape(f"{tmp_path / 'logical.txt'}: no such file")):
         rate_pools(["Q"], [["a", "b"]], config)

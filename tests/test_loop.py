@@ -21,7 +21,7 @@ from hub import load_model, model_card
 from model import pair_stats
 from pairs import load_pairs, pack
 from train_dpl import DPLConfig, dpl_loss, objective
-from trainer import batch_indices, train
+from trainer import batch_indices, parse_run, train
 
 SOCIETY = "data/society/reference"
 
@@ -150,7 +150,7 @@ def test_a_run_that_ends_inside_its_warm_up_warns(config, capsys):
 def start(monkeypatch, *words):
     """The config that train_dpl.py reads from a command line."""
     monkeypatch.setattr(sys, "argv", ["train_dpl.py", *map(str, words)])
-    return train_dpl.parse(DPLConfig, "")
+    return parse_run(DPLConfig, "")
 
 
 def test_without_model_and_data_the_society_s_flags_are_read(monkeypatch):

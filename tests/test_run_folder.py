@@ -21,10 +21,10 @@ import sample
 import trainer
 from common import checkpoint
 from common.files import InputError, digest_tensors, lock, release_locks
-from common.flags import parse
 from hub import load_model
 from reference import reference_stats
 from train_dpl import DPLConfig, objective
+from trainer import parse_run
 
 SOCIETY = ROOT / "data/society/reference"
 
@@ -103,7 +103,7 @@ def test_checkpoints_of_before_there_were_ids_still_resume(config):
 
 def test_a_folder_belongs_to_one_process_at_a_time(config, tmp_path):
     """The lock of another process is respected while it lives, whatever this one was told."""
-    code = "import sys, files; files.lock(sys.argv[1]); print(flush=True); sys.stdin.read()"
+    code = "import sys; from common.files import lock; lock(sys.argv[1]); print(flush=True); sys.stdin.read()"
     path = Path(config.out_dir) / ".lock"
     command = [sys.executable, "-c", code, str(path)]
     owner = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -220,5 +220,6 @@ def test_the_society_is_found_from_any_working_directory(monkeypatch, tmp_path):
     """And by files of flags that name it."""
     monkeypatch.chdir(tmp_path)
     for words in ([f"@{ROOT / 'recipes/society.txt'}", "--max_steps", "1"], []):
-        config = parse(DPLConfig, None, words)
+        monkeypatch.setattr("sys.argv", ["train_dpl.py", *words])
+        config = parse_run(DPLConfig, "")
         assert (config.model, config.data) == (str(SOCIETY), str(ROOT / "data/society/train.jsonl.gz"))
