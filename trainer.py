@@ -182,7 +182,7 @@ def forward_backward(
         ref = None
         if reference is not None:
             rows = torch.stack([x[batch] for x in reference])
-            ref = Stats(*parallel.to_device(rows, policy.logp.device))
+            ref = type(reference)(*parallel.to_device(rows, policy.logp.device))
         values = objective(policy, ref)
         loss = values["loss"]
         losses.append(loss.detach())
@@ -191,10 +191,12 @@ def forward_backward(
         if "reward_margin" in values:
             values["reward_accuracy"] = (values["reward_margin"] > 0).float()
         if model.get_output_embeddings() is not None:  # a reward model has no log-probabilities
-            names = ("logp_chosen", "logp_rejected") if policy.logp.shape[1] == 2 else ("logp",)
-            values |= dict(zip(names, policy.logp.unbind(1), strict=True))
+            if "reward_margin" in values:
+                values["logp_chosen"], values["logp_rejected"] = policy.logp.unbind(1)
+            else:
+                values["logp"] = policy.logp.mean(1)
         if ref is not None:
-            values["kl"] = (ref.logp - policy.logp).mean(1)
+            values = {"kl": (ref.logp - policy.logp).mean(1)} | values
         for name, value in values.items():
             sums[name] += value.detach().sum().double() / len(indices)
     # checked once, after the last micro-batch: every look at a value makes the CPU wait for the GPU

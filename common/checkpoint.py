@@ -12,6 +12,7 @@ digests cover every byte, so damage is noticed. Any number of processes can resu
 which run wrote it: --overwrite may be killed before it has removed the checkpoints of the run before.
 """
 
+import math
 import os
 import shutil
 import sys

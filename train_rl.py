@@ -1,0 +1,255 @@
+"""DPL by reinforcement learning: the objective itself, on the policy's own texts.
+
+    J(pi) = E_{y ~ pi}[ r(x, y) - alpha log pi(y|x) + beta log pi_ref(y|x) ]        (DPL paper, equation 4)
+
+train_dpl.py trains a shortcut to the optimum of J, which needs pairs. Here the policy writes K texts y_i for
+each prompt of a step and gets a reward r_i for each. They estimate the gradient of J (leave-one-out, Ahmadian
+et al., 2024):
+
+    R_i = r_i - alpha log pi(y_i) + beta log pi_ref(y_i)                 (no gradient)
+    grad J  =  E[ 1/K sum_i (R_i - mean_{j != i} R_j) grad log pi(y_i) ]
+
+alpha = beta is RLHF with its KL penalty. Each batch of texts serves one optimizer step, so there are no
+importance weights and no clipping. Unlike the loss on pairs, J sees what the two texts of a pair share.
+
+    python train_rl.py --alpha 0.2                                          # the embedded society
+    torchrun --nproc_per_node 8 train_rl.py --model MODEL --data prompts.jsonl --reward_model REWARD --chat
+
+The reward is a sequence classifier with one label, or a function of a script that calls train():
+reward(rows, texts) gets the row of --data and the text of each sample, and returns numbers.
+"""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from checks import check_inputs
+from common import parallel
+from common.checkpoint import open_run, plan_run, start_run
+from common.encode import decode_continuation, encode_prompts, end_tokens
+from common.files import ROOT, InputError, atomic_write, digest_json, error_prefix
+from common.flags import flag, require, run_command
+from common.rows import last_turn, read_prompts
+from decode import Batch, Completion
+from hub import export, load_model, load_reward_model
+from lora import lora_disabled
+from model import Stats, pair_stats, set_forward
+from pairs import count_tokens, default_micro_batch_tokens, micro_batches, pack
+from reference import digest_model
+from sample import sample_batch
+from train_reward import score_texts
+from trainer import (
+    TrainConfig,
+    batch_indices,
+    forward_backward,
+    load_policy,
+    make_trainable,
+    parse_run,
+    run_steps,
+)
+
+Reward = Callable[[list[dict[str, Any]], list[str]], Sequence[float]]
+MALFORMED = -2.0  # the society's reward, in nats, of a text that is no story, opinion or answer
+EVALUATION = 2**32  # in place of a step's number in the seeds of samples: no step has it
+
+
+@dataclass
+class RLConfig(TrainConfig):
+    """Flags of train_rl.py."""
+
+    data: str | None = flag(None, "Rows with a 'prompt': .jsonl[.gz], .json, .parquet, .txt.")
+    eval_data: str | None = flag(None, "Other prompts, sampled every --eval_every steps.")
+    out_dir: str = flag("out/rl", "Folder for the adapter, metrics.jsonl, samples/ and checkpoint/.")
+    batch_size: int = flag(8, "Prompts per optimizer step, over all processes.", "[1, inf)")
+    num_samples: int = flag(8, "Texts per prompt and step: K.", "[2, inf)")
+    max_new_tokens: int = flag(256, "Longest text, in tokens.", "[1, inf)")
+    alpha: float = flag(0.2, "Weight of the entropy; alpha / beta is the global temperature.", "(0, inf)")
+    beta: float = flag(0.1, "Weight of the cross-entropy to the reference.", "[0, inf)")
+    reward_model: str | None = flag(None, "Folder or hub name of a sequence classifier with one label.")
+    no_reward_if_cut: bool = flag(False, "A text without an end token has the reward 0.")
+    sample_batch_size: int = flag(128, "Texts sampled at a time; fewer save memory.", "[1, inf)")
+    log_samples: int = flag(50, "Steps between the files of samples/.", "[1, inf)")
+    lora_dropout: float = flag(0.0, "0: the texts come from the policy without dropout.", "[0, 0]")
+
+
+class Known(NamedTuple):
+    """What the objective gets of a step's texts besides the policy: (prompts, K) each."""
+
+    logp: Tensor  # of the reference, in nats
+    length: Tensor
+    reward: Tensor
+
+
+def objective(policy: Stats, known: Known, *, alpha: float, beta: float) -> dict[str, Tensor]:
+    """A loss whose gradient is the leave-one-out estimate of -dJ, and parts of J; (prompts,) each."""
+    returns = (known.reward - alpha * policy.logp + beta * known.logp).detach()
+    others = (returns.sum(1, keepdim=True) - returns) / (returns.shape[1] - 1)
+    return {
+        "loss": -((returns - others) * policy.logp).mean(1),
+        "objective": returns.mean(1),
+        "reward": known.reward.mean(1),
+        "entropy": -policy.logp.mean(1),  # nats a text, as the next two
+        "cross_entropy": -known.logp.mean(1),
+        "kl": (policy.logp - known.logp).mean(1),
+    }
+
+
+def sample_texts(
+    model: PreTrainedModel, prompts: Sequence, seeds: Sequence, ends: list[int], config: RLConfig
+) -> list[Completion]:
+    """num_samples completions of each prompt, prompt by prompt; number s of prompt i has seeds[i], then s."""
+    todo = [(i, s) for i in range(len(prompts)) for s in range(config.num_samples)]
+    result: list[Completion] = []
+    for first in range(0, len(todo), config.sample_batch_size):
+        part = todo[first : first + config.sample_batch_size]
+        some = sorted({i for i, _ in part})
+        index = [some.index(i) for i, _ in part]
+        batch = Batch(model, [prompts[i] for i in some], index, config.max_new_tokens, ends)
+        result += sample_batch(batch, [np.random.default_rng([*seeds[i], s]) for i, s in part])
+    return result
+
+
+def society_reward(rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
+    """The society's utilities: of stories and opinions in nats, of a debate's answers minus their rank."""
+    from data.society.truth import WORLD, utility  # imported here: other rewards do not need it
+
+    world = json.loads(WORLD.read_bytes())
+    values = []
+    for row, text in zip(rows, texts, strict=True):
+        prompt = last_turn(row["prompt"])
+        if debate := world["debates"].get(prompt):
+            value = -debate["ranking"].index(text) if text in debate["ranking"] else -math.inf
+        else:
+            value = utility(prompt, text, world)
+        values.append(max(value, MALFORMED))
+    return values
+
+
+def load_reward(config: RLConfig, device: torch.device) -> Reward:
+    """The reward that the flags name. Raises InputError if they name none."""
+    if config.reward_model is None:
+        is_society = Path(config.data).resolve().is_relative_to(ROOT / "data/society")
+        require(config, "reward_model", is_society, "given")
+        return society_reward
+    with error_prefix(f"--reward_model {config.reward_model}"):
+        model, tokenizer = load_reward_model(config.reward_model, str(device), parallel.get_dtype())
+
+    def reward(rows: list[dict[str, Any]], texts: list[str]) -> np.ndarray:
+        options = [row.get("options") for row in rows]
+        return score_texts(model, tokenizer, [row["prompt"] for row in rows], texts, options)
+
+    return reward
+
+
+@parallel.distributed()
+def train(config: RLConfig, reward: Reward | None = None) -> None:
+    """Train by `config` on a reward, which the flags name unless it is given; writes the run's folder."""
+    # ---- model, prompts, reward
+    out, device = open_run(config), parallel.get_device()
+    max_tokens = config.micro_batch_tokens or default_micro_batch_tokens(device)
+    reward = reward or load_reward(config, device)
+    model, tokenizer = load_policy(config, device, load_model)
+    rows, encoded = {}, {}
+    for path in filter(None, (config.data, config.eval_data)):
+        rows[path] = read_prompts(path, chat=config.chat)
+        prompts = [row["prompt"] for row in rows[path]]
+        with error_prefix(path):
+            encoded[path] = encode_prompts(prompts, tokenizer, [row.get("options") for row in rows[path]])
+    ends = end_tokens(model, tokenizer, [row["prompt"] for row in rows[config.data]])
+    longest = [(prompt, [0] * config.max_new_tokens) for some in encoded.values() for prompt in some]
+    digests = {"model": digest_model(model), "data": digest_json(encoded[config.data])}
+    check_inputs(config, model, longest, [], digests)
+    frozen = None if config.lora_rank else copy.deepcopy(model).requires_grad_(False)
+    make_trainable(config, model, device)
+    if frozen is not None:  # else the reference is the model with its adapter off
+        set_forward(frozen, device, model.mixed, config.parallel == "fsdp")
+    plan = plan_run(config, out, digests, len(encoded[config.data]))
+    start_run(config, out, plan)
+    loss = partial(objective, alpha=config.alpha, beta=config.beta)
+
+    def rollout(path: str, indices: list[int], step: int) -> dict[str, float]:
+        """Sample the prompts, reward the texts, and add to the gradient; returns what to log."""
+        began = time.monotonic()
+        rank, world, k = parallel.get_rank(), parallel.get_world_size(), config.num_samples
+        mine = indices[rank::world]
+        seeds = [[config.seed, step, i] for i in range(len(indices))][rank::world]
+        model.eval()
+        with parallel.unsharded(model):
+            drawn = sample_texts(model, [encoded[path][i] for i in mine], seeds, ends, config)
+        sampled = time.monotonic()
+        tokens = [c.tokens for c in drawn]
+        texts = [decode_continuation(c.tokens[: -1 if c.finish == "eos" else None], tokenizer) for c in drawn]
+        asked = [rows[path][i] for i in mine for _ in range(k)]
+        rewards = np.asarray(reward(asked, texts), dtype=float) if texts else np.zeros(0)
+        if rewards.shape != (len(texts),) or not np.isfinite(rewards).all():
+            raise InputError(f"step {step}: the reward must be a finite number for each text: {rewards}")
+        if config.no_reward_if_cut:
+            rewards = np.where([c.finish == "eos" for c in drawn], rewards, 0.0)
+        parts = parallel.all_gather((tokens, texts, rewards.tolist(), [c.finish for c in drawn]))
+        rewarded = time.monotonic()
+
+        # every process knows all texts: back in the order of `indices`
+        where = [(i % world, i // world * k + s) for i in range(len(indices)) for s in range(k)]
+        tokens, texts, rewards, finish = ([part[r][j] for r, j in where] for part in zip(*parts, strict=True))
+        examples = [(encoded[path][n], *tokens[i * k : i * k + k]) for i, n in enumerate(indices)]
+        known = Known(*(torch.zeros(len(indices), k) for _ in Known._fields))
+        known.reward[:] = torch.tensor(rewards).view(-1, k)
+        every = range(len(examples))
+        with torch.no_grad(), lora_disabled(model):
+            for batch in micro_batches(every, examples, max_tokens, rank, world):
+                stats = pair_stats(model if frozen is None else frozen, pack([examples[i] for i in batch]))
+                known.logp[batch], known.length[batch] = (x.float().cpu() for x in stats[:2])
+        row = forward_backward(model, examples, every, known, loss, max_tokens)
+        groups = [slice(i, i + k) for i in range(0, len(texts), k)]
+        count = sum(map(len, tokens))
+        row |= {
+            "tokens_per_text": count / len(texts),
+            "share_cut": finish.count("length") / len(texts),
+            "unique_texts": float(np.mean([len(set(texts[group])) / k for group in groups])),
+            "equal_rewards": float(np.mean([len(set(rewards[group])) == 1 for group in groups])),
+            "sampled_tokens_per_second": count / (sampled - began),
+            "seconds_sampling": sampled - began,
+            "seconds_reward": rewarded - sampled,
+            "seconds_gradient": time.monotonic() - rewarded,
+        }
+        if step % config.log_samples == 0 and rank == 0:
+            with atomic_write(out / "samples" / f"{step:06d}.jsonl") as file:
+                for i, (text, value, end) in enumerate(zip(texts, rewards, finish, strict=True)):
+                    prompt = rows[path][indices[i // k]]["prompt"]
+                    sample = {"prompt": prompt, "completion": text, "reward": value, "finish": end}
+                    file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+        return row | {"tokens": sum(map(count_tokens, examples))}
+
+    def gradient(step: int) -> tuple[dict[str, float], int]:
+        indices = batch_indices(step, plan.size, len(encoded[config.data]), config.seed)
+        row = rollout(config.data, indices, step)
+        return row, int(row.pop("tokens"))
+
+    def evaluate() -> dict[str, float]:
+        with torch.no_grad():
+            every = list(range(len(encoded[config.eval_data])))
+            row = rollout(config.eval_data, every, EVALUATION)
+        return {f"eval_{name}": value for name, value in row.items()}
+
+    row = run_steps(config, out, plan, model, digests, gradient, evaluate if config.eval_data else None)
+    export(out, config, model, tokenizer, row)
+
+
+def main() -> None:
+    """Train by the command line's flags."""
+    train(parse_run(RLConfig, __doc__, "recipes/society_rl.txt"))
+
+
+if __name__ == "__main__":
+    run_command(main)
