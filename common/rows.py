@@ -5,7 +5,8 @@
     {"prompt": [{"role": "user", ...}], "chosen": [{"role": "assistant", ...}], "rejected": [...]}
     {"chosen": [user, assistant], "rejected": [user, assistant]}               the shared start is the prompt
 
-Both completions may repeat the prompt at their start. A string prompt may go with message-list completions.
+Both completions may repeat the prompt at their start. A string prompt may go with message-list completions,
+and a message-list prompt with strings, as sample.py wrote them.
 """
 
 import contextlib
@@ -93,6 +94,8 @@ def _string_pair(prompt: Any, chosen: str, rejected: str, where: str) -> tuple[s
         if end < len(ASSISTANT):
             raise InputError(f"{where}: no 'prompt', and no shared prompt up to a {ASSISTANT!r}")
         prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
+    elif isinstance(prompt, list):  # the texts are what sample.py wrote after it
+        check_messages(prompt, where)
     elif not isinstance(prompt, str):
         raise InputError(f"{where}: 'prompt' must be a string like 'chosen', not {type(prompt).__name__}")
     for key, text in (("chosen", chosen), ("rejected", rejected)):

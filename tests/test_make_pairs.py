@@ -1,0 +1,79 @@
+"""data/make_pairs.py: which pairs come of which rewards, and that training reads the sampled ids."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+from conftest import CHATML, lines, train_tokenizer
+from scipy.stats import binomtest
+
+from common.encode import encode_answers
+from common.rows import read_pairs
+from data import make_pairs
+
+USER = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that makes pairs of rows (prompt, text, reward) and returns what was written."""
+
+    def make(rows, *flags):
+        keys = ("prompt", "completion", "reward")
+        (tmp_path / "samples.jsonl").write_bytes(lines(*(dict(zip(keys, row)) for row in rows)))
+        words = ["--samples", tmp_path / "samples.jsonl", "--out_file", tmp_path / "pairs.jsonl", *flags]
+        monkeypatch.setattr(sys, "argv", ["make_pairs.py", *map(str, words)])
+        make_pairs.main()
+        return [json.loads(line) for line in (tmp_path / "pairs.jsonl").open()]
+
+    return make
+
+
+def test_best_against_worst_of_each_prompt(run, capsys):
+    rows = [("a", "x", 1), ("a", "y", 3), ("b", "u", 2), ("a", "z", -2), ("b", "v", 2), ("c", "w", 5)]
+    assert run(rows) == [{"prompt": "a", "chosen": "y", "rejected": "z"}]
+    assert "1 pairs of 3 prompts" in capsys.readouterr().out
+
+
+def test_labels_have_the_noise_of_bradley_terry(run):
+    rows = [("a", "x", 1.0), ("a", "y", 0.0), ("a", "x", 1.0)]
+    pairs = run(rows, "--how", "bradley_terry", "--pairs", 4000)
+    chosen = sum(pair["chosen"] == "x" for pair in pairs)
+    assert len(pairs) == 4000 and {pair["chosen"] for pair in pairs} == {"x", "y"}
+    assert binomtest(chosen, 4000, 1 / (1 + math.exp(-1))).pvalue > 1e-4
+
+
+def test_training_reads_the_sampled_ids(run, tmp_path):
+    tokenizer = train_tokenizer("bytes")
+    tokenizer.chat_template = CHATML
+    texts = [" The fig\n", "Mud"]
+    pairs = run([(USER, text, -i) for i, text in enumerate(texts)])
+    assert pairs == [{"prompt": USER, "chosen": texts[0], "rejected": texts[1]}]
+    [row] = read_pairs(tmp_path / "pairs.jsonl")
+    [ids] = encode_answers([row["prompt"]], [row["chosen"]], tokenizer)
+    assert tokenizer.decode(ids[:-1]) == texts[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "fragment"),
+    [
+        ([("a", "x", None)], (), "samples.jsonl:1: needs a finite number 'reward'"),
+        ([("a", "x", math.nan)], (), "samples.jsonl:1: needs a finite number 'reward'"),
+        ([("a", "x", 1), ("a", "x", 2)], (), "no prompt has two different samples"),
+        ([("a", "x", 1)], ("--how", "best"), "--how best: must be one of best_worst, bradley_terry"),
+        ([("a", "x", 1)], ("--pairs", 0), "--pairs 0: must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(refused, tmp_path, rows, flags, fragment):
+    keys = ("prompt", "completion", "reward")
+    (tmp_path / "samples.jsonl").write_bytes(lines(*(dict(zip(keys, row)) for row in rows)))
+    words = ["--samples", tmp_path / "samples.jsonl", "--out_file", tmp_path / "pairs.jsonl", *flags]
+    refused(make_pairs, words, fragment)
+    assert not (tmp_path / "pairs.jsonl").exists()
+
+
+def test_ties_make_no_pair():
+    config = make_pairs.PairsConfig(out_file="x.jsonl")
+    assert make_pairs.choose(np.array([1.0, 1.0]), ["x", "y"], config, None) == []
