@@ -30,8 +30,8 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 TRAIN = "@recipes/society.txt --batch_size 8 --max_steps 40 --lr 1e-3 "
 TRAIN += "--save_every 2 --log_every 1 --eval_every 20"
+RL = "--num_samples 8 --max_new_tokens 24 --batch_size 5 --max_steps 20 --sample_batch_size 64"
 SAMPLE = "--model data/society/reference --num_samples 8 --batch_size 8 --prompts data/society/prompts.jsonl"
-CLOCKS = ("examples_per_second", "tokens_per_second", "peak_memory_gb")
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # name: (Python's arguments before the script, the script, its own flags)
 KINDS = {
@@ -44,6 +44,7 @@ KINDS = {
     "train_mallows.py": ((), "train_mallows.py", ()),
     "train_reward.py": ((), "train_reward.py", ()),
     "train_sft.py": ((), "train_sft.py", ()),
+    "train_rl.py": ((), "train_rl.py", ()),
 }
 
 
@@ -55,6 +56,9 @@ def start(kind: str, folder: Path, out: Path, *more: str) -> list[subprocess.Pop
     else:
         data = folder / ("completions.jsonl" if script == "train_sft.py" else "rows.jsonl")
         words = [*TRAIN.split(), "--data", data, "--eval_data", data, "--out_dir", out]
+        if script == "train_rl.py":
+            data = ROOT / "data/society/prompts.jsonl"  # whose reward is known
+            words = [*words, *RL.split(), "--data", data, "--eval_data", data]
     command = [sys.executable, *launcher, script, *words, *flags, *(more or ("--resume",))]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(1 + (kind == "two at once"))]
@@ -129,7 +133,10 @@ def results(out: Path) -> tuple[bytes, list[dict]]:
     if (out / "samples.jsonl").exists():
         return (out / "samples.jsonl").read_bytes(), []
     with open(out / "metrics.jsonl") as file:
-        rows = [{k: v for k, v in json.loads(line).items() if k not in CLOCKS} for line in file]
+        rows = [
+            {k: v for k, v in json.loads(line).items() if "second" not in k and "memory" not in k}
+            for line in file
+        ]
     return (out / "adapter_model.safetensors").read_bytes(), rows
 
 

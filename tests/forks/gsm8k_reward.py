@@ -1,0 +1,13 @@
+"""A reward of one's own: 1 for a right answer to a problem of GSM8K, else 0."""
+
+from common.flags import run_command
+from metrics.equality import gsm8k_answer
+from train_rl import RLConfig, train
+from trainer import parse_run
+
+
+def reward(rows, texts):
+    return [gsm8k_answer(text) == gsm8k_answer(row["answer"]) for row, text in zip(rows, texts)]
+
+
+run_command(lambda: train(parse_run(RLConfig, __doc__), reward))
