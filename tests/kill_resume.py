@@ -132,11 +132,8 @@ def results(out: Path) -> tuple[bytes, list[dict]]:
     """What a run leaves, without clocks: the final adapter's bytes and metrics.jsonl, or the samples."""
     if (out / "samples.jsonl").exists():
         return (out / "samples.jsonl").read_bytes(), []
-    with open(out / "metrics.jsonl") as file:
-        rows = [
-            {k: v for k, v in json.loads(line).items() if "second" not in k and "memory" not in k}
-            for line in file
-        ]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    rows = [{k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in rows]
     return (out / "adapter_model.safetensors").read_bytes(), rows
 
 

@@ -49,15 +49,16 @@ def test_a_fork_is_at_most_25_lines(path):
 def test_a_reward_of_one_s_own(tiny_model_folder, tmp_path):
     rows = [{"prompt": f"{n} + 1 =", "answer": f"#### {n + 1}"} for n in range(4)]
     (tmp_path / "problems.jsonl").write_bytes(lines(*rows))
-    flags = {
-        "--model": tiny_model_folder,
-        "--data": tmp_path / "problems.jsonl",
-        "--out_dir": tmp_path / "run",
-    }
-    flags |= {"--max_steps": 1, "--warmup_steps": 0, "--num_samples": 2, "--max_new_tokens": 4}
-    codes, _, stderr = run_script(
-        1, "tests/forks/gsm8k_reward.py", *(w for flag in flags.items() for w in flag)
-    )
+    flags = [
+        "--model",
+        tiny_model_folder,
+        "--data",
+        tmp_path / "problems.jsonl",
+        "--out_dir",
+        tmp_path / "run",
+    ]
+    flags += ["--max_steps", 1, "--warmup_steps", 0, "--num_samples", 2, "--max_new_tokens", 4]
+    codes, _, stderr = run_script(1, "tests/forks/gsm8k_reward.py", *flags)
     assert codes == [0], stderr
     first = json.loads((tmp_path / "run/metrics.jsonl").open().readline())
     assert 0 <= first["reward"] <= 1
