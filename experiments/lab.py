@@ -1,4 +1,4 @@
-"""What the experiments share: running scripts, exact probabilities of texts, samples, and how pictures look."""
+"""What the experiments share: running scripts, exact probabilities of texts, samples, the look of plots."""
 
 import json
 import math
@@ -27,8 +27,8 @@ TRAIN_STORIES = [  # all weights: a model this small chooses its words in the he
 MIN_P = {"min_p": 0.01}  # before a global temperature
 
 # From dark to light, so that they differ in grey too. A thick light line is what theory says.
-BLUE, RED, ORANGE, SKY = "#08306b", "#b5305f", "#dd7a12", "#9ccbe8"
-EXACT = {"color": "0.82", "lw": 6, "zorder": 0}
+BLUE, RED, ORANGE, SKY = "#08306b", "#b5305f", "#dd7a12", "#8abbe0"
+EXACT = {"color": "0.87", "lw": 6, "zorder": 0}
 plt.rc("figure.constrained_layout", use=True)
 plt.rc("axes", titlelocation="left", titlesize=10)
 plt.rc("axes.spines", top=False, right=False)

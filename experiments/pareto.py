@@ -218,7 +218,9 @@ def draw(results: list[dict[str, Any]], diversity: str, path: Path) -> None:
             x, y = (np.array([column(c[curve], n) for c in results]) for n in (diversity, quality))
             y = 100 * y if quality == "well_formed" else y
             bars = [None if is_exact else mean_and_error(v)[1] for v in (y, x)]
-            options = {"color": color, "label": curve, "markersize": 5, "linewidth": 2 if is_exact else 1.3}
+            options = {"color": color, "label": curve, "ms": 5} | (
+                {"lw": 2, "zorder": 1} if is_exact else {"lw": 1.3}
+            )
             axis.errorbar(x.mean(0), y.mean(0), *bars, fmt=style, elinewidth=0.8, **options)
         axis.set(xlabel=DIVERSITIES[diversity][0], ylabel=ylabel)
         if sign < 0:

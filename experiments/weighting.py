@@ -73,7 +73,7 @@ BETAS = (0.1, 0.2, 0.4)
 LOSSES = {"DPO": "theta", "φ link": "phi", "DPL, α = 2β": "dpl"}
 WEIGHTS = ("none", "estimate", "true")
 STYLES = {"DPO": (lab.ORANGE, "o"), "φ link": (lab.RED, "^"), "DPL, α = 2β": (lab.BLUE, "D")}
-FILLS = {"none": "none", "estimate": "left", "true": "full"}
+FILLS = {"none": {"mfc": "white"}, "estimate": {"fillstyle": "left", "mfcalt": "white"}, "true": {}}
 TRAIN = ["--model", lab.REFERENCE, "--data", ROOT / "data/society/debates.jsonl.gz"]
 TRAIN += ["--lora_rank", 0, "--lr", 5e-4, "--epochs", 3]
 RECIPE = f"@{ROOT}/recipes/debates.txt"
@@ -278,12 +278,12 @@ def draw(results: dict[str, list[dict[str, np.ndarray]]], path: Path) -> None:
                 for name in (metric, "utility")
             )
             color, marker = STYLES[loss]
-            style = {"color": color, "marker": marker, "fillstyle": FILLS[weight], "ms": 7, "lw": 0.8}
-            axis.errorbar(x, 100 * y, 100 * dy, dx, capsize=2, label=f"{loss}, weight: {weight}", **style)
+            style = {"color": color, "marker": marker, "ms": 7, "lw": 0.8, "capsize": 2} | FILLS[weight]
+            axis.errorbar(x, 100 * y, 100 * dy, dx, label=f"{loss}, weight: {weight}", **style)
         axis.set_ylabel("preferred to the reference's answer, %")
     joined = ", ".join(map(str, BETAS))
-    by_kl.set_title(f"1. The estimated weight changes no utility (lines: β = {joined})")
-    by_kl.set_xlabel("KL(policy || reference), nats")
+    by_kl.set_title("1. The estimated weight changes no utility")
+    by_kl.set_xlabel(f"KL(policy || reference), nats (lines join β = {joined})")
     by_entropy.set_title("2. DPL keeps more entropy and earns less utility")
     by_entropy.set_xlabel("entropy among the five answers, nats (grey line: the reference's)")
     by_entropy.axvline(np.mean(results["reference"][0]["answers_entropy"]), **lab.EXACT | {"lw": 2})
@@ -295,13 +295,14 @@ def draw(results: dict[str, list[dict[str, np.ndarray]]], path: Path) -> None:
     for weight, (c, style) in lines.items():
         trained = results[method("DPO", weight, BETAS[-1])]
         rows = np.mean([row["answers_entropy"] for row in trained], axis=0)
-        points = {"color": lab.ORANGE, "fillstyle": FILLS[weight], "label": f"DPO, weight: {weight}, trained"}
-        by_phi.plot(phis, rows, "o", ms=6, **points)
+        label = f"DPO, weight: {weight}"
+        by_phi.plot(phis, rows, "o", color=lab.ORANGE, ms=6, label=f"{label}, trained", **FILLS[weight])
         best = [tabular_optimum(d, "theta", w, BETAS[-1]) for d, w in zip(debates.values(), c, strict=True)]
         best = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in best]
-        by_phi.plot(phis, best, style, color=lab.BLUE, lw=1.5, label=f"DPO, weight: {weight}, optimum")
-    by_phi.set(xlabel="dispersion φ of the debate's raters", ylabel="entropy among the answers, nats")
-    by_phi.set_title(f"3. The true weight takes entropy where people disagree (β = {BETAS[-1]})")
+        by_phi.plot(phis, best, style, color=lab.ORANGE, lw=1.5, label=f"{label}, optimum")
+    by_phi.set_title("3. The true weight takes entropy where people disagree")
+    by_phi.set_xlabel(f"dispersion φ of the debate's raters (β = {BETAS[-1]})")
+    by_phi.set_ylabel("entropy among the answers, nats")
     by_phi.legend()
     save_figure(figure, path)
 
