@@ -198,14 +198,14 @@ def draw(comparisons: dict[str, np.ndarray], stories: dict[str, Any], path: str)
         equal_entropy.plot(TEMPERATURES, percent[:, 0], "-", color=color, label=f"{label}: total variation")
         equal_entropy.plot(TEMPERATURES, percent[:, 1], "--", color=color, label=f"{label}: pairs reversed")
     equal_entropy.set(xlabel="token temperature", ylabel="difference, %")
-    equal_entropy.set_title("1. At equal entropy, token temperature is not global temperature")
+    equal_entropy.set_title("1. At equal entropy, token is not global temperature")
     equal_entropy.legend()
     styles = (("-", lab.ORANGE), (":", lab.RED), ("--", lab.SKY), ("o", lab.BLUE))
     for (label, percent), (style, color) in zip(stories["errors"].items(), styles, strict=True):
         x = list(POLICIES.values()) if label.startswith("DPL") else TEMPERATURES
         malformed.plot(x, percent[:, 1], style, color=color, label=label)
     malformed.set(xlabel="temperature (token, global, or α/β)", ylabel="malformed stories, %", ylim=(-3, 103))
-    malformed.set_title("2. Heat breaks stories, unless min-p cuts or DPL was trained")
+    malformed.set_title("2. Heat breaks stories; DPL and min-p do not")
     malformed.legend(loc="lower right", bbox_to_anchor=(1.02, 0.06))
     for y, shares in enumerate(stories["names"].values()):
         total = sum(shares.values())
@@ -214,8 +214,8 @@ def draw(comparisons: dict[str, np.ndarray], stories: dict[str, Any], path: str)
     names.set_yticks(range(len(stories["names"])), list(stories["names"]))
     names.invert_yaxis()
     names.text(102, -0.45, "well-formed", fontsize=9)
-    names.set(xlim=(0, 100), xlabel="share of well-formed stories, % (by the doctor's name)")
-    names.set_title("3. At temperature 2, DPL keeps the doctors; min-p drops most")
+    names.set(xlim=(0, 100), xlabel="well-formed stories at temperature 2, % (by the doctor's name)")
+    names.set_title("3. DPL keeps the doctors, min-p drops most")
     save_figure(figure, path)
 
 

@@ -12,6 +12,7 @@ import torch
 from conftest import first_pairs
 from scipy.stats import chisquare
 
+from common.files import InputError
 from data.society.truth import WORLD, list_stories, story_distributions
 from experiments import bandit, dispersion, doctor, lab, pareto, temperature
 from hub import load_model
@@ -180,7 +181,7 @@ def test_bandit_runs_and_dpo_leaves_the_good_arms_first(tmp_path, monkeypatch):
 
 def test_bandit_refuses_too_few_steps(monkeypatch):
     monkeypatch.setattr("sys.argv", ["bandit.py", "--steps", "10"])
-    with pytest.raises(bandit.InputError, match="--steps 10"):
+    with pytest.raises(InputError, match="--steps 10"):
         bandit.main()
 
 
@@ -245,7 +246,7 @@ def test_completion_logp_is_pair_stats():
 
 def test_temperature_names_the_policy_it_lacks(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["temperature.py", "--policies", str(tmp_path)])
-    with pytest.raises(temperature.InputError, match=r"--policies: no folder .*dpo; experiments/doctor.py"):
+    with pytest.raises(InputError, match=r"--policies: no folder .*dpo; experiments/doctor.py"):
         temperature.main()
 
 
