@@ -35,15 +35,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.files import atomic_write, write_json
+from common.files import write_json
 from common.flags import Flags, flag, parse, run_command
+from experiments import lab
+from metrics.tables import save_figure
 
 OUTCOMES = np.array([[20, 11], [30, 3], [18, 15], [15, 10], [1, 4]])  # Table 4: an arm's two rewards ...
 PROBABILITY = np.array([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.99, 0.01], [0.99, 0.01]])  # ... how likely
@@ -62,10 +64,10 @@ LABELS = {  # betas that Figure 8a labels, and the offset of the label in points
 RATE, PHI = 5e-3, 0.05
 RECORD_EVERY, LAST = 100, 30  # steps: between recorded policies; averaged at the end
 STYLE = {
-    "DPO": {"color": "0.45", "marker": "s", "ms": 4, "ls": "--"},
-    "MallowsPO-φ": {"color": "black", "marker": "o", "ms": 4, "ls": "-"},
+    "DPO": {"color": lab.ORANGE, "marker": "s", "ms": 4, "ls": "--"},
+    "MallowsPO-φ": {"color": lab.BLUE, "marker": "o", "ms": 4, "ls": "-"},
 }
-ARM_STYLE = [("-", "black"), ("--", "black"), (":", "black"), ("-", "0.6"), ("--", "0.6")]
+ARM_STYLE = [("-", lab.BLUE), ("--", lab.RED), (":", lab.ORANGE), ("-", "0.6"), ("--", "0.6")]
 
 
 class Run(NamedTuple):
@@ -176,11 +178,10 @@ def draw_frontier(result: dict, path: Path) -> None:
     The line on the left is where both losses converge: softmax(kappa (2, 1, 1, 0)) on the first four arms,
     for all kappa.
     """
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.4))
     kappa = np.geomspace(1e-3, 100, 300)[:, None]
     ends = np.pad(softmax(kappa * [2, 1, 1, 0]), ((0, 0), (0, 1)))
-    left.plot(*reward_and_kl(ends)[::-1], color="0.75", lw=6, label="where both converge", zorder=0)
+    left.plot(*reward_and_kl(ends)[::-1], **lab.EXACT, label="where both converge")
     for name, style in STYLE.items():
         rows, curve = result["frontier"][name], result["training"][name]
         points = style | {"ls": "none"}
@@ -190,19 +191,19 @@ def draw_frontier(result: dict, path: Path) -> None:
             row = next(row for row in rows if row["beta"] == beta)
             at = {"xytext": (dx, dy), "textcoords": "offset points", "ha": "center", "va": "center"}
             left.annotate(f"{beta:g}", (row["kl"], row["reward"]), fontsize=8, color=style["color"], **at)
-    left.set_title(f"after {result['steps']:,} steps: a point for each β", loc="left", fontsize=10)
-    right.set_title("during training, mean of β = 0.05, 0.1, 0.5, 1", loc="left", fontsize=10)
-    left.set(ylabel="expected reward", ylim=(15.4, 16.2))
-    right.set(ylabel="mean expected reward")
-    left.legend(frameon=False, loc="upper right", fontsize=9)
-    right.legend(frameon=False, loc="lower right", fontsize=9)
-    save(figure, "KL to the uniform reference, nats", path)
+    title = f"After {result['steps']:,} steps φ earns more,\nbut both converge to one line (a point: one β)"
+    left.set(title=title, ylabel="expected reward", ylim=(15.4, 16.2))
+    right.set_title("During training φ earns more at the same KL\n(mean of β = 0.05, 0.1, 0.5 and 1)")
+    right.set_ylabel("mean expected reward")
+    for axis, loc in ((left, "upper right"), (right, "lower right")):
+        axis.set_xlabel("KL to the uniform reference, nats")
+        axis.legend(loc=loc)
+    save_figure(figure, path)
 
 
 def draw_training(runs: dict[str, Run], path: Path) -> None:
     """Plot each arm's probability against the step (Figure 9): one row per beta, one column per loss."""
-    figure = Figure(figsize=(9, 5.4), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True, sharey=True)
+    figure, axes = plt.subplots(2, 2, figsize=(9, 5.4), sharex=True, sharey=True)
     for row, beta in zip(axes, (0.05, 0.1), strict=True):
         row[0].set_ylabel("probability of each arm")
         for axis, (name, run) in zip(row, runs.items(), strict=True):
@@ -213,21 +214,13 @@ def draw_training(runs: dict[str, Run], path: Path) -> None:
                 policy = run.history[at, BETAS.tolist().index(beta), arm]
                 mark = {"marker": f"${arm + 1}$", "ms": 7, "markevery": (6 * arm, 30)}
                 axis.plot(step, policy, ls=ls, color=color, lw=1.2, label=label, **mark)
-            axis.set_title(f"{name}, β = {beta}", loc="left", fontsize=10)
+            kept = (run.final[BETAS.tolist().index(beta)] > 0.05).sum()
+            axis.set_title(f"{name}, β = {beta}: {kept} of 5 arms above 5%")
             axis.set(xscale="log", xlim=(max(step[-1] / 500, RECORD_EVERY), None), ylim=(-0.03, 1.03))
-    axes[0, 0].legend(frameon=False, loc="upper left", fontsize=9)
-    save(figure, "steps", path)
-
-
-def save(figure: Figure, xlabel: str, path: Path) -> None:
-    """Label the x axes of the bottom panels, hide the top and right spines, and write the picture."""
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis.get_subplotspec().is_last_row():
-            axis.set_xlabel(xlabel)
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=150)
-    print(f"wrote {path}")
+    for axis in axes[1]:
+        axis.set_xlabel("steps")
+    axes[0, 0].legend(loc="upper left")
+    save_figure(figure, path)
 
 
 def main() -> None:

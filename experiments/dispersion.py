@@ -20,30 +20,30 @@ train_mallows.py computes them (the paper's Figures 2 and 4 to 6).
     python experiments/dispersion.py        # seconds; writes out/dispersion.json and two pictures
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.files import atomic_write, write_json
+from common.files import ROOT, write_json
 from common.flags import Flags, flag, parse, run_command
 from common.rows import read_pairs
+from experiments import lab
 from hub import load_model
+from metrics.tables import save_figure
 from pairs import tokenize
 from reference import reference_stats
 from train_mallows import log_link, neg_log_dispersion
 
 TRUTH = np.arange(1, 21) / 5  # -log phi, from 0.2 (phi = 0.82) to 4 (phi = 0.018)
-STYLE = {5: {"marker": "^", "ls": ":"}, 10: {"marker": "o", "ls": "-"}, 100: {"marker": "s", "ls": "--"}}
+STYLE = {5: (lab.ORANGE, "^:"), 10: (lab.BLUE, "o-"), 100: (lab.RED, "s--")}
 
 
 @dataclass
@@ -103,10 +103,9 @@ def ranks(values: NDArray) -> NDArray[np.int64]:
 
 def estimate_society() -> dict:
     """Estimate -log phi of the society's debates, each by the mean over its training pairs."""
-    folder = ROOT / "data/society"
-    debates = json.loads((folder / "world.json").read_text())["debates"]
-    model, tokenizer = load_model(folder / "reference")
-    rows = read_pairs(folder / "debates.jsonl.gz")
+    debates = lab.read_world()["debates"]
+    model, tokenizer = load_model(lab.REFERENCE)
+    rows = read_pairs(ROOT / "data/society/debates.jsonl.gz")
     stats = reference_stats(model, tokenize(rows, tokenizer, 512), ROOT / "out/reference_cache", 4096)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     unscaled = neg_log_dispersion(stats.entropy.double(), vocab_size).numpy()
@@ -124,28 +123,24 @@ def estimate_society() -> dict:
 
 def draw_society(axis: Axes, result: dict) -> None:
     """Plot truth against the language model's estimate, one point per debate."""
-    axis.axline((0, 0), slope=1, color="0.7", lw=6, label="estimate = truth")
-    axis.plot(result["estimate"], result["truth"], "o", color="black", ms=5)
+    axis.axline((0, 0), slope=1, **lab.EXACT, label="estimate = truth")
+    axis.plot(result["estimate"], result["truth"], "o", color=lab.BLUE, ms=5, label="a debate")
     axis.set(xlabel="estimate of −log φ, from token entropies", ylabel="−log φ of the debate's raters")
-    axis.legend(frameon=False, loc="upper left")
-    axis.set_title(
-        f"a language model on debates (rank correlation {result['rank_correlation']:.3f})",
-        fontsize=10,
-    )
-    axis.spines[["top", "right"]].set_visible(False)
+    correlation = f"rank correlation {result['rank_correlation']:.3f}"
+    axis.set_title(f"A language model orders debates ({correlation}),\nbut compresses the range")
+    axis.legend(loc="upper left")
 
 
 def draw_mallows(axis: Axes, results: dict[int, dict]) -> None:
     """Plot truth against estimate, one line per number of items (Figure 3)."""
-    axis.axline((0, 0), slope=1, color="0.7", lw=6, label="estimate = truth")
+    axis.axline((0, 0), slope=1, **lab.EXACT, label="estimate = truth")
     for items, result in results.items():
-        label = f"{items} items, φ* = {result['scale']:.2f}"
-        axis.plot(result["estimate"], result["truth"], color="black", ms=4, lw=1, label=label, **STYLE[items])
+        (color, style), label = STYLE[items], f"{items} items, φ* = {result['scale']:.2f}"
+        axis.plot(result["estimate"], result["truth"], style, color=color, ms=4, lw=1, label=label)
     axis.set(xlabel="estimate of −log φ, from winners and losers", ylabel="−log φ of the Mallows model")
-    axis.set_title("rankings drawn from a Mallows model", fontsize=10)
+    axis.set_title("Rankings from a Mallows model: right for ten items;\nfive exaggerate, a hundred compress")
     axis.set(xlim=(0, 5), ylim=(0, 4.2))
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(loc="lower right")
 
 
 def draw_links(axes: list[Axes]) -> None:
@@ -161,28 +156,19 @@ def draw_links(axes: list[Axes]) -> None:
 
     for phi, style in ((0.1, "-"), (0.5, "--"), (0.9, ":")):
         theta = torch.sigmoid(-2 * np.log(phi) * s)
-        axes[0].plot(s, theta, style, color="0.6", label=f"θ, φ = {phi}")
-        axes[0].plot(s, link("exact", phi), style, color="black", label=f"φ link, φ = {phi}")
-    axes[0].set_title("the links of both models (Figure 2)", fontsize=10)
-    stand_ins = [("sigmoid", "auto", "sigmoid (Figure 4)")]
-    stand_ins += [("polynomial", 0.5, "polynomial, ε = 0.5 (Figure 5)")]
-    stand_ins += [("polynomial", "auto", "polynomial, ε = −2 log φ (Figure 6)")]
+        axes[0].plot(s, theta, style, color=lab.ORANGE, label=f"θ, φ = {phi}")
+        axes[0].plot(s, link("exact", phi), style, color=lab.BLUE, label=f"φ link, φ = {phi}")
+    axes[0].set(title="Figure 2: the φ link jumps at 0", ylabel="P(y₁ is preferred to y₂)")
+    stand_ins = [("sigmoid", "auto", "Figure 4: the sigmoid is smooth")]
+    stand_ins += [("polynomial", 0.5, "Figure 5: the cubic at ε = 0.5 is nearly exact")]
+    stand_ins += [("polynomial", "auto", "Figure 6: at ε = −2 log φ it is smoother")]
     for axis, (name, epsilon, title) in zip(axes[1:], stand_ins, strict=True):
-        axis.plot(s, link("exact", 0.5), color="0.75", lw=4, label="exact, φ = 0.5")
-        axis.plot(s, link(name, 0.5, epsilon), color="black", lw=1.2, label=name)
-        axis.set_title(title, fontsize=10)
+        axis.plot(s, link("exact", 0.5), **lab.EXACT, label="exact, φ = 0.5")
+        axis.plot(s, link(name, 0.5, epsilon), color=lab.BLUE, lw=1.2, label=name)
+        axis.set_title(title)
     for axis in axes:
         axis.set(xlabel="s: rank of y₂ − rank of y₁", ylim=(0, 1))
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8, loc="upper left")
-    axes[0].set_ylabel("P(y₁ is preferred to y₂)")
-
-
-def save(figure: Figure, path: str) -> None:
-    """Write a figure as .png, atomically."""
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=150)
-    print(f"wrote {path}")
+        axis.legend(loc="upper left")
 
 
 def main() -> None:
@@ -196,14 +182,13 @@ def main() -> None:
         f"society's debates: phi* {society['scale']:.3f}, rank correlation {society['rank_correlation']:.4f}"
     )
     write_json(config.out_file, {"rankings": config.rankings, "mallows": results, "society": society})
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4))
     draw_mallows(left, results)
     draw_society(right, society)
-    save(figure, config.picture)
-    figure = Figure(figsize=(14, 3.6), layout="constrained")
-    draw_links(list(figure.subplots(1, 4, sharey=True)))
-    save(figure, config.links)
+    save_figure(figure, config.picture)
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), sharey=True)
+    draw_links(list(axes))
+    save_figure(figure, config.links)
 
 
 if __name__ == "__main__":

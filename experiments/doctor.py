@@ -10,30 +10,25 @@ and by the policy's exact probabilities of all 1,024 stories of the grammar, whi
 import argparse
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from common.files import ROOT
 from common.flags import Help, run_command
 from data.society.make_world import exact_logp
-from data.society.truth import WORLD, list_stories, slot_distributions
+from data.society.truth import list_stories, slot_distributions
+from experiments import lab
 from hub import load_model
 from metrics.formulas import entropy_bits, total_variation
+from metrics.tables import save_figure
 
-OUT, PICTURE, REFERENCE = ROOT / "out/doctor", ROOT / "assets/doctor.png", ROOT / "data/society/reference"
-SAMPLES = 2000
-TRAIN = [  # all weights: a model this small chooses its words in the head, which LoRA does not train
-    *("@recipes/society.txt", "--eval_data", "data/society/test.jsonl.gz"),
-    *("--lora_rank", 0, "--lr", 1e-3, "--batch_size", 128),
-]
+OUT, PICTURE, SAMPLES = ROOT / "out/doctor", ROOT / "assets/doctor.png", 2000
 ROWS = {  # label: (name of its files, folder of the policy, alpha of the target or None, token temperature)
     "reference": ("reference", None, None, 1.0),
     "DPO  α/β = 1": ("dpo", "dpo", 0.1, 1.0),
@@ -43,15 +38,9 @@ ROWS = {  # label: (name of its files, folder of the policy, alpha of the target
 }
 
 
-def run(script: str, *flags: object) -> None:
-    """Run one of the project's scripts and print the command."""
-    print("$ python", script, *(str(flag).removeprefix(f"{ROOT}/") for flag in flags), flush=True)
-    subprocess.run([sys.executable, script, *map(str, flags)], cwd=ROOT, check=True)
-
-
 def exact_names(folder: Path) -> dict[str, float]:
     """A policy's distribution of the doctor's name over the well-formed stories, without sampling."""
-    world = json.loads(WORLD.read_text())
+    world = lab.read_world()
     model, tokenizer = load_model(folder)
     logp = exact_logp(model, tokenizer, world["story_prompt"], list_stories(world))
     return slot_distributions(np.exp(logp), world)["name"]
@@ -67,16 +56,15 @@ def make_results() -> dict[str, dict[str, Any]]:
     prompt.write_text((ROOT / "data/society/prompts.jsonl").read_text().splitlines(keepends=True)[0])
     results = {}
     for label, (name, folder, alpha, temperature) in ROWS.items():
-        model, samples, metrics = (
-            OUT / folder if folder else REFERENCE,
-            OUT / f"{name}.jsonl",
-            OUT / f"{name}.json",
-        )
+        model = OUT / folder if folder else lab.REFERENCE
+        samples, metrics = OUT / f"{name}.jsonl", OUT / f"{name}.json"
         if alpha:
-            run("train_dpl.py", *TRAIN, "--alpha", alpha, "--out_dir", model, "--resume")
-        flags = ["--num_samples", SAMPLES, "--max_new_tokens", 48, "--temperature", temperature]
-        run("sample.py", "--model", model, "--prompts", prompt, "--out_file", samples, *flags, "--overwrite")
-        run("evaluate.py", "society", "--samples", samples, "--alpha", alpha or 0.1, "--out_file", metrics)
+            lab.train("train_dpl.py", model, *lab.TRAIN_STORIES, "--alpha", alpha)
+        flags = ["--model", model, "--prompts", prompt, "--out_file", samples, "--overwrite"]
+        flags += ["--num_samples", SAMPLES, "--max_new_tokens", 48, "--temperature", temperature]
+        lab.run("sample.py", *flags)
+        flags = ["--samples", samples, "--alpha", alpha or 0.1, "--out_file", metrics]
+        lab.run("evaluate.py", "society", *flags)
         results[label] = json.loads(metrics.read_text())
         if temperature == 1:
             results[label]["exact"] = exact_names(model)
@@ -102,22 +90,6 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
         print(row.replace("nan", "  -"), f"{result['misspelt']:8.1%} {result['malformed']:9.1%}")
 
 
-def stack(axis: Axes, y: float, height: float, shares: dict[str, float], least: float = math.inf) -> None:
-    """Draw one stacked bar of shares in percent, each in its own grey; names those above `least`.
-
-    What is missing to 100 is hatched.
-    """
-    left = 0.0
-    for i, (name, share) in enumerate(shares.items()):
-        grey = 0.15 + 0.72 * i / (len(shares) - 1)
-        axis.barh(y, share, height, left=left, color=str(grey), edgecolor="white", linewidth=0.6)
-        if share > least:
-            color = "white" if grey < 0.5 else "black"
-            axis.text(left + share / 2, y, name, ha="center", va="center", fontsize=8, color=color)
-        left += share
-    axis.barh(y, max(0, 100 - left), height, left=left, color="white", edgecolor="black", hatch="////")
-
-
 def draw(results: dict[str, dict[str, Any]]) -> None:
     """Draw a bar per row, stacked by the doctor's name as sampled, and below it its exact target, thinner."""
     figure, axis = plt.subplots(figsize=(9, 4.6))
@@ -126,25 +98,22 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
         sampled, target = (
             {value: 100 * name[key][value] for value in name["target"]} for key in ("sampled", "target")
         )
-        stack(axis, y, 0.42, sampled, 9)
+        lab.stack(axis, y, 0.42, sampled, 9)
         axis.text(103, y, f"{name['entropy_bits']:.2f}", va="center", fontsize=11)
         axis.text(115, y, f"{result['misspelt']:.1%}", va="center", fontsize=11)
         if ROWS[label][2] is not None:
-            stack(axis, y + 0.34, 0.16, target)
+            lab.stack(axis, y + 0.34, 0.16, target)
             axis.text(-1, y + 0.34, "exact target", ha="right", va="center", fontsize=7)
             axis.text(103, y + 0.34, f"{name['target_entropy_bits']:.2f}", va="center", fontsize=7)
     axis.text(103, -0.62, "entropy,\nbits", fontsize=9, va="center")
     axis.text(115, -0.62, "misspelt,\nmissing\n(hatched)", fontsize=9, va="center")
     axis.set_yticks(range(len(results)), list(results))
     axis.tick_params(axis="y", length=0)
+    axis.spines["left"].set_visible(False)
     axis.set(xlim=(0, 100), ylim=(len(results) - 0.35, -0.9))
     axis.set_xlabel(f"share of {SAMPLES:,} stories, % (by the doctor's name)")
-    axis.set_title("Who is the doctor?", loc="left")
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    figure.tight_layout()
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, dpi=150)
-    print(f"wrote {PICTURE}")
+    axis.set_title("DPO gives one doctor, DPL keeps the others; heat misspells names", fontsize=12)
+    save_figure(figure, PICTURE)
 
 
 def main() -> None:

@@ -28,52 +28,48 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.encode import decode_continuation, encode_answers, encode_prompts, end_tokens
+from common.encode import encode_prompts
 from common.files import write_json
 from common.flags import Flags, flag, parse, run_command
-from data.society.truth import WORLD, list_stories, optimum, utility
-from experiments.doctor import REFERENCE, TRAIN, run
-from experiments.temperature import story_logits, story_logp
+from data.society.truth import list_stories, optimum, utility
+from experiments import lab
 from hub import load_model
 from metrics.embedding import embed
 from metrics.formulas import cosine_diversity, unit_vectors
-from metrics.tables import mean_and_error
+from metrics.tables import mean_and_error, save_figure
 from reference import score_completions
-from sample import sample
 
 BETA, RATIOS = 0.1, (1, 1.1, 1.2, 1.3, 1.5, 2, 4, 11)  # alpha / beta
 # The two stories of a pair share most of their words, and the loss does not see the shared probability: large
 # steps can break it. At the demo's learning rate, twice this one, 5 of 24 runs forgot how a story ends.
 STABLE = ("--lr", 5e-4, "--max_grad_norm", 0.05)
 TOP_K = 180 / 32000  # of the vocabulary
-MIN_P = {"min_p": 0.01}  # before a global temperature
 SAMPLED = {  # curve: temperatures of DPO and the truncation (DPL paper, section 4.1 and B.3)
     "DPO, token temperature": ((1, 1.1, 1.2, 1.3, 1.4, 1.5), {}),
     "DPO, min-p": ((1.3, 1.5, 2, 2.5, 3, 3.5, 4), {"min_p": 0.1}),
     "DPO, top-p": ((1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7), {"top_p": 0.9}),
     "DPO, top-k": ((1.1, 1.2, 1.3, 1.5, 2, 2.5), {"top_k": 0}),
 }
-DIVERSITIES = {
-    "entropy": "entropy of well-formed stories, bits",
-    "cosine": "mean cosine distance of 500 samples",
+DIVERSITIES = {  # name: (label, what utility shows at equal diversity)
+    "entropy": ("entropy of well-formed stories, bits", "At equal entropy utility is nearly the same"),
+    "cosine": ("mean cosine distance of 500 samples", "Broken stories are far from all others"),
 }
 QUALITIES = {  # name: (label, +1 if more is better, else -1)
-    "utility": ("expected utility, nats", 1),
+    "utility": ("expected utility of the well-formed, nats", 1),
     "cross_entropy": ("cross-entropy to the reference,\nnats per text (reversed log axis)", -1),
     "well_formed": ("well-formed stories, %", 1),
 }
-STYLES = {  # curve: (line and marker, grey)
-    "DPL": ("o-", "black"),
-    "DPO, token temperature": ("s--", "0.45"),
-    "DPO, min-p": ("^--", "0.45"),
-    "DPO, top-p": ("v:", "0.45"),
-    "DPO, top-k": ("x:", "0.45"),
-    "DPO, global temperature after min-p": ("D-.", "0.7"),
+STYLES = {  # curve: (line and marker, color)
+    "DPL": ("o-", lab.BLUE),
+    "DPO, token temperature": ("s--", lab.ORANGE),
+    "DPO, min-p": ("^--", lab.RED),
+    "DPO, top-p": ("v:", lab.RED),
+    "DPO, top-k": ("x:", lab.ORANGE),
+    "DPO, global temperature after min-p": ("D-.", lab.SKY),
     "DPO^(1/τ), exact": ("-", "0.7"),
-    "optimum of DPL, exact": ("--", "0.85"),
+    "optimum of DPL, exact": ("--", "0.8"),
 }
 
 
@@ -91,10 +87,8 @@ def train_policies(config: ParetoConfig) -> None:
     """Train what is not finished; a finished run ends at once."""
     runs = [(seed, ratio) for seed in range(config.seeds) for ratio in RATIOS]
     for seed, ratio in tqdm(runs, desc="policies", unit="run", disable=None):
-        flags = ["--alpha", round(BETA * ratio, 6), "--seed", seed, "--resume"]
-        folder = Path(config.out_dir).resolve() / f"dpl{ratio}-seed{seed}"
-        if not (folder / "config.json").is_file():
-            run("train_dpl.py", *TRAIN, *STABLE, *flags, "--out_dir", folder)
+        flags = [*lab.TRAIN_STORIES, *STABLE, "--alpha", round(BETA * ratio, 6), "--seed", seed]
+        lab.train("train_dpl.py", Path(config.out_dir) / f"dpl{ratio}-seed{seed}", *flags)
 
 
 def evaluate_policies(config: ParetoConfig, seed: int) -> dict[str, list[dict[str, float]]]:
@@ -102,15 +96,13 @@ def evaluate_policies(config: ParetoConfig, seed: int) -> dict[str, list[dict[st
 
     A point holds "x" (temperature or alpha / beta) and the values that DIVERSITIES and QUALITIES name.
     """
-    world = json.loads(WORLD.read_text())
-    stories, prompt_text = list_stories(world), world["story_prompt"]
-    reference, tokenizer = load_model(REFERENCE)
-    [prompt] = encode_prompts([prompt_text], tokenizer)
-    answers = encode_answers([prompt_text] * len(stories), stories, tokenizer)
-    rewards = np.array([utility(prompt_text, story, world) for story in stories])
+    world = lab.read_world()
+    stories, prompt = list_stories(world), world["story_prompt"]
+    reference, tokenizer = load_model(lab.REFERENCE)
+    prompt_ids = encode_prompts([prompt], tokenizer)
+    rewards = np.array([utility(prompt, story, world) for story in stories])
     reference_logp = np.array(world["story_reference_logp"])
-    directions = unit_vectors(embed(stories, str(REFERENCE)))
-    ends = end_tokens(reference, tokenizer, [prompt_text])
+    directions = unit_vectors(embed(stories, str(lab.REFERENCE)))
 
     def exact(logp: np.ndarray) -> dict[str, float]:
         """Values over well-formed stories alone, from their log-probabilities (1024,) up to a constant."""
@@ -129,23 +121,20 @@ def evaluate_policies(config: ParetoConfig, seed: int) -> dict[str, list[dict[st
         well_formed is the exact probability, or at a global temperature the share of the samples.
         """
         options = {"seed": seed, "global_temperature": tau, **params}
-        completions = sample(model, prompt, config.samples, 48, ends, **options)
-        tokens = [c.tokens[: -1 if c.finish == "eos" else None] for c in completions]
-        texts = [decode_continuation(ids, tokenizer) for ids in tokens]
-        logp = story_logp(*logits, **params).numpy()
+        completions, texts = lab.sample_texts(model, tokenizer, prompt, config.samples, 48, **options)
+        logp = lab.completion_logp(*logits, **params).numpy()
         point = exact(logp / (tau or 1))
-        is_story = [text in index for text in texts]
+        is_story = [text in stories for text in texts]
         point["well_formed"] = float(np.exp(logp).sum() if tau is None else np.mean(is_story))
-        vectors = embed([text for text in texts if text], str(REFERENCE))  # an empty text has no embedding
+        vectors = embed([text for text in texts if text], str(lab.REFERENCE))  # an empty one has none
         point["cosine"] = cosine_diversity(vectors, distinct=True)
-        nats = -score_completions(reference, [prompt] * len(completions), [c.tokens for c in completions])
+        nats = -score_completions(reference, prompt_ids * len(texts), [c.tokens for c in completions])
         return point | {"cross_entropy": nats.mean()}
 
-    index = set(stories)
     curves: dict[str, list[dict[str, float]]] = {"DPL": []}
     for ratio in RATIOS:
         model, _ = load_model(Path(config.out_dir) / f"dpl{ratio}-seed{seed}")
-        logits = story_logits(model, prompt, answers)
+        logits = lab.completion_logits(model, tokenizer, prompt, stories)
         curves["DPL"].append({"x": ratio} | sampled(model, logits))
         if ratio == 1:
             dpo, dpo_logits = model, logits
@@ -154,9 +143,9 @@ def evaluate_policies(config: ParetoConfig, seed: int) -> dict[str, list[dict[st
             params = {"top_k": max(2, round(TOP_K * len(tokenizer)))}
         curves[curve] = [{"x": t} | sampled(dpo, dpo_logits, temperature=t, **params) for t in temperatures]
     curves["DPO, global temperature after min-p"] = [
-        {"x": tau} | sampled(dpo, dpo_logits, tau, **MIN_P) for tau in RATIOS
+        {"x": tau} | sampled(dpo, dpo_logits, tau, **lab.MIN_P) for tau in RATIOS
     ]
-    logp, grid = story_logp(*dpo_logits).numpy(), np.geomspace(1, 11, 25).tolist()
+    logp, grid = lab.completion_logp(*dpo_logits).numpy(), np.geomspace(1, 11, 25).tolist()
     curves["DPO^(1/τ), exact"] = [{"x": tau} | exact(logp / tau) for tau in grid]
     curves["optimum of DPL, exact"] = [
         {"x": tau} | exact(np.log(optimum(reference_logp, rewards, BETA * tau, BETA))) for tau in grid
@@ -220,27 +209,29 @@ def print_tables(results: list[dict[str, Any]]) -> None:
 
 def draw(results: list[dict[str, Any]], diversity: str, path: Path) -> None:
     """Draw each quality against one of DIVERSITIES; bars are standard errors over seeds."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 5), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 5))
     for axis, (quality, (ylabel, sign)) in zip(axes, QUALITIES.items(), strict=True):
-        for curve, (style, grey) in STYLES.items():
+        for curve, (style, color) in STYLES.items():
             is_exact = "exact" in curve
             if is_exact and quality == "well_formed":
                 continue  # 100% by construction
             x, y = (np.array([column(c[curve], n) for c in results]) for n in (diversity, quality))
             y = 100 * y if quality == "well_formed" else y
             bars = [None if is_exact else mean_and_error(v)[1] for v in (y, x)]
-            options = {"color": grey, "label": curve, "markersize": 5, "linewidth": 2 if is_exact else 1.3}
+            options = {"color": color, "label": curve, "ms": 5} | (
+                {"lw": 2, "zorder": 1} if is_exact else {"lw": 1.3}
+            )
             axis.errorbar(x.mean(0), y.mean(0), *bars, fmt=style, elinewidth=0.8, **options)
-        axis.set(xlabel=DIVERSITIES[diversity], ylabel=ylabel)
+        axis.set(xlabel=DIVERSITIES[diversity][0], ylabel=ylabel)
         if sign < 0:
             axis.set_yscale("log")
             axis.invert_yaxis()
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    axes[0].set_title(DIVERSITIES[diversity][1])
+    axes[1].set_title("DPL's diverse stories stay likely under the reference")
+    axes[2].set_title("DPL's diverse stories are well-formed")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=10)
     figure.suptitle("Stories about a doctor: diversity (right is more) against quality (up is better)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    print(f"wrote {path}")
+    save_figure(figure, path)
 
 
 def main() -> None:

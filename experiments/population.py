@@ -24,8 +24,8 @@ experiments/pareto.py shows what separate alpha and beta are for.
     python experiments/population.py       # 18 short runs, 17 minutes; finished training runs are kept
 """
 
-import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,34 +33,32 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.encode import decode_continuation, encode_answers, encode_prompts
-from common.files import write_json
+from common.files import ROOT
 from common.flags import Flags, flag, parse, run_command
 from common.rows import read_pairs
-from data.society.truth import WORLD, optimum
-from experiments.doctor import REFERENCE, run
-from experiments.temperature import story_logits, story_logp
+from data.society.truth import optimum
+from experiments import lab
 from hub import load_model
 from metrics.answers import powers, samples_needed
 from metrics.formulas import pass_at_k
-from metrics.tables import mean_and_error
-from sample import draw_seed, sample
+from metrics.tables import mean_and_error, save_figure
+from sample import draw_seed
 
 BETA, ALPHAS = 0.1, (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # token temperatures of DPO
 DATA = "data/society/polls.jsonl.gz"
 TRAIN = ["@recipes/society.txt", "--data", DATA, "--lora_rank", 0]
 TRAIN += ["--lr", 5e-4, "--batch_size", 64, "--epochs", 8]
-COVERED = {  # policies of the third picture: (alpha, token temperature, marker)
-    "DPO": (0.1, 1.0, "o"),
-    "DPL, α/β = 2": (0.2, 1.0, "s"),
-    "DPL, α/β = 10": (1.0, 1.0, "^"),
-    "DPO at token temperature 3": (0.1, 3.0, "x"),
+COVERED = {  # policies of the third picture: (alpha, token temperature, style)
+    "DPO": (0.1, 1.0, {"color": lab.ORANGE, "marker": "o"}),
+    "DPL, α/β = 2": (0.2, 1.0, {"color": lab.RED, "marker": "s"}),
+    "DPL, α/β = 10": (1.0, 1.0, {"color": lab.BLUE, "marker": "^"}),
+    "DPO at token temperature 3": (0.1, 3.0, {"color": lab.SKY, "marker": "x"}),
 }
 BEST = "DPO at its best token temperature for each N"
 MOST = 128  # samples per person
@@ -80,9 +78,8 @@ def opinion_probs(model: Any, tokenizer: Any, polls: dict[str, dict], temperatur
     """Probability of each poll's opinions at a token temperature, (polls, 4); what is left is other texts."""
     rows = []
     for prompt, poll in polls.items():
-        [ids], opinions = encode_prompts([prompt], tokenizer), list(poll["shares"])
-        logits = story_logits(model, ids, encode_answers([prompt] * len(opinions), opinions, tokenizer))
-        rows.append(story_logp(*logits, temperature=temperature).exp().tolist())
+        logits = lab.completion_logits(model, tokenizer, prompt, list(poll["shares"]))
+        rows.append(lab.completion_logp(*logits, temperature=temperature).exp().tolist())
     return np.array(rows)
 
 
@@ -125,23 +122,16 @@ def fit_labels(polls: dict[str, dict]) -> list[np.ndarray]:
 
 
 def measured_coverage(
-    model: Any,
-    tokenizer: Any,
-    polls: dict[str, dict],
-    config: PopulationConfig,
-    temperature: float,
-    seed: int = 0,
+    model: Any, tokenizer: Any, polls: dict[str, dict], samples: int, temperature: float, seed: int = 0
 ) -> np.ndarray:
     """Chance that each opinion is among N samples, (polls, 4, len(powers(MOST))), estimated by pass_at_k."""
-    rows = []
-    generator = torch.Generator().manual_seed(seed)
+    rows, generator = [], torch.Generator().manual_seed(seed)
     for prompt, poll in polls.items():
-        [ids] = encode_prompts([prompt], tokenizer)
         params = {"temperature": temperature, "seed": draw_seed(generator)}
-        drawn = sample(model, ids, config.samples, 16, tokenizer.eos_token_id, **params)
-        texts = [decode_continuation(c.tokens[:-1], tokenizer) for c in drawn if c.finish == "eos"]
-        counts = [texts.count(opinion) for opinion in poll["shares"]]
-        rows.append([[pass_at_k(config.samples, c, k) for k in powers(MOST)] for c in counts])
+        drawn, texts = lab.sample_texts(model, tokenizer, prompt, samples, 16, **params)
+        ended = [text for c, text in zip(drawn, texts, strict=True) if c.finish == "eos"]
+        counts = [ended.count(opinion) for opinion in poll["shares"]]
+        rows.append([[pass_at_k(samples, c, k) for k in powers(MOST)] for c in counts])
     return np.array(rows)
 
 
@@ -152,33 +142,29 @@ def make_results(config: PopulationConfig) -> dict[str, Any]:
     "label optimum" of DPL, "DPO optimum" with beta = alpha, all (alphas, polls, 4), and "reference" (polls,
     4). "measured" maps the names of COVERED to (seeds, polls, 4, numbers of samples).
     """
-    polls = json.loads(WORLD.read_text())["polls"]
+    polls = lab.read_world()["polls"]
     results: dict[str, Any] = {"DPL": [], "DPO": [], "measured": {name: [] for name in COVERED}}
     for seed in range(config.seeds):
-        folders = {a: Path(config.out_dir).resolve() / f"alpha{a}-seed{seed}" for a in ALPHAS}
+        folders = {a: Path(config.out_dir) / f"alpha{a}-seed{seed}" for a in ALPHAS}
         for alpha, folder in tqdm(folders.items(), desc=f"policies, seed {seed}", disable=None):
-            if not (folder / "config.json").is_file():
-                flags = ["--alpha", alpha, "--seed", seed, "--resume", "--out_dir", folder]
-                run("train_dpl.py", *TRAIN, *flags)
+            lab.train("train_dpl.py", folder, *TRAIN, "--alpha", alpha, "--seed", seed)
         with torch.no_grad():
             models = {alpha: load_model(folder) for alpha, folder in folders.items()}
             results["DPL"].append([opinion_probs(*models[alpha], polls, 1.0) for alpha in ALPHAS])
             results["DPO"].append([opinion_probs(*models[BETA], polls, t) for t in TEMPERATURES])
             for name, (alpha, t, _) in COVERED.items():
-                results["measured"][name].append(measured_coverage(*models[alpha], polls, config, t, seed))
+                seen = measured_coverage(*models[alpha], polls, config.samples, t, seed)
+                results["measured"][name].append(seen)
     shares = [np.array(list(poll["shares"].values())) for poll in polls.values()]
     logp = [np.array(poll["reference_logp"]) for poll in polls.values()]
     constant, labels = [BETA] * len(ALPHAS), fit_labels(polls)
-    for name, betas, weights in (
-        ("optimum", constant, shares),
-        ("label optimum", constant, labels),
-        ("DPO optimum", ALPHAS, shares),
-    ):
+    targets = {"optimum": (constant, shares), "label optimum": (constant, labels)}
+    for name, (betas, weights) in (targets | {"DPO optimum": (ALPHAS, shares)}).items():
         results[name] = [
             [optimum(r, np.log(w), alpha, beta) for r, w in zip(logp, weights, strict=True)]
             for alpha, beta in zip(ALPHAS, betas, strict=True)
         ]
-    results["reference"] = opinion_probs(*load_model(REFERENCE), polls, 1.0)
+    results["reference"] = opinion_probs(*load_model(lab.REFERENCE), polls, 1.0)
     results["shares"] = shares[0]
     results["measured"] = {name: np.array(rows) for name, rows in results["measured"].items()}
     return {name: x if isinstance(x, dict) else np.array(x) for name, x in results.items()}
@@ -193,11 +179,8 @@ def print_tables(results: dict[str, Any]) -> None:
     """Print shares, calibration and coverage of every policy, with standard errors over seeds."""
     shares = results["shares"]
     print(f"\n{'':34}{'probability of the opinion held by':^38}    TV to the")
-    print(
-        f"{'':34}"
-        + "".join(f"{s:>10.0%}" for s in shares)
-        + "       shares      ECE            Brier    outside"
-    )
+    columns = "".join(f"{s:>10.0%}" for s in shares) + "       shares      ECE            Brier    outside"
+    print(f"{'':34}{columns}")
     rows = [(f"DPL, alpha {a:g}", results["DPL"][:, i]) for i, a in enumerate(ALPHAS)]
     for name in ("optimum", "label optimum", "DPO optimum"):
         rows += [(f"{name}, alpha {a:g}", results[name][None, i]) for i, a in enumerate(ALPHAS)]
@@ -209,10 +192,8 @@ def print_tables(results: dict[str, Any]) -> None:
             mean, error = scores(probs[:, None], shares, name)
             line += f"  {mean[0]:.3f}" + (f" ± {error[0]:.3f}" if len(probs) > 1 else " " * 8)
         print(line)
-    for opinion, title in [
-        (None, "a person drawn from the population"),
-        (3, "a person of the rarest opinion"),
-    ]:
+    people = {None: "a person drawn from the population", 3: "a person of the rarest opinion"}
+    for opinion, title in people.items():
         print(f"\ncoverage of {title}, exact (measured)" + "".join(f"{f'N = {k}':>16}" for k in powers(MOST)))
         for name in COVERED:
             exact = coverage(results, name, opinion)[:, np.array(powers(MOST)) - 1]
@@ -253,110 +234,100 @@ def best_temperature(results: dict[str, Any], opinion: int | None) -> np.ndarray
     return np.max([exact_coverage(p, results["shares"], opinion) for p in by_temperature], axis=0)
 
 
+def log_ticks(axis: Axes, ticks: Sequence[float]) -> None:
+    """A log scale on x with these ticks and no other."""
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axis.set_xticks([], minor=True)
+
+
 def draw_shares(results: dict[str, Any], path: Path) -> None:
     """Corollary 3.1: the probability of each opinion against alpha, over the exact optimum."""
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 4.2))
     mean, error = mean_and_error((results["DPL"] / results["DPL"].sum(-1, keepdims=True)).mean(2))
     lines = [
         ("optimum", "-", "exact optimum"),
-        ("label optimum", "--", "optimum for the random labels of the data"),
+        ("label optimum", "--", "optimum for the data's random labels"),
     ]
     lines += [("DPO optimum", ":", "exact optimum of DPO with β = α")]
-    for o, (share, marker) in enumerate(zip(results["shares"], "os^D", strict=True)):
-        grey = str(0.15 * o)
+    colors = (lab.BLUE, lab.RED, lab.ORANGE, lab.SKY)
+    for o, (share, color, marker) in enumerate(zip(results["shares"], colors, "os^D", strict=True)):
         for name, style, label in lines:
             label = label if o == 0 else None
-            axis.plot(ALPHAS, 100 * results[name].mean(1)[:, o], style, color=grey, lw=1, label=label)
-        label = f"opinion of {share:.0%}"
-        axis.errorbar(
-            ALPHAS, 100 * mean[:, o], 100 * error[:, o], fmt=marker, color=grey, capsize=2, label=label
-        )
-        axis.plot([1.02, 1.15], [100 * share] * 2, color=grey, lw=3)
-    axis.set_xscale("log")
-    axis.set_xticks(ALPHAS, [f"{a:g}" for a in ALPHAS], minor=False)
-    axis.set_xticks([], minor=True)
+            axis.plot(ALPHAS, 100 * results[name].mean(1)[:, o], style, color=color, lw=1, label=label)
+        points = {"fmt": marker, "color": color, "capsize": 2, "label": f"opinion of {share:.0%}"}
+        axis.errorbar(ALPHAS, 100 * mean[:, o], 100 * error[:, o], **points)
+        axis.plot([1.02, 1.15], [100 * share] * 2, color=color, lw=3)
+    log_ticks(axis, ALPHAS)
     axis.set(xlabel="α (β = 0.1; DPO is α = 0.1)", ylabel="probability of the opinion, %")
-    axis.set_title("Markers: trained. Bars at the right: the population", fontsize=10, loc="left")
-    axis.legend(frameon=False, fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    axis.set_title("At α = 1 each opinion gets its share (markers: trained; bars at the right: the people)")
+    axis.legend()
+    save_figure(figure, path)
 
 
 def draw_calibration(results: dict[str, Any], path: Path) -> None:
     """Figure 4: ECE, Brier score and other texts against the temperature, for DPL and DPO."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
-    shares = results["shares"]
-    titles = {
-        "ece": "calibration error of the favourite",
-        "brier": "Brier score, 0 to 2",
-        "outside": "other texts, share",
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.9))
+    shares, ratios = results["shares"], np.array(ALPHAS) / BETA
+    panels = {
+        "ece": ("calibration error of the favourite", "DPL's confidence becomes the share of the people"),
+        "brier": ("Brier score, 0 to 2", "Its Brier score falls to the least possible"),
+        "outside": ("other texts, share", "A hot token temperature writes other texts"),
     }
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        for probs, x, style, label in (
-            (results["DPL"], np.array(ALPHAS) / BETA, "o-", "DPL at α/β"),
-            (results["DPO"], TEMPERATURES, "s--", "DPO at token temperature t"),
-        ):
-            mean, error = scores(probs, shares, name)
-            grey = "black" if probs is results["DPL"] else "0.5"
-            axis.errorbar(x, mean, error, fmt=style, color=grey, capsize=2, ms=5, label=label)
+    ways = [("DPL", ratios, {"fmt": "o-", "color": lab.BLUE, "label": "DPL at α/β"})]
+    dpo = {"fmt": "s--", "color": lab.ORANGE, "label": "DPO at token temperature t"}
+    ways += [("DPO", TEMPERATURES, dpo)]
+    for axis, (name, (label, title)) in zip(axes, panels.items(), strict=True):
+        for way, x, style in ways:
+            axis.errorbar(x, *scores(results[way], shares, name), capsize=2, ms=5, **style)
         if name != "outside":
             best = [evaluate_probs(p, shares)[name] for p in results["optimum"]]
-            axis.plot(
-                np.array(ALPHAS) / BETA, best, color="0.75", lw=4, zorder=0, label="optimum of DPL, exact"
-            )
+            axis.plot(ratios, best, **lab.EXACT, label="optimum of DPL, exact")
             least = evaluate_probs(np.tile(shares, (len(results["reference"]), 1)), shares)[name]
             axis.axhline(least, color="0.6", lw=0.8, ls=":", label="the shares themselves")
-        axis.set_xscale("log")
-        axis.set_xticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
-        axis.set_xticks([], minor=True)
-        axis.set(xlabel="temperature: α/β, or t", ylabel=title)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130)
+        log_ticks(axis, (1, 2, 3, 5, 10))
+        axis.set(title=title, xlabel="temperature: α/β, or t", ylabel=label)
+    axes[0].legend()
+    save_figure(figure, path)
 
 
 def draw_coverage(results: dict[str, Any], path: Path) -> None:
     """Figures 3 and 7 to 9: coverage of the population and by opinion; lines are exact, markers samples."""
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7.4), layout="constrained")
-    ks, marks, shares = np.arange(1, MOST + 1), powers(MOST), results["shares"]
-    panels = [("a person drawn from the population", None)]
-    panels += [(f"a person of the {shares[o]:.0%} opinion", o) for o in (0, 3)]
-    for axis, (title, opinion) in zip(axes.flat, panels, strict=False):
-        for i, (name, (_, _, marker)) in enumerate(COVERED.items()):
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7.4))
+    marks, shares = powers(MOST), results["shares"]
+    panels = [(None, "A person drawn from the population: DPL passes DPO")]
+    panels += [(0, f"A person of the {shares[0]:.0%} opinion: DPO is first")]
+    panels += [(3, f"A person of the {shares[3]:.0%} opinion: DPL finds it")]
+    ks, first = np.arange(1, MOST + 1), coverage(results, "DPO", None).mean(0)
+    for axis, (opinion, title) in zip(axes[0], panels, strict=True):
+        for name, (_, _, style) in COVERED.items():
             mean, error = mean_and_error(over_people(results["measured"][name], shares, opinion))
-            axis.plot(ks, coverage(results, name, opinion).mean(0), color=str(0.2 * i), lw=1)
-            axis.errorbar(marks, mean, error, fmt=marker, color=str(0.2 * i), ms=5, capsize=2, label=name)
-        best = best_temperature(results, opinion).mean(0)
-        axis.plot(ks, best, color="0.8", lw=5, zorder=0, label=BEST)
+            axis.plot(ks, coverage(results, name, opinion).mean(0), color=style["color"], lw=1)
+            axis.errorbar(marks, mean, error, ls="none", ms=5, capsize=2, label=name, **style)
+        axis.plot(ks, best_temperature(results, opinion).mean(0), **lab.EXACT, label=BEST)
         axis.set(title=title, ylabel="their opinion is among N samples")
-    first = coverage(results, "DPO", None).mean(0)
-    for i, (name, (_, _, marker)) in enumerate(COVERED.items()):
-        curve = coverage(results, name, None).mean(0)
-        for axis, values in ((axes[1, 0], curve / first), (axes[1, 1], samples_needed(curve, first))):
-            axis.plot(ks, values, color=str(0.2 * i), marker=marker, markevery=[k - 1 for k in marks])
-    axes[1, 0].set(title="relative to DPO, population (Figure 8)", ylabel="coverage / DPO's")
-    axes[1, 1].set(
-        title="samples needed for DPO's coverage (Figure 9)",
-        ylabel="samples",
-        yscale="log",
-        xlabel="N of DPO",
-    )
+    relative, needed, closed = axes[1]
+    for name, (_, _, style) in COVERED.items():
+        curve, points = coverage(results, name, None).mean(0), {"markevery": [k - 1 for k in marks]}
+        relative.plot(ks, curve / first, **style, **points)
+        needed.plot(ks, samples_needed(curve, first), **style, **points)
+    relative.set(title="Figure 8: relative to DPO, population", ylabel="coverage / DPO's")
+    needed.set(title="Figure 9: a few samples reach what DPO does with N", yscale="log")
+    needed.set(ylabel="samples for DPO's coverage")
     for axis in axes.flat[:5]:
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(marks, list(map(str, marks)))
-        axis.set_xlabel(axis.get_xlabel() or "N, samples")
+        log_ticks(axis, marks)
+        axis.set_xlabel("N of DPO, samples" if axis is needed else "N, samples")
     p = np.linspace(0, 1, 300)
-    for k, style in zip((1, 4, 64), ("-", "--", ":"), strict=True):
-        axes[1, 2].plot(p, 1 - (1 - p) ** k, style, color="0.5", label=f"1 − (1 − p)^{k}")
-        for name, (_, _, marker) in COVERED.items():
+    for k, line in zip((1, 4, 64), ("-", "--", ":"), strict=True):
+        closed.plot(p, 1 - (1 - p) ** k, line, color="0.5", label=f"1 − (1 − p)^{k}")
+        for name, (_, _, style) in COVERED.items():
             probs, seen = covered_probs(results, name), results["measured"][name][..., marks.index(k)]
-            axes[1, 2].plot(probs.ravel(), seen.ravel(), marker, color="black", ms=3, mfc="none")
-    axes[1, 2].set(title="measured over the closed form (Figure 7)", xlabel="p, the opinion's probability")
-    axes[1, 2].legend(frameon=False)
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+            closed.plot(probs.ravel(), seen.ravel(), ls="none", ms=3, mfc="none", **style)
+    closed.set(title="Figure 7: samples follow the closed form", xlabel="p, the opinion's probability")
+    closed.set_ylabel("the opinion is among N samples")
+    closed.legend()
+    axes[0, 0].legend()
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -364,20 +335,10 @@ def main() -> None:
     config = parse(PopulationConfig, __doc__)
     results = make_results(config)
     print_tables(results)
-    as_lists = {
-        k: {n: v.tolist() for n, v in x.items()} if isinstance(x, dict) else x.tolist()
-        for k, x in results.items()
-    }
-    write_json(Path(config.out_dir) / "population.json", as_lists)
-    Path(config.pictures).mkdir(parents=True, exist_ok=True)
-    for name, function in (
-        ("shares", draw_shares),
-        ("calibration", draw_calibration),
-        ("coverage", draw_coverage),
-    ):
-        path = Path(config.pictures) / f"population_{name}.png"
-        function(results, path)
-        print(f"wrote {path}")
+    lab.write_arrays(Path(config.out_dir) / "population.json", results)
+    draw_shares(results, Path(config.pictures) / "population_shares.png")
+    draw_calibration(results, Path(config.pictures) / "population_calibration.png")
+    draw_coverage(results, Path(config.pictures) / "population_coverage.png")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ p(y)^(1/tau) / Z. Three questions:
 """
 
 import itertools
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -29,21 +28,21 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.encode import decode_continuation, encode_answers, encode_prompts, end_tokens
+from common.encode import encode_prompts
 from common.files import InputError
 from common.flags import flag, parse, run_command
-from data.society.truth import WORLD, compare_samples, list_stories, read_story
-from decode import Batch, next_token_probs
-from experiments.doctor import stack
+from data.society.truth import compare_samples, list_stories, read_story
+from decode import Batch
+from experiments import lab
 from hub import load_model
-from sample import sample, sample_global_batch
+from metrics.tables import save_figure
+from sample import sample_global_batch
 
 VOCAB, LENGTH, END = 6, 6, 0  # of the random model: token ids, most tokens of a text, the end token
-MIN_P = {"min_p": 0.01}
 TEMPERATURES = np.linspace(0.5, 4, 15)
 POLICIES = {"dpo": 1, "dpl2": 2, "dpl4": 4}  # folder: alpha / beta
 
@@ -71,14 +70,8 @@ def total_variation(p: Tensor, q: Tensor) -> float:
 def random_model() -> list[Tensor]:
     """Next-token logits of a random Llama after every text of n = 0 .. LENGTH - 1 tokens: [(5^n, VOCAB)]."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    model = LlamaForCausalLM(config).eval()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes)).eval()
     for weight in model.parameters():
         weight.mul_(4)  # a new model is nearly uniform
     others = [token for token in range(VOCAB) if token != END]
@@ -125,28 +118,6 @@ def compare_temperatures(logp: Tensor, token_logp: list[Tensor], title: str) -> 
     return np.array(rows)
 
 
-@torch.no_grad()
-def story_logits(
-    model: PreTrainedModel, prompt: list[int], answers: list[list[int]]
-) -> tuple[Tensor, Tensor]:
-    """Logits that predict each answer's tokens, (answers, tokens, vocab), and the tokens, padded with -1."""
-    targets = torch.full((len(answers), max(map(len, answers))), -1)
-    for row, answer in zip(targets, answers, strict=True):
-        row[: len(answer)] = torch.tensor(answer)
-    ids = torch.cat([torch.tensor([prompt]).expand(len(answers), -1), targets[:, :-1].clamp(min=0)], 1)
-    return torch.cat([model(part).logits[:, len(prompt) - 1 :] for part in ids.split(128)]), targets
-
-
-def story_logp(logits: Tensor, targets: Tensor, **sampling_params: float) -> Tensor:
-    """Log-probability of each answer, (answers,), under next_token_probs with `sampling_params`."""
-    parts = []
-    for z, y in zip(logits.split(128), targets.split(128), strict=True):
-        p = next_token_probs(z.flatten(0, 1).double(), **sampling_params).view(*y.shape, -1)
-        logp = p.gather(-1, y.clamp(min=0)[..., None])[..., 0].log()
-        parts.append(logp.masked_fill(y < 0, 0).sum(-1))
-    return torch.cat(parts)
-
-
 def story_results(config: TemperatureConfig) -> dict[str, Any]:
     """Sample and compute everything about the society's stories, and print it; returns what draw() needs.
 
@@ -154,53 +125,46 @@ def story_results(config: TemperatureConfig) -> dict[str, Any]:
     names misspelt or missing and of stories malformed; names {label: {name: probability}}, for each route to
     temperature 2.
     """
-    world, models = json.loads(WORLD.read_text()), {}
+    world, models = lab.read_world(), {}
     for name in POLICIES:
         folder = Path(config.policies) / name
         if not folder.is_dir():
             raise InputError(f"--policies: no folder {folder}; experiments/doctor.py trains this policy")
         models[name], tokenizer = load_model(folder)
-    story_prompt, stories = world["story_prompt"], list_stories(world)
-    [prompt] = encode_prompts([story_prompt], tokenizer)
-    answers = encode_answers([story_prompt] * len(stories), stories, tokenizer)
-    dpo, dpl = (story_logits(models[name], prompt, answers) for name in ("dpo", "dpl2"))
-    logp, min_p_logp = story_logp(*dpo), story_logp(*dpo, **MIN_P)
+    prompt, stories = world["story_prompt"], list_stories(world)
+    dpo, dpl = (lab.completion_logits(models[name], tokenizer, prompt, stories) for name in ("dpo", "dpl2"))
+    logp, min_p_logp = lab.completion_logp(*dpo), lab.completion_logp(*dpo, **lab.MIN_P)
 
-    def sampled(name: str, tau: float | None = None, **params: float) -> tuple[list[str], float]:
-        """Texts of a policy, at a global temperature if tau is given; and the effective sample size."""
-        ends, count = end_tokens(models[name], tokenizer, [story_prompt]), config.samples
-        if tau is None:
-            completions, ess = sample(models[name], prompt, count, 48, ends, **params), float(count)
-        else:
-            batch, rng = Batch(models[name], [prompt], [0] * count, 48, ends), np.random.default_rng(0)
-            completions, ess, _ = sample_global_batch(batch, count, tau, rng, **params)
-        tokens = [c.tokens[: -1 if c.finish == "eos" else None] for c in completions]
-        return [decode_continuation(ids, tokenizer) for ids in tokens], ess
-
-    def error_rates(texts: list[str]) -> tuple[float, float]:
-        metrics = compare_samples([(story_prompt, text) for text in texts], world, 0.1, 0.1)
+    def error_rates(name: str, tau: float | None = None, **params: float) -> tuple[float, float]:
+        """Percent of a policy's texts with a wrong name, and malformed; at a global temperature, if any."""
+        options = {"global_temperature": tau, **params}
+        _, texts = lab.sample_texts(models[name], tokenizer, prompt, config.samples, 48, **options)
+        metrics = compare_samples([(prompt, text) for text in texts], world, 0.1, 0.1)
         return 100 * metrics["misspelt"], 100 * metrics["malformed"]
 
-    samples = {
-        "DPO, token temperature": [sampled("dpo", temperature=t) for t in TEMPERATURES],
-        "DPO, global temperature, all texts": [sampled("dpo", t) for t in TEMPERATURES],
-        "DPO, global temperature, min-p": [sampled("dpo", t, **MIN_P) for t in TEMPERATURES],
-        "DPL, α/β": [sampled(name) for name in POLICIES],
+    errors = {
+        "DPO, token temperature": [error_rates("dpo", temperature=t) for t in TEMPERATURES],
+        "DPO, global temperature, all texts": [error_rates("dpo", t) for t in TEMPERATURES],
+        "DPO, global temperature, min-p": [error_rates("dpo", t, **lab.MIN_P) for t in TEMPERATURES],
+        "DPL, α/β": [error_rates(name) for name in POLICIES],
     }
-    errors = {label: np.array([error_rates(t) for t, _ in runs]) for label, runs in samples.items()}
+    errors = {label: np.array(rates) for label, rates in errors.items()}
     for column, title in enumerate(("name misspelt or missing, %", "story malformed, %")):
         print(f"\n{title:26}         at " + " ".join(f"{t:5.2f}" for t in TEMPERATURES))
         for label, percent in errors.items():
             print(f"{label:34} " + " ".join(f"{x:5.1f}" for x in percent[:, column]))
 
     index = {text: i for i, text in enumerate(stories)}
-    texts, ess = samples["DPO, global temperature, min-p"][TEMPERATURES.tolist().index(2.0)]
+    count, end = config.samples, tokenizer.eos_token_id
+    batch = Batch(models["dpo"], encode_prompts([prompt], tokenizer), [0] * count, 48, end)
+    drawn, ess, _ = sample_global_batch(batch, count, 2.0, np.random.default_rng(0), **lab.MIN_P)
+    texts = lab.read_texts(drawn, tokenizer)
     sampled = torch.tensor([index[text] for text in texts if text in index], dtype=torch.long)
     exact, exact_min_p = (logp / 2).softmax(0), (min_p_logp / 2).softmax(0)
     routes = {  # probability of each story
         "exact, DPO^(1/2)": exact,
-        "trained, DPL": story_logp(*dpl).exp(),
-        "token temperature": story_logp(*dpo, temperature=2.0).exp(),
+        "trained, DPL": lab.completion_logp(*dpl).exp(),
+        "token temperature": lab.completion_logp(*dpo, temperature=2.0).exp(),
         "exact, DPO^(1/2)\nafter min-p": exact_min_p,
         "sampled\nafter min-p": sampled.bincount(minlength=len(stories)).double() / len(texts),
     }
@@ -210,54 +174,49 @@ def story_results(config: TemperatureConfig) -> dict[str, Any]:
     def by_name(p: Tensor) -> Tensor:
         return torch.zeros(len(values), dtype=torch.float64).index_add(0, doctor, p.double())
 
-    print(
-        f"\ntemperature 2: min-p keeps {(min_p_logp > -math.inf).sum()} of {len(stories):,} stories;", end=" "
-    )
+    kept = (min_p_logp > -math.inf).sum()
+    print(f"\ntemperature 2: min-p keeps {kept} of {len(stories):,} stories;", end=" ")
     print(f"effective sample size {ess:,.0f} of {config.samples:,}")
-    print(
-        "total variation among well-formed texts, of stories and of names, to exact, and to exact after min-p"
-    )
+    print("total variation among well-formed texts, of stories and of names,", end=" ")
+    print("to exact, and to exact after min-p")
     for label, p in routes.items():
         p = p / p.sum()
         tvs = [total_variation(f(p), f(q)) for q in (exact, exact_min_p) for f in (lambda x: x, by_name)]
         print(f"{label.replace(chr(10), ' '):32}" + "".join(f"{tv:7.3f}" for tv in tvs))
     return {
         "logp": logp.log_softmax(0),
-        "token_logp": [story_logp(*dpo, temperature=t).log_softmax(0) for t in TEMPERATURES],
+        "token_logp": [lab.completion_logp(*dpo, temperature=t).log_softmax(0) for t in TEMPERATURES],
         "errors": errors,
         "names": {label: dict(zip(values, by_name(p).tolist(), strict=True)) for label, p in routes.items()},
     }
 
 
-def draw(comparisons: dict[str, np.ndarray], stories: dict[str, Any], path: Path) -> None:
+def draw(comparisons: dict[str, np.ndarray], stories: dict[str, Any], path: str) -> None:
     """Draw a panel for each question; readable in grey."""
-    figure, (equal_entropy, malformed, names) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    for (label, percent), grey in zip(comparisons.items(), ("black", "0.6"), strict=True):
-        equal_entropy.plot(TEMPERATURES, percent[:, 0], "-", color=grey, label=f"{label}: total variation")
-        equal_entropy.plot(TEMPERATURES, percent[:, 1], "--", color=grey, label=f"{label}: pairs reversed")
+    figure, (equal_entropy, malformed, names) = plt.subplots(1, 3, figsize=(15, 4.6))
+    for (label, percent), color in zip(comparisons.items(), (lab.BLUE, lab.ORANGE), strict=True):
+        equal_entropy.plot(TEMPERATURES, percent[:, 0], "-", color=color, label=f"{label}: total variation")
+        equal_entropy.plot(TEMPERATURES, percent[:, 1], "--", color=color, label=f"{label}: pairs reversed")
     equal_entropy.set(xlabel="token temperature", ylabel="difference, %")
-    equal_entropy.set_title("1. Token against global, at equal entropy", loc="left")
-    for (label, percent), style in zip(stories["errors"].items(), ("k-", "k:", "k--", "ko"), strict=True):
+    equal_entropy.set_title("1. At equal entropy, token is not global temperature")
+    equal_entropy.legend()
+    styles = (("-", lab.ORANGE), (":", lab.RED), ("--", lab.SKY), ("o", lab.BLUE))
+    for (label, percent), (style, color) in zip(stories["errors"].items(), styles, strict=True):
         x = list(POLICIES.values()) if label.startswith("DPL") else TEMPERATURES
-        malformed.plot(x, percent[:, 1], style, label=label)
+        malformed.plot(x, percent[:, 1], style, color=color, label=label)
     malformed.set(xlabel="temperature (token, global, or α/β)", ylabel="malformed stories, %", ylim=(-3, 103))
-    malformed.set_title("2. Heat breaks stories", loc="left")
-    equal_entropy.legend(frameon=False, fontsize=9)
-    malformed.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.02, 0.06))
+    malformed.set_title("2. Heat breaks stories; DPL and min-p do not")
+    malformed.legend(loc="lower right", bbox_to_anchor=(1.02, 0.06))
     for y, shares in enumerate(stories["names"].values()):
         total = sum(shares.values())
-        stack(names, y, 0.6, {name: 100 * share / total for name, share in shares.items()}, 14)
+        lab.stack(names, y, 0.6, {name: 100 * share / total for name, share in shares.items()}, 14)
         names.text(102, y, f"{total:.1%}", va="center", fontsize=9)
     names.set_yticks(range(len(stories["names"])), list(stories["names"]))
     names.invert_yaxis()
     names.text(102, -0.45, "well-formed", fontsize=9)
-    names.set(xlim=(0, 100), xlabel="share of well-formed stories, % (by the doctor's name)")
-    names.set_title("3. Who is the doctor, at temperature 2", loc="left")
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    print(f"wrote {path}")
+    names.set(xlim=(0, 100), xlabel="well-formed stories at temperature 2, % (by the doctor's name)")
+    names.set_title("3. DPL keeps the doctors, min-p drops most")
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -269,7 +228,7 @@ def main() -> None:
         "random model": compare_temperatures(*random, f"{len(random[0]):,} texts of a random model"),
         "stories": compare_temperatures(stories["logp"], stories["token_logp"], "DPO's well-formed stories"),
     }
-    draw(comparisons, stories, Path(config.out_file))
+    draw(comparisons, stories, config.out_file)
 
 
 if __name__ == "__main__":

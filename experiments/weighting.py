@@ -41,7 +41,6 @@ rows of differences, so look for what all three betas agree on.
 """
 
 import itertools
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -54,29 +53,28 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.encode import decode_continuation, encode_prompts
-from common.files import write_json
+from common.encode import encode_prompts
+from common.files import ROOT
 from common.flags import Flags, flag, parse, run_command
 from data.society.make_world import exact_logp
-from data.society.truth import WORLD, mallows_favourites, mallows_pair
-from experiments.doctor import REFERENCE, run
+from data.society.truth import mallows_favourites, mallows_pair
+from experiments import lab
 from hub import load_model
-from metrics.tables import mean_and_error
+from metrics.tables import mean_and_error, save_figure
 from model import Stats
 from reference import score_completions
-from sample import draw_seed, sample
+from sample import draw_seed
 from train_mallows import MallowsConfig, fit_dispersion, mallows_dpl_loss, mallows_phi_loss, objective
 from trainer import train
 
 BETAS = (0.1, 0.2, 0.4)
 LOSSES = {"DPO": "theta", "φ link": "phi", "DPL, α = 2β": "dpl"}
 WEIGHTS = ("none", "estimate", "true")
-MARKERS = dict(zip(LOSSES, "o^D", strict=True))
-FILLS = dict(zip(WEIGHTS, ("white", "0.7", "0.1"), strict=True))
-TRAIN = ["--model", REFERENCE, "--data", ROOT / "data/society/debates.jsonl.gz"]
+STYLES = {"DPO": (lab.ORANGE, "o"), "φ link": (lab.RED, "^"), "DPL, α = 2β": (lab.BLUE, "D")}
+FILLS = {"none": {"mfc": "white"}, "estimate": {"fillstyle": "left", "mfcalt": "white"}, "true": {}}
+TRAIN = ["--model", lab.REFERENCE, "--data", ROOT / "data/society/debates.jsonl.gz"]
 TRAIN += ["--lora_rank", 0, "--lr", 5e-4, "--epochs", 3]
 RECIPE = f"@{ROOT}/recipes/debates.txt"
 METRICS = {  # key: title
@@ -111,7 +109,7 @@ def fit_true_dispersion(
 
     Overwrites reference.entropy with phi log V. Equation 10 divides the entropy by log V, which gives phi.
     """
-    debates = json.loads(WORLD.read_text())["debates"]
+    debates = lab.read_world()["debates"]
     ids = encode_prompts(list(debates), tokenizer)
     phi = {tuple(prompt): d["phi"] for prompt, d in zip(ids, debates.values(), strict=True)}
     truth = torch.tensor([phi[tuple(prompt)] for prompt, *_ in examples])
@@ -122,15 +120,13 @@ def fit_true_dispersion(
 
 def train_policy(folder: Path, loss: str, weight: str, beta: float, seed: int) -> None:
     """Train one policy unless its folder is finished."""
-    if (folder / "config.json").is_file():
-        return
     flags = [RECIPE, *TRAIN, "--loss", LOSSES[loss], "--beta", beta, "--alpha", 2 * beta, "--seed", seed]
-    flags += ["--dispersion", "off" if weight == "none" else "on", "--out_dir", folder, "--resume"]
+    flags += ["--dispersion", "off" if weight == "none" else "on"]
     if weight != "true":
-        run("train_mallows.py", *flags)
-        return
-    config = parse(MallowsConfig, None, [str(x) for x in flags])
-    train(config, partial(objective, config=config), prepare=partial(fit_true_dispersion, config=config))
+        lab.train("train_mallows.py", folder, *flags)
+    elif not lab.is_finished(folder):
+        config = parse(MallowsConfig, None, [*map(str, flags), "--out_dir", str(folder), "--resume"])
+        train(config, partial(objective, config=config), prepare=partial(fit_true_dispersion, config=config))
 
 
 # ---- evaluation
@@ -147,16 +143,12 @@ def other_texts(
     """Mean log pi and log pi_ref of sampled texts, (debates, 2), in nats; an answer counts as 0."""
     rows, generator = [], torch.Generator().manual_seed(seed)
     for prompt, debate in debates.items():
-        [ids] = encode_prompts([prompt], tokenizer)
-        drawn = sample(model, ids, samples, 24, tokenizer.eos_token_id, seed=draw_seed(generator))
-        is_answer = [
-            c.finish == "eos" and decode_continuation(c.tokens[:-1], tokenizer) in debate["ranking"]
-            for c in drawn
-        ]
-        other = [c for c, answer in zip(drawn, is_answer, strict=True) if not answer]
-        logp = sum(c.logp for c in other)
-        tokens = [c.tokens for c in other]
-        rows.append([logp, score_completions(reference, [ids] * len(other), tokens).sum() if other else 0.0])
+        drawn, texts = lab.sample_texts(model, tokenizer, prompt, samples, 24, seed=draw_seed(generator))
+        is_other = [text not in debate["ranking"] for text in texts]
+        other = [c for c, o in zip(drawn, is_other, strict=True) if o or c.finish != "eos"]
+        ids, tokens = encode_prompts([prompt], tokenizer) * len(other), [c.tokens for c in other]
+        score = score_completions(reference, ids, tokens).sum() if other else 0.0
+        rows.append([sum(c.logp for c in other), score])
     return np.array(rows) / samples
 
 
@@ -207,9 +199,8 @@ def tabular_optimum(debate: dict[str, Any], loss: str, weight: float, beta: floa
     # log pi - log pi_ref; not 0, where the phi link jumps
     change = -0.1 / beta * torch.arange(len(logp), dtype=torch.float64)
     change.requires_grad_(True)
-    optimizer = torch.optim.LBFGS(
-        [change], max_iter=500, line_search_fn="strong_wolfe", tolerance_change=1e-12
-    )
+    options = {"max_iter": 500, "line_search_fn": "strong_wolfe", "tolerance_change": 1e-12}
+    optimizer = torch.optim.LBFGS([change], **options)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -228,8 +219,8 @@ def tabular_optimum(debate: dict[str, Any], loss: str, weight: float, beta: floa
 
 def make_results(config: WeightingConfig) -> dict[str, list[dict[str, np.ndarray]]]:
     """Train what is missing; returns {method(): [evaluate_policy() of each seed]}."""
-    debates = json.loads(WORLD.read_text())["debates"]
-    reference, _ = load_model(REFERENCE)
+    debates = lab.read_world()["debates"]
+    reference, _ = load_model(lab.REFERENCE)
 
     def evaluate(folder: Path, seed: int) -> dict[str, np.ndarray]:
         model, tokenizer = load_model(folder)
@@ -237,7 +228,7 @@ def make_results(config: WeightingConfig) -> dict[str, list[dict[str, np.ndarray
             other = other_texts(model, tokenizer, reference, debates, config.samples, seed)
         return evaluate_policy(answer_logp(model, tokenizer, debates), other, debates)
 
-    results = {"reference": [evaluate(REFERENCE, 0)]}
+    results = {"reference": [evaluate(lab.REFERENCE, 0)]}
     methods = list(itertools.product(LOSSES, WEIGHTS, BETAS))
     for loss, weight, beta in tqdm(methods, desc="policies", unit="setting", disable=None):
         rows = results.setdefault(method(loss, weight, beta), [])
@@ -271,63 +262,56 @@ def print_table(results: dict[str, list[dict[str, np.ndarray]]]) -> None:
     for loss, weight, beta in itertools.product(LOSSES, WEIGHTS[1:], BETAS):
         pair = (results[method(loss, w, beta)] for w in (weight, "none"))
         ours, base = ({name: over_debates(rows, name) for name in METRICS} for rows in pair)
-        cells = (
-            "{:+9.4f} ± {:.4f}".format(*mean_and_error(np.subtract(ours[name], base[name])))
-            for name in METRICS
-        )
+        changes = (mean_and_error(np.subtract(ours[name], base[name])) for name in METRICS)
+        cells = ("{:+9.4f} ± {:.4f}".format(*change) for change in changes)
         print(f"{method(loss, weight, beta):38}", *(f"{cell:>18}" for cell in cells))
 
 
 def draw(results: dict[str, list[dict[str, np.ndarray]]], path: Path) -> None:
     """Plot utility against KL and entropy, and each debate's entropy against its dispersion."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 5.2), layout="constrained")
-    for axis, metric in zip(axes, ("kl", "answers_entropy"), strict=False):
+    figure, (by_kl, by_entropy, by_phi) = plt.subplots(1, 3, figsize=(15, 5.2))
+    for axis, metric in ((by_kl, "kl"), (by_entropy, "answers_entropy")):
         for loss, weight in itertools.product(LOSSES, WEIGHTS):
             rows = [results[method(loss, weight, beta)] for beta in BETAS]
             (x, dx), (y, dy) = (
                 np.array([mean_and_error(over_debates(row, name)) for row in rows]).T
                 for name in (metric, "utility")
             )
-            style = {"marker": MARKERS[loss], "mfc": FILLS[weight], "ms": 7, "color": "0.2", "lw": 0.8}
-            axis.errorbar(x, 100 * y, 100 * dy, dx, capsize=2, label=f"{loss}, weight: {weight}", **style)
+            color, marker = STYLES[loss]
+            style = {"color": color, "marker": marker, "ms": 7, "lw": 0.8, "capsize": 2} | FILLS[weight]
+            axis.errorbar(x, 100 * y, 100 * dy, dx, label=f"{loss}, weight: {weight}", **style)
         axis.set_ylabel("preferred to the reference's answer, %")
-    axes[0].set_xlabel("KL(policy || reference), nats")
-    axes[1].set_xlabel("entropy among the five answers, nats (line: the reference's)")
-    axes[1].axvline(np.mean(results["reference"][0]["answers_entropy"]), color="0.7", lw=1)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False)
     joined = ", ".join(map(str, BETAS))
-    axes[0].set_title(f"1. Utility against KL (lines join β = {joined})", loc="left", fontsize=10)
-    axes[1].set_title("2. Utility against entropy", loc="left", fontsize=10)
-    debates = json.loads(WORLD.read_text())["debates"]
+    by_kl.set_title("1. The estimated weight changes no utility")
+    by_kl.set_xlabel(f"KL(policy || reference), nats (lines join β = {joined})")
+    by_entropy.set_title("2. DPL keeps more entropy and earns less utility")
+    by_entropy.set_xlabel("entropy among the five answers, nats (grey line: the reference's)")
+    by_entropy.axvline(np.mean(results["reference"][0]["answers_entropy"]), **lab.EXACT | {"lw": 2})
+    figure.legend(*by_kl.get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=10)
+    debates = lab.read_world()["debates"]
     phis = np.array([debate["phi"] for debate in debates.values()])
-    mean_c = -np.log(phis).mean()
-    lines = {"none": np.ones_like(phis), "true": -np.log(phis) / mean_c}
-    axes[2].plot(phis, results["reference"][0]["answers_entropy"], color="0.75", lw=5, label="reference")
-    for (weight, c), style in zip(lines.items(), (":", "-"), strict=True):
+    by_phi.plot(phis, results["reference"][0]["answers_entropy"], **lab.EXACT, label="reference")
+    lines = {"none": (np.ones_like(phis), ":"), "true": (np.log(phis) / np.log(phis).mean(), "-")}
+    for weight, (c, style) in lines.items():
         trained = results[method("DPO", weight, BETAS[-1])]
         rows = np.mean([row["answers_entropy"] for row in trained], axis=0)
-        axes[2].plot(
-            phis, rows, "o", ms=6, color="0.2", mfc=FILLS[weight], label=f"DPO, weight: {weight}, trained"
-        )
+        label = f"DPO, weight: {weight}"
+        by_phi.plot(phis, rows, "o", color=lab.ORANGE, ms=6, label=f"{label}, trained", **FILLS[weight])
         best = [tabular_optimum(d, "theta", w, BETAS[-1]) for d, w in zip(debates.values(), c, strict=True)]
         best = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in best]
-        axes[2].plot(phis, best, style, color="0.2", lw=1.5, label=f"DPO, weight: {weight}, optimum")
-    axes[2].set(xlabel="dispersion φ of the debate's raters", ylabel="entropy among the answers, nats")
-    axes[2].set_title(f"3. Entropy of each debate, β = {BETAS[-1]}", loc="left", fontsize=10)
-    axes[2].legend(frameon=False, fontsize=8)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    print(f"wrote {path}")
+        by_phi.plot(phis, best, style, color=lab.ORANGE, lw=1.5, label=f"{label}, optimum")
+    by_phi.set_title("3. The true weight takes entropy where people disagree")
+    by_phi.set_xlabel(f"dispersion φ of the debate's raters (β = {BETAS[-1]})")
+    by_phi.set_ylabel("entropy among the answers, nats")
+    by_phi.legend()
+    save_figure(figure, path)
 
 
 def main() -> None:
     """Train what is missing, evaluate, print the table and draw the picture."""
     config = parse(WeightingConfig, __doc__)
     results = make_results(config)
-    as_lists = {k: [{n: v.tolist() for n, v in row.items()} for row in rows] for k, rows in results.items()}
-    write_json(Path(config.out_dir) / "weighting.json", as_lists)
+    lab.write_arrays(Path(config.out_dir) / "weighting.json", results)
     print_table(results)
     draw(results, Path(config.out_file))
 

@@ -169,8 +169,8 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Any, path: str) -> None:
+def save_figure(figure: Any, path: str | Path) -> None:
     """Write a figure as .png or .pdf, by the name of the file; atomically."""
     with atomic_write(path, "wb") as file:
-        figure.savefig(file, format=Path(path).suffix[1:], dpi=120)
+        figure.savefig(file, format=Path(path).suffix[1:], dpi=150)
     print(f"wrote {path}")

@@ -14,7 +14,8 @@ from scipy.stats import chisquare
 
 from common.files import InputError
 from data.society.truth import WORLD, list_stories, story_distributions
-from experiments import bandit, dispersion, doctor, pareto, temperature
+from experiments import bandit, dispersion, doctor, lab, pareto, temperature
+from hub import load_model
 from metrics.formulas import entropy_bits
 from model import Stats
 from train_dpl import dpl_loss
@@ -190,11 +191,11 @@ def test_bandit_refuses_too_few_steps(monkeypatch):
 def test_doctor_runs(tmp_path, monkeypatch, capsys, in_process):
     data = first_pairs("train", 32, tmp_path / "pairs.jsonl")
     short = ["--data", data, "--eval_data", data, "--batch_size", 16, "--max_steps", 1]
-    monkeypatch.setattr(doctor, "run", in_process)
+    monkeypatch.setattr(lab, "run", in_process)
     monkeypatch.setattr(doctor, "OUT", tmp_path / "doctor")
     monkeypatch.setattr(doctor, "PICTURE", tmp_path / "doctor.png")
     monkeypatch.setattr(doctor, "SAMPLES", 20)
-    monkeypatch.setattr(doctor, "TRAIN", [*doctor.TRAIN, *short])
+    monkeypatch.setattr(lab, "TRAIN_STORIES", [*lab.TRAIN_STORIES, *short])
     monkeypatch.setattr("sys.argv", ["doctor.py"])
     doctor.main()
     table = capsys.readouterr().out.split("malformed\n")[-1].splitlines()
@@ -205,7 +206,7 @@ def test_doctor_runs(tmp_path, monkeypatch, capsys, in_process):
 def test_the_reference_s_exact_names_are_the_shipped_ones():
     world = json.loads(WORLD.read_text())
     _, reference = story_distributions(world, 1, 1)
-    assert doctor.exact_names(doctor.REFERENCE) == pytest.approx(reference["name"], abs=1e-3)
+    assert doctor.exact_names(lab.REFERENCE) == pytest.approx(reference["name"], abs=1e-3)
 
 
 def test_dpl_is_more_diverse_than_dpo(tmp_path, in_process):
@@ -222,7 +223,7 @@ def test_dpl_is_more_diverse_than_dpo(tmp_path, in_process):
 
 def test_temperature_runs(tmp_path, monkeypatch, capsys):
     for name in temperature.POLICIES:
-        shutil.copytree(doctor.REFERENCE, tmp_path / name)
+        shutil.copytree(lab.REFERENCE, tmp_path / name)
     monkeypatch.setattr(temperature, "TEMPERATURES", np.array([1.0, 2.0]))
     flags = ["--policies", tmp_path, "--samples", 30, "--out_file", tmp_path / "temperature.png"]
     monkeypatch.setattr("sys.argv", ["temperature.py", *map(str, flags)])
@@ -234,19 +235,18 @@ def test_temperature_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "temperature.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_story_logp_is_pair_stats():
+def test_completion_logp_is_pair_stats():
     world = json.loads(WORLD.read_text())
-    model, tokenizer = temperature.load_model(doctor.REFERENCE)
-    stories = list_stories(world)[::200]
-    [prompt] = temperature.encode_prompts([world["story_prompt"]], tokenizer)
-    answers = temperature.encode_answers([world["story_prompt"]] * len(stories), stories, tokenizer)
-    logp = temperature.story_logp(*temperature.story_logits(model, prompt, answers))
+    logits = lab.completion_logits(
+        *load_model(lab.REFERENCE), world["story_prompt"], list_stories(world)[::200]
+    )
+    logp = lab.completion_logp(*logits)
     assert logp.tolist() == pytest.approx(world["story_reference_logp"][::200], abs=1e-3)
 
 
 def test_temperature_names_the_policy_it_lacks(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["temperature.py", "--policies", str(tmp_path)])
-    with pytest.raises(temperature.InputError, match=r"--policies: no folder .*dpo; experiments/doctor.py"):
+    with pytest.raises(InputError, match=r"--policies: no folder .*dpo; experiments/doctor.py"):
         temperature.main()
 
 
@@ -263,7 +263,7 @@ def test_pareto_of_the_reference_itself(tmp_path, monkeypatch, capsys):
         pareto, "STYLES", {c: pareto.STYLES[c] for c in ("DPL", "DPO, token temperature", "DPO, top-k")}
     )
     for seed, ratio in itertools.product(range(2), (1, 4)):
-        shutil.copytree(pareto.REFERENCE, tmp_path / f"dpl{ratio}-seed{seed}")
+        shutil.copytree(lab.REFERENCE, tmp_path / f"dpl{ratio}-seed{seed}")
     flags = ["--seeds", 2, "--samples", 40, "--out_dir", tmp_path, "--out_file", tmp_path / "pareto.png"]
     monkeypatch.setattr("sys.argv", ["pareto.py", *map(str, flags)])
     pareto.main()

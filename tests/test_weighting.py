@@ -9,8 +9,11 @@ import pytest
 import torch
 from conftest import first_pairs
 
+from common.encode import encode_prompts
+from common.files import ROOT
+from common.rows import read_pairs
 from data.society.truth import WORLD, optimum, poll_distributions
-from experiments import population, weighting
+from experiments import lab, population, weighting
 from hub import load_model
 from model import Stats
 from train_dpl import dpl_loss
@@ -26,7 +29,7 @@ DEBATES = WORLD_JSON["debates"]
 def test_weighting_runs(tmp_path, monkeypatch, capsys, in_process):
     data = first_pairs("debates", 32, tmp_path / "pairs.jsonl")
     short = ["--data", data, "--batch_size", 16, "--max_steps", 1, "--epochs", 1]
-    monkeypatch.setattr(weighting, "run", in_process)
+    monkeypatch.setattr(lab, "run", in_process)
     monkeypatch.setattr(weighting, "TRAIN", [*weighting.TRAIN, *short])
     monkeypatch.setattr(weighting, "LOSSES", {"DPO": "theta"})
     monkeypatch.setattr(weighting, "BETAS", (0.1,))
@@ -47,8 +50,8 @@ def test_weighting_runs(tmp_path, monkeypatch, capsys, in_process):
 
 
 def test_the_true_dispersion_takes_the_place_of_the_estimate():
-    model, tokenizer = load_model(weighting.REFERENCE)
-    prompts = weighting.encode_prompts(list(DEBATES), tokenizer)
+    model, tokenizer = load_model(lab.REFERENCE)
+    prompts = encode_prompts(list(DEBATES), tokenizer)
     examples = [(prompt, [5], [6]) for prompt in reversed(prompts)]
     reference = Stats(torch.zeros(20, 2), torch.ones(20, 2), torch.ones(20, 2))
     config = MallowsConfig(out_dir="unused", dispersion="off")
@@ -60,7 +63,7 @@ def test_the_true_dispersion_takes_the_place_of_the_estimate():
 
 
 def test_the_reference_is_no_distance_from_itself():
-    model, tokenizer = load_model(weighting.REFERENCE)
+    model, tokenizer = load_model(lab.REFERENCE)
     logp = weighting.answer_logp(model, tokenizer, DEBATES)
     other = weighting.other_texts(model, tokenizer, model, DEBATES, 200)
     assert other[:, 0] == pytest.approx(other[:, 1], abs=1e-4)  # under itself twice
@@ -123,7 +126,7 @@ def test_dpl_at_twice_beta_halves_the_contrast_of_the_optimum():
 def test_population_runs(tmp_path, monkeypatch, capsys, in_process):
     data = first_pairs("polls", 64, tmp_path / "pairs.jsonl")
     short = ["--data", data, "--batch_size", 16, "--max_steps", 1, "--epochs", 1]
-    monkeypatch.setattr(population, "run", in_process)
+    monkeypatch.setattr(lab, "run", in_process)
     monkeypatch.setattr(population, "TRAIN", [*population.TRAIN, *short])
     flags = ["--seeds", 2, "--samples", 128, "--out_dir", tmp_path / "p", "--pictures", tmp_path]
     monkeypatch.setattr(population, "ALPHAS", (0.1, 0.2, 1.0))
@@ -145,7 +148,7 @@ def test_population_runs(tmp_path, monkeypatch, capsys, in_process):
 
 
 def test_opinion_probs_of_the_reference_are_the_shipped_ones():
-    model = load_model(population.REFERENCE)
+    model = load_model(lab.REFERENCE)
     probs = population.opinion_probs(*model, WORLD_JSON["polls"], 1.0)
     shipped = [poll["reference_logp"] for poll in WORLD_JSON["polls"].values()]
     assert np.log(probs) == pytest.approx(np.array(shipped), abs=1e-3)
@@ -170,7 +173,7 @@ def test_label_optimum_minimises_the_loss_on_the_pairs():
     polls = dict(itertools.islice(WORLD_JSON["polls"].items(), 1))
     [(prompt, poll)] = polls.items()
     names, reference = list(poll["shares"]), torch.tensor(poll["reference_logp"], dtype=torch.float64)
-    rows = population.read_pairs(population.ROOT / population.DATA)
+    rows = read_pairs(ROOT / population.DATA)
     rows = [row for row in rows if row["prompt"] == prompt and {row["chosen"], row["rejected"]} <= set(names)]
     assert len(rows) > 800
     index = torch.tensor([[names.index(row[key]) for key in ("chosen", "rejected")] for row in rows])
@@ -193,10 +196,9 @@ def test_label_optimum_minimises_the_loss_on_the_pairs():
 
 
 def test_measured_coverage_agrees_with_the_closed_form():
-    model, tokenizer = load_model(population.REFERENCE)
+    model, tokenizer = load_model(lab.REFERENCE)
     polls = dict(itertools.islice(WORLD_JSON["polls"].items(), 1))
-    config = population.PopulationConfig(samples=1000)
-    [seen] = population.measured_coverage(model, tokenizer, polls, config, 1.0)
+    [seen] = population.measured_coverage(model, tokenizer, polls, 1000, 1.0)
     [p] = population.opinion_probs(model, tokenizer, polls, 1.0)
     for column, k in enumerate(population.powers(population.MOST)):
         slope = k * (1 - p) ** (k - 1)  # of 1 - (1 - p)^k; the error of p is sqrt(p (1 - p) / 1000)
