@@ -246,7 +246,7 @@ def first_pairs(name, count, path):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """A stand-in for experiments.doctor.run that starts no new process."""
+    """A stand-in for experiments.lab.run that starts no new process."""
 
     def run(script, *flags):
         monkeypatch.setattr("sys.argv", [script, *map(str, flags)])
