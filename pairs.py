@@ -25,6 +25,8 @@ from common.files import InputError, error_prefix
 from common.parallel import to_device
 from common.rows import read_pairs
 
+SEED_STRIDE = 1000003  # between the seeds of epochs (their order) and of steps (their dropout)
+
 
 class Pair(NamedTuple):
     """Token ids of one preference."""
@@ -60,6 +62,17 @@ class Packed(NamedTuple):
 
 
 # ---- packing and micro-batches
+
+
+def batch_indices(step: int, size: int, count: int, seed: int) -> list[int]:
+    """The global batch of a step, as indices: a slice of an endless stream of shuffles of range(count)."""
+    first, last = step * size, (step + 1) * size
+    stream: list[int] = []
+    for epoch in range(first // count, (last - 1) // count + 1):
+        generator = torch.Generator().manual_seed(seed + SEED_STRIDE * epoch)
+        stream += torch.randperm(count, generator=generator).tolist()
+    skip = first // count * count
+    return stream[first - skip : last - skip]
 
 
 def pack(examples: Sequence[Sequence[list[int]]]) -> Packed:

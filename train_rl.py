@@ -45,19 +45,11 @@ from decode import Batch, Completion
 from hub import export, load_model, load_reward_model
 from lora import lora_disabled
 from model import Stats, pair_stats, set_forward
-from pairs import count_tokens, default_micro_batch_tokens, micro_batches, pack
+from pairs import batch_indices, count_tokens, default_micro_batch_tokens, micro_batches, pack
 from reference import digest_model
 from sample import sample_batch
 from train_reward import score_texts
-from trainer import (
-    TrainConfig,
-    batch_indices,
-    forward_backward,
-    load_policy,
-    make_trainable,
-    parse_run,
-    run_steps,
-)
+from trainer import TrainConfig, forward_backward, load_policy, make_trainable, parse_run, run_steps
 
 Reward = Callable[[list[dict[str, Any]], list[str]], Sequence[float]]
 MALFORMED = -2.0  # the society's reward, in nats, of a text that is no story, opinion or answer

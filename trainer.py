@@ -52,7 +52,16 @@ from common.flags import Flags, flag, parse, require
 from hub import export, load_model
 from lora import add_lora, lora_disabled, lora_layers, print_share
 from model import Stats, pair_stats, set_forward
-from pairs import count_tokens, default_micro_batch_tokens, describe, load_pairs, micro_batches, pack
+from pairs import (
+    SEED_STRIDE,
+    batch_indices,
+    count_tokens,
+    default_micro_batch_tokens,
+    describe,
+    load_pairs,
+    micro_batches,
+    pack,
+)
 from reference import cache_folder, digest_model, reference_stats
 
 
@@ -68,9 +77,6 @@ class Objective(Protocol):
     """
 
     def __call__(self, policy: Stats, reference: Stats | None) -> dict[str, Tensor]: ...
-
-
-SEED_STRIDE = 1000003  # between the seeds of epochs (their order) and of steps (their dropout)
 
 
 @dataclass
@@ -139,17 +145,6 @@ def parse_run(
         return [f"@{ROOT / society}"] if society and args.model is None and args.data is None else []
 
     return parse(config, description, default_args=default_args)
-
-
-def batch_indices(step: int, size: int, count: int, seed: int) -> list[int]:
-    """The global batch of a step, as indices: a slice of an endless stream of shuffles of range(count)."""
-    first, last = step * size, (step + 1) * size
-    stream: list[int] = []
-    for epoch in range(first // count, (last - 1) // count + 1):
-        generator = torch.Generator().manual_seed(seed + SEED_STRIDE * epoch)
-        stream += torch.randperm(count, generator=generator).tolist()
-    skip = first // count * count
-    return stream[first - skip : last - skip]
 
 
 def forward_backward(

@@ -19,9 +19,9 @@ import trainer
 from common.files import InputError
 from hub import load_model, model_card
 from model import pair_stats
-from pairs import load_pairs, pack
+from pairs import batch_indices, load_pairs, pack
 from train_dpl import DPLConfig, dpl_loss, objective
-from trainer import batch_indices, parse_run, train
+from trainer import parse_run, train
 
 SOCIETY = "data/society/reference"
 

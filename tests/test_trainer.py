@@ -23,17 +23,10 @@ from common.flags import run_command
 from hub import load_model
 from lora import add_lora, load_lora
 from model import Stats, pair_stats
-from pairs import count_tokens, micro_batches, pack
+from pairs import batch_indices, count_tokens, micro_batches, pack
 from reference import reference_stats
 from train_dpl import DPLConfig, objective
-from trainer import (
-    TrainConfig,
-    batch_indices,
-    forward_backward,
-    learning_rate,
-    load_pairs,
-    train,
-)
+from trainer import TrainConfig, forward_backward, learning_rate, load_pairs, train
 
 SOCIETY = "data/society/reference"
 

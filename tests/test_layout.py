@@ -1,0 +1,66 @@
+"""The layout that README draws: every file is there, imports point one way, every script starts."""
+
+import ast
+import importlib
+import re
+import sys
+from graphlib import TopologicalSorter
+
+import pytest
+from conftest import ROOT
+
+FOLDERS = ("", "common", "metrics", "data", "data/society", "experiments", "bench")
+FILES = [
+    path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py")) if path.stem != "__init__"
+]
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+
+
+def imports(path):
+    """The project's modules that a file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & MODULES.keys()
+
+
+def test_no_two_files_import_each_other():
+    graph = {name: imports(path) for name, path in MODULES.items()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+    for name in graph:
+        if name.startswith("common."):
+            assert all(other.startswith("common.") for other in graph[name]), name
+    path = (
+        "train_dpl",
+        "trainer",
+        "pairs",
+        "model",
+        "attention",
+        "lora",
+        "decode",
+        "reference",
+        "checks",
+        "hub",
+    )
+    assert not any(other.startswith(("metrics.", "experiments.")) for name in path for other in graph[name])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in MODULES if name.startswith(("bench.", "experiments.", "data."))]
+)
+def test_a_script_can_be_imported(name, monkeypatch):
+    """Names that moved would be missing in scripts which no test runs."""
+    monkeypatch.syspath_prepend(MODULES[name].parent)  # as Python does for a script
+    importlib.import_module(name.rpartition(".")[2] if name.startswith("bench.") else name)
+    if name.startswith("bench."):
+        sys.modules.pop(name.rpartition(".")[2])  # bench/train.py is not experiments' train
+
+
+def test_readme_names_every_file_of_the_tree():
+    tree = re.search(r"## Reading the code\n.*?```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    for name, path in MODULES.items():
+        if not name.startswith(("experiments.", "bench.", "data.society.")):
+            assert path.name in tree, name
