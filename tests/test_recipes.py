@@ -12,6 +12,7 @@ import sample
 import train_dpl
 import train_mallows
 import train_reward
+import train_rl
 from common.flags import parse
 
 DPL = train_dpl.DPLConfig, train_dpl.main
@@ -25,6 +26,7 @@ RECIPES = {
     "llama3_mallows": MALLOWS,
     "pythia_mallows": MALLOWS,
     "society": DPL,
+    "society_rl": (train_rl.RLConfig, train_rl.main),
     "zephyr_dpl": DPL,
 }
 # What the papers print: appendices B.3 and C.3 of DPL's; appendices C.2, C.3 and Table 1 of MallowsPO's
@@ -79,6 +81,7 @@ def test_a_flag_after_a_recipe_replaces_the_recipe_s(name):
 @pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"hh_sample"}))
 def test_a_recipe_trains(name, run, tiny_model_folder, data, tmp_path):
     out = tmp_path / "runs" / name
+    data = ROOT / "data/society/prompts.jsonl" if name == "society_rl" else data  # whose rewards are known
     run(name, model=tiny_model_folder, data=data, out_dir=out, max_steps=2, log_every=1)
     first, _, last = map(json.loads, (out / "metrics.jsonl").open())
     assert first["step"] == 0 and last["step"] == 2
@@ -93,6 +96,28 @@ def test_the_sampling_recipe_samples(run, tiny_model_folder, data, tmp_path):
     run("hh_sample", model=tiny_model_folder, prompts=data, out_file=out, num_samples=2, max_new_tokens=5)
     prompts = [json.loads(line)["prompt"] for line in out.open()]
     assert prompts == [row["prompt"] for row in PAIRS for _ in range(2)]
+
+
+def test_each_round_starts_from_the_policy_of_the_round_before(tmp_path):
+    """recipes/rounds.sh, with a `python` that prints its words."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "REWARD": "reward", "OUT": "out"}
+    command = [ROOT / "recipes/rounds.sh", "--loss", "phi"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    words = [line.split() for line in done.stdout.splitlines()]
+    assert [line[0].rsplit("/", 1)[1] for line in words] == [
+        "sample.py",
+        "make_pairs.py",
+        "train_mallows.py",
+    ] * 2
+    [first, _, trained, second, pairs, _] = words
+    assert first[2].endswith("data/society/reference") and trained[1:3] == ["--loss", "phi"]
+    assert trained[-2] == "out/1/policy" and second[second.index("--model") + 1] == "out/1/policy"
+    assert (
+        second[second.index("--out_file") + 1] == pairs[pairs.index("--samples") + 1] == "out/2/samples.jsonl"
+    )
 
 
 def test_a_sweep_shares_one_reference_cache(tiny_model_folder, tmp_path):
