@@ -221,7 +221,7 @@ def _answer_text(
     if not whole.startswith(opened):
         # the generation prompt may go on where answers do not, with `<think>`: they follow it all the same
         start = len(os.path.commonprefix([opened, before]))
-        if not (start >= turns and whole.startswith(opened[:start])):
+        if before[start:].strip() or not (start >= turns and whole.startswith(opened[:start])):
             raise InputError("the chat template changes the prompt before an answer; use rows of strings")
     text = whole[start:]
     fields = [name for name in FIELDS if not (name == "content" and answer[0].get("tool_calls"))]

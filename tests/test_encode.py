@@ -349,6 +349,17 @@ def test_tool_calls_end_as_the_template_ends_them(end, text):
             encode_answers([[USER]], [[answer]], tokenizer)
 
 
+def test_a_template_that_opens_an_answer_in_two_ways_is_refused():
+    """Only what the generation prompt has on top, as `<think>`, may be missing before answers."""
+    tokenizer = make_tokenizer("byte-level")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    with pytest.raises(InputError, match="row 1: the chat template changes the prompt before an answer"):
+        encode_answers([[turn("user", "Hi")]], [[turn("assistant", "Fig.")]], tokenizer)
+
+
 def test_content_in_parts_and_null_fields():
     tokenizer = make_tokenizer("byte-level")
     parts = "{% for m in messages %}{% for x in m.content %}{% if x.type == 'text' %}{{ x.text }}{% endif %}"
