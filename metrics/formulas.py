@@ -391,7 +391,7 @@ def frequencies(observed: Iterable[str], values: Iterable[str]) -> dict[str, flo
 
 def total_variation(p: dict[str, float], q: dict[str, float]) -> float:
     """Half the L1 distance of two distributions; a value that one of them lacks has probability 0 there."""
-    return sum(abs(p.get(value, 0.0) - q.get(value, 0.0)) for value in p.keys() | q.keys()) / 2
+    return sum(abs(p.get(value, 0.0) - q.get(value, 0.0)) for value in {**p, **q}) / 2
 
 
 def entropy_bits(distribution: dict[str, float]) -> float:
