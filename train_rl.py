@@ -159,12 +159,13 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
         with error_prefix(path):
             encoded[path] = encode_prompts(prompts, tokenizer, [row.get("options") for row in rows[path]])
     ends = end_tokens(model, tokenizer, [row["prompt"] for row in rows[config.data]])
-    longest = [(prompt, [0] * config.max_new_tokens) for some in encoded.values() for prompt in some]
+    longest = {path: [(ids, [0] * config.max_new_tokens) for ids in some] for path, some in encoded.items()}
     digests = {"model": digest_model(model), "data": digest_json(encoded[config.data])}
-    check_inputs(config, model, longest, [], digests)
+    check_inputs(config, model, longest[config.data], longest.get(config.eval_data, []), digests)
     frozen = None if config.lora_rank else copy.deepcopy(model).requires_grad_(False)
     make_trainable(config, model, device)
     if frozen is not None:  # else the reference is the model with its adapter off
+        frozen.attention = config.attention
         set_forward(frozen, device, model.mixed, config.parallel == "fsdp")
     plan = plan_run(config, out, digests, len(encoded[config.data]))
     start_run(config, out, plan)
