@@ -22,7 +22,8 @@ from sample import sample
 REFERENCE = ROOT / "data/society/reference"
 TRAIN_STORIES = [  # all weights: a model this small chooses its words in the head, which LoRA does not train
     *("@recipes/society.txt", "--eval_data", "data/society/test.jsonl.gz"),
-    *("--lora_rank", 0, "--lr", 1e-3, "--batch_size", 128),
+    *("--lora_rank", 0, "--batch_size", 128),
+    *("--lr", 5e-4, "--max_grad_norm", 0.05),  # at twice the rate, some runs forget how a text ends
 ]
 MIN_P = {"min_p": 0.01}  # before a global temperature
 
