@@ -6,7 +6,7 @@ demo: .venv/core
 	$(BIN)/python experiments/doctor.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 gpu:  # everything that needs a GPU, checked and timed; with $(PYTHON)'s own torch and transformers if it has them
 	if $(PYTHON) -c "import torch, transformers" 2> /dev/null; then $(PYTHON) bench/gpu.py; \

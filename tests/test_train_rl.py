@@ -159,7 +159,7 @@ def test_rewards_that_are_no_numbers_are_refused(run, value):
         run("bad", reward=lambda rows, texts: (value * len(texts))[: len(texts)])
 
 
-@pytest.mark.parametrize(("kind", "parallel"), [(4, "ddp"), (4, "fsdp"), (0, "fsdp")])
+@pytest.mark.parametrize(("kind", "parallel"), [(4, "ddp"), (0, "fsdp")])
 def test_two_processes_train_the_same(run, tmp_path, tiny_model_folder, kind, parallel):
     """On the society's reward, since a script has no function: its prompts, and a model that answers none."""
     flags = {"--model": tiny_model_folder, "--data": ROOT / "data/society/prompts.jsonl", "--lora_rank": kind}
