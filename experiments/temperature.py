@@ -205,8 +205,8 @@ def draw(comparisons: dict[str, np.ndarray], stories: dict[str, Any], path: str)
         x = list(POLICIES.values()) if label.startswith("DPL") else TEMPERATURES
         malformed.plot(x, percent[:, 1], style, color=color, label=label)
     malformed.set(xlabel="temperature (token, global, or α/β)", ylabel="malformed stories, %", ylim=(-3, 103))
-    malformed.set_title("2. Heat breaks stories; DPL and min-p do not")
-    malformed.legend(loc="lower right", bbox_to_anchor=(1.02, 0.06))
+    malformed.set_title("2. Heat breaks stories; DPL does not")
+    malformed.legend(loc="center right", bbox_to_anchor=(1.02, 0.42))
     for y, shares in enumerate(stories["names"].values()):
         total = sum(shares.values())
         lab.stack(names, y, 0.6, {name: 100 * share / total for name, share in shares.items()}, 14)
@@ -215,7 +215,7 @@ def draw(comparisons: dict[str, np.ndarray], stories: dict[str, Any], path: str)
     names.invert_yaxis()
     names.text(102, -0.45, "well-formed", fontsize=9)
     names.set(xlim=(0, 100), xlabel="well-formed stories at temperature 2, % (by the doctor's name)")
-    names.set_title("3. DPL keeps the doctors, min-p drops most")
+    names.set_title("3. DPL keeps the doctors, min-p drops three")
     save_figure(figure, path)
 
 
