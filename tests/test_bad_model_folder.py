@@ -58,6 +58,7 @@ CONFIGS = {
     "a dtype that torch lacks": {"dtype": "float3"},
     "a configuration of text that is none": {"text_config": {"vocab_size": 5}},
     "quantization that is a string": {"quantization_config": "x"},
+    "kernels of a package that is not there": {"attn_implementation": "no-such/kernel"},
 }
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train_dpl import PENALTY, check_against_trl, one_pair
 
+from common.files import InputError
 from experiments.divergences import DivergenceConfig, objective
 from experiments.divergences import margin as divergence_margin
 
@@ -34,6 +35,14 @@ def test_loss_and_gradient_equal_trl(tmp_path, name, a, beta):
         flags["f_alpha_divergence_coef"] = 1 - a
     config = DivergenceConfig(beta=beta, divergence=name, divergence_alpha=a)
     check_against_trl(tmp_path, partial(objective, config=config), beta=beta, **flags)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("divergence", "kl"), ("divergence_alpha", 0.0), ("divergence_alpha", 1.0)]
+)
+def test_flags_outside_their_range_are_refused_by_name(flag, value):
+    with pytest.raises(InputError, match=f"^--{flag} "):
+        DivergenceConfig(**{flag: value})
 
 
 @pytest.mark.parametrize("name", TRL_SCORES)

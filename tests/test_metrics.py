@@ -140,8 +140,9 @@ CHINESE = st.text("我的果很甜無，。！？、；：《》「」（）　�
 
 @given(CHINESE)
 def test_words_of_chinese_are_those_of_sacrebleu(text):
-    # as above; and zh leaves "5." whole at the end of a text, where 13a splits it
-    assume(not re.search(r"[.,]{2}[0-9]|[0-9][.,]\s*$", text))
+    # as above; and zh leaves "5." whole at the end of a text, where 13a splits it: so no text ends there
+    assume(not re.search(r"[.,]{2}[0-9]", text))
+    text = re.sub(r"([0-9][.,]\s*)$", r"\1果", text)
     assert words(text) == TokenizerZh()(text).split()
 
 
