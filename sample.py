@@ -26,7 +26,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,40 @@ def sample_batch(
         noise = np.stack([next(streams[i]) for i in batch.ancestor[: batch.active].tolist()])
         batch.append(gumbel_max(probs, noise), probs)
     return batch.completions(batch.ancestor.argsort().tolist())
+
+
+def sample_completions(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[Sequence[int]],
+    num_samples: int,
+    max_new_tokens: int,
+    eos_token_id: int | list[int] | None,
+    batch_size: int,
+    has_stop: Callable[[list[int]], bool] | None = None,
+    compile: bool = False,
+    **sampling_params: float,
+) -> list[Completion]:
+    """`num_samples` completions of each prompt, prompt by prompt, `batch_size` at a time.
+
+    Sample s of prompt i has the random numbers of the seed [*seeds[i], s].
+    """
+    samples = [(i, s) for i in range(len(prompts)) for s in range(num_samples)]
+    result: list[Completion] = []
+    for first in range(0, len(samples), batch_size):
+        part = samples[first : first + batch_size]
+        used = sorted({i for i, _ in part})
+        ids, index = [prompts[i] for i in used], [used.index(i) for i, _ in part]
+        batch = Batch(model, ids, index, max_new_tokens, eos_token_id, has_stop, compile)
+        rngs = [np.random.default_rng([*seeds[i], s]) for i, s in part]
+        result += sample_batch(batch, rngs, **sampling_params)
+    return result
+
+
+def completion_text(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a completion, without its end token."""
+    end = -1 if completion.finish == "eos" else None
+    return decode_continuation(completion.tokens[:end], tokenizer)
 
 
 def systematic_resampling(weights: Tensor, count: int, rng: np.random.Generator) -> list[int]:
@@ -145,13 +179,14 @@ def sample(
     completions repeat, and `sampled_logp` is log p(y) / tau - log Z, with log Z estimated. Raises InputError
     if the model cannot be sampled (see Batch) or its log-probabilities are NaN.
     """
-    count = particles or num_samples if global_temperature else num_samples
-    batch = Batch(model, [prompt_ids], [0] * count, max_new_tokens, eos_token_id)
     if global_temperature:
+        batch = Batch(model, [prompt_ids], [0] * (particles or num_samples), max_new_tokens, eos_token_id)
         rng = np.random.default_rng(seed)
         return sample_global_batch(batch, num_samples, global_temperature, rng, **sampling_params)[0]
-    rngs = [np.random.default_rng([seed, i]) for i in range(num_samples)]
-    return sample_batch(batch, rngs, **sampling_params)
+    limits = max_new_tokens, eos_token_id
+    return sample_completions(
+        model, [prompt_ids], [[seed]], num_samples, *limits, num_samples, **sampling_params
+    )
 
 
 @dataclass
@@ -196,14 +231,10 @@ def encode(
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of every prompt, and the end tokens. Raises InputError if prompts do not fit the model."""
     prompts, options = [row["prompt"] for row in rows], [row.get("options") for row in rows]
-    own = model.generation_config.eos_token_id
-    ids = own if isinstance(own, list) else [] if own is None else [own]
-    if not all(type(id) is int and abs(id) < 2**31 for id in ids):
-        raise InputError(
-            f"--model {config.model}: generation_config.json: eos_token_id {own!r} is no token id"
-        )
+    with error_prefix(f"--model {config.model}"):
+        ends = end_tokens(model, tokenizer, prompts)
     with error_prefix(config.prompts if config.prompt is None else "--prompt"):
-        encoded, ends = encode_prompts(prompts, tokenizer, options), end_tokens(model, tokenizer, prompts)
+        encoded = encode_prompts(prompts, tokenizer, options)
     new, limit = config.max_new_tokens, max_positions(model)
     needed = max(map(len, encoded)) + new - 1  # the last token is not fed
     if needed > limit:
@@ -230,14 +261,11 @@ def sample_prompts(
         text = decode_continuation(tokens[-span:], tokenizer)
         return any(s in text for s in stop)
 
-    def make_batch(prompts: list[int], prompt_index: list[int]) -> Batch:
-        prompt_ids = [encoded[n] for n in prompts]
-        stops = has_stop if stop else None
-        return Batch(model, prompt_ids, prompt_index, config.max_new_tokens, ends, stops, config.compile)
+    limits, options = (config.max_new_tokens, ends), (has_stop if stop else None, config.compile)
 
     def add_results(completions: list[Completion], **extra: float) -> None:
         for c in completions:
-            text = decode_continuation(c.tokens[: -1 if c.finish == "eos" else None], tokenizer)
+            text = completion_text(c, tokenizer)
             if c.finish == "stop":
                 text = text[: min((text.find(s) for s in stop if s in text), default=None)]
             stats = {"tokens": len(c.tokens), "logp": c.logp, "sampled_logp": c.sampled_logp} | extra
@@ -245,18 +273,14 @@ def sample_prompts(
 
     if tau := config.global_temperature:
         for n in indices:
-            batch, rng = make_batch([n], [0] * config.particles), np.random.default_rng([config.seed, n])
+            batch = Batch(model, [encoded[n]], [0] * config.particles, *limits, *options)
+            rng = np.random.default_rng([config.seed, n])
             completions, ess, log_z = sample_global_batch(batch, config.num_samples, tau, rng, **params)
             add_results(completions, ess=ess, log_z=log_z)
         return result
-    samples = [(n, s) for n in indices for s in range(config.num_samples)]
-    for first in range(0, len(samples), config.batch_size):
-        part = samples[first : first + config.batch_size]
-        prompts = sorted({n for n, _ in part})
-        batch = make_batch(prompts, [prompts.index(n) for n, _ in part])
-        add_results(
-            sample_batch(batch, [np.random.default_rng([config.seed, n, s]) for n, s in part], **params)
-        )
+    prompts, seeds = [encoded[n] for n in indices], [[config.seed, n] for n in indices]
+    each = prompts, seeds, config.num_samples
+    add_results(sample_completions(model, *each, *limits, config.batch_size, *options, **params))
     return result
 
 

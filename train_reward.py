@@ -18,7 +18,7 @@ token. That is a sequence classifier of transformers with one label, and so is w
     python evaluate.py quality --reward_model out/reward
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,10 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from checks import max_positions
+from checks import check_packable, max_positions
 from common.encode import answer_lead, encode_answers, encode_prompts, render
 from common.files import InputError, error_prefix
 from common.flags import flag, run_command
+from common.parallel import get_device, get_dtype
 from common.rows import Text, message, read_pairs
 from hub import load_reward_model
 from model import Stats
@@ -132,6 +133,18 @@ def score_texts(
     if longest > max_positions(model):
         raise InputError(f"a text has {longest} tokens, and the model {max_positions(model)} positions")
     return score_completions(model, *zip(*texts, strict=True))
+
+
+def load_scorer(path: str) -> Callable[..., np.ndarray]:
+    """score_texts() with a trained reward model and its tokenizer, from a folder or the hub.
+
+    Raises InputError if it cannot be loaded, has no reward head or cannot be packed.
+    """
+    model, tokenizer = load_reward_model(path, str(get_device()), get_dtype())
+    if not model.score.weight.any():
+        raise InputError(f"{path}: is a language model without a reward head; see train_reward.py")
+    check_packable(model, path)
+    return partial(score_texts, model, tokenizer)
 
 
 def main() -> None:

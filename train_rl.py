@@ -32,23 +32,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from checks import check_inputs
 from common import parallel
 from common.checkpoint import open_run, plan_run, start_run
-from common.encode import decode_continuation, encode_prompts, end_tokens
+from common.encode import encode_prompts, end_tokens
 from common.files import ROOT, InputError, atomic_write, digest_json, error_prefix
 from common.flags import flag, require, run_command
 from common.rows import last_turn, read_prompts
-from decode import Batch, Completion
-from hub import export, load_model, load_reward_model
+from hub import export, load_model
 from lora import lora_disabled
 from model import Stats, pair_stats, set_forward
-from pairs import batch_indices, count_tokens, default_micro_batch_tokens, micro_batches, pack
+from pairs import count_tokens, default_micro_batch_tokens, micro_batches, pack
 from reference import digest_model
-from sample import sample_batch
-from train_reward import score_texts
+from sample import completion_text, sample_completions
+from train_reward import load_scorer
 from trainer import TrainConfig, forward_backward, load_policy, make_trainable, parse_run, run_steps
 
 Reward = Callable[[list[dict[str, Any]], list[str]], Sequence[float]]
@@ -97,49 +95,38 @@ def objective(policy: Stats, known: Known, *, alpha: float, beta: float) -> dict
     }
 
 
-def sample_texts(
-    model: PreTrainedModel, prompts: Sequence, seeds: Sequence, ends: list[int], config: RLConfig
-) -> list[Completion]:
-    """num_samples completions of each prompt, prompt by prompt; number s of prompt i has seeds[i], then s."""
-    todo = [(i, s) for i in range(len(prompts)) for s in range(config.num_samples)]
-    result: list[Completion] = []
-    for first in range(0, len(todo), config.sample_batch_size):
-        part = todo[first : first + config.sample_batch_size]
-        some = sorted({i for i, _ in part})
-        index = [some.index(i) for i, _ in part]
-        batch = Batch(model, [prompts[i] for i in some], index, config.max_new_tokens, ends)
-        result += sample_batch(batch, [np.random.default_rng([*seeds[i], s]) for i, s in part])
-    return result
-
-
-def society_reward(rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
+def society_reward() -> Reward:
     """The society's utilities: of stories and opinions in nats, of a debate's answers minus their rank."""
     from data.society.truth import WORLD, utility  # imported here: other rewards do not need it
 
     world = json.loads(WORLD.read_bytes())
-    values = []
-    for row, text in zip(rows, texts, strict=True):
-        prompt = last_turn(row["prompt"])
-        if debate := world["debates"].get(prompt):
-            value = -debate["ranking"].index(text) if text in debate["ranking"] else -math.inf
-        else:
-            value = utility(prompt, text, world)
-        values.append(max(value, MALFORMED))
-    return values
+
+    def reward(rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
+        values = []
+        for row, text in zip(rows, texts, strict=True):
+            prompt = last_turn(row["prompt"])
+            if debate := world["debates"].get(prompt):
+                value = -debate["ranking"].index(text) if text in debate["ranking"] else -math.inf
+            else:
+                value = utility(prompt, text, world)
+            values.append(max(value, MALFORMED))
+        return values
+
+    return reward
 
 
-def load_reward(config: RLConfig, device: torch.device) -> Reward:
+def load_reward(config: RLConfig) -> Reward:
     """The reward that the flags name. Raises InputError if they name none."""
     if config.reward_model is None:
         is_society = Path(config.data).resolve().is_relative_to(ROOT / "data/society")
         require(config, "reward_model", is_society, "given")
-        return society_reward
-    with error_prefix(f"--reward_model {config.reward_model}"):
-        model, tokenizer = load_reward_model(config.reward_model, str(device), parallel.get_dtype())
+        return society_reward()
+    with error_prefix("--reward_model"):
+        score = load_scorer(config.reward_model)
 
     def reward(rows: list[dict[str, Any]], texts: list[str]) -> np.ndarray:
         options = [row.get("options") for row in rows]
-        return score_texts(model, tokenizer, [row["prompt"] for row in rows], texts, options)
+        return score([row["prompt"] for row in rows], texts, options)
 
     return reward
 
@@ -150,7 +137,7 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
     # ---- model, prompts, reward
     out, device = open_run(config), parallel.get_device()
     max_tokens = config.micro_batch_tokens or default_micro_batch_tokens(device)
-    reward = reward or load_reward(config, device)
+    reward = reward or load_reward(config)
     model, tokenizer = load_policy(config, device, load_model)
     rows, encoded = {}, {}
     for path in filter(None, (config.data, config.eval_data)):
@@ -158,7 +145,8 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
         prompts = [row["prompt"] for row in rows[path]]
         with error_prefix(path):
             encoded[path] = encode_prompts(prompts, tokenizer, [row.get("options") for row in rows[path]])
-    ends = end_tokens(model, tokenizer, [row["prompt"] for row in rows[config.data]])
+    with error_prefix(f"--model {config.model}"):
+        ends = end_tokens(model, tokenizer, [row["prompt"] for row in rows[config.data]])
     longest = {path: [(ids, [0] * config.max_new_tokens) for ids in some] for path, some in encoded.items()}
     digests = {"model": digest_model(model), "data": digest_json(encoded[config.data])}
     check_inputs(config, model, longest[config.data], longest.get(config.eval_data, []), digests)
@@ -179,10 +167,11 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
         seeds = [[config.seed, step, i] for i in range(len(indices))][rank::world]
         model.eval()
         with parallel.unsharded(model):
-            drawn = sample_texts(model, [encoded[path][i] for i in mine], seeds, ends, config)
+            prompts, limits = [encoded[path][i] for i in mine], (config.max_new_tokens, ends)
+            drawn = sample_completions(model, prompts, seeds, k, *limits, config.sample_batch_size)
         sampled = time.monotonic()
         tokens = [c.tokens for c in drawn]
-        texts = [decode_continuation(c.tokens[: -1 if c.finish == "eos" else None], tokenizer) for c in drawn]
+        texts = [completion_text(c, tokenizer) for c in drawn]
         asked = [rows[path][i] for i in mine for _ in range(k)]
         rewards = np.asarray(reward(asked, texts), dtype=float) if texts else np.zeros(0)
         if rewards.shape != (len(texts),) or not np.isfinite(rewards).all():
@@ -224,9 +213,8 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
                     file.write(json.dumps(sample, ensure_ascii=False) + "\n")
         return row | {"tokens": sum(map(count_tokens, examples))}
 
-    def gradient(step: int) -> tuple[dict[str, float], int]:
-        indices = batch_indices(step, plan.size, len(encoded[config.data]), config.seed)
-        row = rollout(config.data, indices, step)
+    def gradient(step: int, batch: list[int]) -> tuple[dict[str, float], int]:
+        row = rollout(config.data, batch, step)
         return row, int(row.pop("tokens"))
 
     def evaluate() -> dict[str, float]:

@@ -300,8 +300,7 @@ def train(
     # calls the objective on random Stats, and finds out whether it uses policy.entropy
     entropy = check_objective(objective, len(examples[0]) - 1, reference, device)
 
-    def gradient(step: int) -> tuple[dict[str, float], int]:
-        batch = batch_indices(step, plan.size, len(examples), config.seed)
+    def gradient(step: int, batch: list[int]) -> tuple[dict[str, float], int]:
         with error_prefix(f"step {step}"):
             row = forward_backward(model, examples, batch, ref, objective, max_tokens, entropy)
         return row, sum(count_tokens(examples[index]) for index in batch)
@@ -322,13 +321,14 @@ def run_steps(
     plan: Plan,
     model: PreTrainedModel,
     digests: dict[str, str],
-    gradient: Callable[[int], tuple[dict[str, float], int]],
+    gradient: Callable[[int, list[int]], tuple[dict[str, float], int]],
     evaluate: Callable[[], dict[str, float]] | None,
 ) -> dict[str, float]:
     """The loop: gradient, optimizer step, log, checkpoint. Returns the row of the final policy.
 
-    gradient(step) adds to the weights' gradients, unless they are disabled; it returns what to log and how
-    many tokens it read. evaluate() returns what to log of held-out data.
+    gradient(step, batch) adds to the weights' gradients, unless they are disabled; `batch` are indices of
+    examples. It returns what to log and how many tokens it read. evaluate() returns what to log of held-out
+    data.
     """
     device, start, steps, size = parallel.get_device(), plan.start, plan.steps, plan.size
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -363,14 +363,15 @@ def run_steps(
         torch.manual_seed(config.seed + SEED_STRIDE * (step + 1) + parallel.get_rank())  # dropout's
         for _, layer in lora_layers(model):  # no dropout in the base: it must compute what the reference did
             layer.train()
-        values, tokens = gradient(step)
+        batch = batch_indices(step, size, plan.count, config.seed)
+        values, tokens = gradient(step, batch)
         model.eval()
         if config.parallel == "ddp":
             parallel.all_reduce_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
         norm = parallel.full_tensor(norm).item()
         if not math.isfinite(norm):
-            raise InputError(f"step {step}: NaN or infinite gradient; stopped")
+            raise InputError(f"step {step}: NaN or infinite gradient on examples {sorted(batch)}; stopped")
         for group in optimizer.param_groups:
             group["lr"] = row["lr"] = learning_rate(config, step, steps)
         optimizer.step()
@@ -393,6 +394,6 @@ def run_steps(
     # the final policy, without dropout, on the next batch and the held-out examples
     row = {"step": steps}
     with torch.no_grad():
-        row |= gradient(steps)[0]
+        row |= gradient(steps, batch_indices(steps, size, plan.count, config.seed))[0]
     log(row | (evaluate() if evaluate else {}))
     return row

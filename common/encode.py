@@ -132,9 +132,14 @@ def end_tokens(
 ) -> list[int]:
     """Every token id that ends a completion: the tokenizer's EOS, those in the model's generation config, and
     if any prompt is a message list, the token that closes a turn in the chat template.
+
+    Raises InputError if the generation config names something else than token ids.
     """
-    ids = model.generation_config.eos_token_id
-    ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+    own = model.generation_config.eos_token_id
+    ids = own if isinstance(own, list) else [] if own is None else [own]
+    if not all(type(id) is int and abs(id) < 2**31 for id in ids):
+        raise InputError(f"generation_config.json: eos_token_id {own!r} is no token id")
+    ids = {*ids, tokenizer.eos_token_id} - {None}
     if not all(isinstance(prompt, str) for prompt in prompts):
         ids |= set(turn_ends(tokenizer))
     return sorted(ids)

@@ -228,7 +228,7 @@ class Sample(NamedTuple):
 
 
 def read_sample(row: dict[str, Any], where: str) -> Sample:
-    """The sample in a row that sample.py wrote in any --format. Raises InputError with `where` for others."""
+    """The sample in a row of sample.py or of data/export.py. Raises InputError with `where` for others."""
     try:
         if "messages" in row:  # messages, arena_hard
             *prompt, answer = row["messages"]

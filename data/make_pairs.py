@@ -23,10 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.files import InputError, atomic_write, error_prefix
 from common.flags import Flags, flag, parse, require, require_new, run_command
-from common.parallel import get_device, get_dtype
 from common.rows import Sample, read_rows, read_sample, to_texts
-from hub import load_reward_model
-from train_reward import score_texts
+from train_reward import load_scorer
 
 
 @dataclass
@@ -51,9 +49,8 @@ class PairsConfig(Flags):
 def read_rewards(config: PairsConfig, samples: list[Sample], rows: list[tuple[str, dict]]) -> np.ndarray:
     """The reward of each sample, (samples,). Raises InputError naming the row that has none."""
     if config.reward_model:
-        with error_prefix(f"--reward_model {config.reward_model}"):
-            model, tokenizer = load_reward_model(config.reward_model, str(get_device()), get_dtype())
-            return score_texts(model, tokenizer, *to_texts(samples, config.chat))
+        with error_prefix("--reward_model"):
+            return load_scorer(config.reward_model)(*to_texts(samples, config.chat))
     for where, row in rows:
         value = row.get("reward")
         if type(value) not in (int, float) or not math.isfinite(value):

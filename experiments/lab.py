@@ -13,11 +13,11 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from common.encode import decode_continuation, encode_answers, encode_prompts, end_tokens
+from common.encode import encode_answers, encode_prompts, end_tokens
 from common.files import ROOT, write_json
 from data.society.truth import WORLD
 from decode import Completion, next_token_probs
-from sample import sample
+from sample import completion_text, sample
 
 REFERENCE = ROOT / "data/society/reference"
 TRAIN_STORIES = [  # all weights: a model this small chooses its words in the head, which LoRA does not train
@@ -92,8 +92,7 @@ def completion_logp(logits: Tensor, targets: Tensor, **sampling_params: float) -
 
 def read_texts(completions: list[Completion], tokenizer: Any) -> list[str]:
     """The text of each completion, without its end token."""
-    tokens = [c.tokens[: -1 if c.finish == "eos" else None] for c in completions]
-    return [decode_continuation(ids, tokenizer) for ids in tokens]
+    return [completion_text(c, tokenizer) for c in completions]
 
 
 def sample_texts(

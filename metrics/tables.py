@@ -13,14 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from checks import check_packable
 from common.files import InputError, atomic_write, error_prefix, write_json
 from common.flags import Flags, flag, require, require_new
-from common.parallel import get_device, get_dtype
 from common.rows import Sample, read_samples, to_texts
-from hub import load_reward_model
 from metrics import formulas
-from train_reward import score_texts
+from train_reward import load_scorer
 
 Groups = dict[str, list[Sample]]  # a file's samples by prompt
 Columns = dict[str, np.ndarray]  # metric: its value for each prompt, nan where it is not defined
@@ -30,7 +27,7 @@ Columns = dict[str, np.ndarray]  # metric: its value for each prompt, nan where 
 class SamplesConfig(Flags):
     """Flags of the subcommands that read samples of prompts."""
 
-    samples: str = flag("out/dpl/samples.jsonl", "File that sample.py wrote, in any --format.")
+    samples: str = flag("out/dpl/samples.jsonl", "File of sample.py or of data/export.py.")
     baseline: str | None = flag(None, "Another policy's samples of the same prompts, to compare with.")
     out_file: str | None = flag(None, "Also write all results to this file, as JSON.")
     overwrite: bool = flag(False, "Replace --out_file.")
@@ -126,12 +123,8 @@ def prompt_means(values: Sequence[float], groups: Groups) -> np.ndarray:
 def sample_rewards(files: list[Groups], path: str, chat: bool) -> list[np.ndarray]:
     """The reward of every sample, in the order of flatten(groups), for each file."""
     with error_prefix("--reward_model"):
-        model, tokenizer = load_reward_model(path, str(get_device()), get_dtype())
-        if not model.score.weight.any():
-            raise InputError(f"{path}: is a language model without a reward head; see train_reward.py")
-        check_packable(model, path)
         samples = [sample for groups in files for sample in flatten(groups)]
-        rewards = score_texts(model, tokenizer, *to_texts(samples, chat))
+        rewards = load_scorer(path)(*to_texts(samples, chat))
     return np.split(rewards, np.cumsum([len(flatten(groups)) for groups in files])[:-1])
 
 

@@ -16,7 +16,9 @@ from common.files import InputError
 from lora import add_lora
 from model import Stats, pair_stats
 from pairs import pack
-from train_rl import Known, RLConfig, objective, sample_texts
+from sample import sample_completions
+from train_reward import score_texts
+from train_rl import Known, RLConfig, objective
 
 STEPS, TOKENS = 4, 3
 TEXTS = torch.tensor(list(itertools.product(range(TOKENS), repeat=STEPS)))
@@ -86,9 +88,8 @@ def test_the_gradient_is_zero_at_the_optimum():
 def test_completions_packed_behind_one_prompt_equal_one_by_one():
     model = make(CONFIGS["llama"])
     add_lora(model, 4, 8.0)
-    config = RLConfig(data="x", num_samples=5, max_new_tokens=9)
     prompt, ends = [5, 6, 7, 8], list(range(0, 97, 9))
-    drawn = sample_texts(model, [prompt], [[0, 1]], ends, config)
+    drawn = sample_completions(model, [prompt], [[0, 1]], 5, 9, ends, 128)
     assert len({len(c.tokens) for c in drawn}) > 1
     packed = pair_stats(model, pack([(prompt, *(c.tokens for c in drawn))])).logp[0]
     alone = [pair_stats(model, pack([(prompt, c.tokens)])).logp.item() for c in drawn]
@@ -96,7 +97,7 @@ def test_completions_packed_behind_one_prompt_equal_one_by_one():
     assert packed.tolist() == pytest.approx([c.logp for c in drawn], abs=1e-4)
     cut = [c for c in drawn if c.finish == "length"]
     assert all(c.tokens[-1] not in ends and len(c.tokens) == 9 for c in cut)
-    again = sample_texts(model, [[9, 9], prompt], [[0, 0], [0, 1]], ends, config)
+    again = sample_completions(model, [[9, 9], prompt], [[0, 0], [0, 1]], 5, 9, ends, 128)
     assert [c.tokens for c in again[5:]] == [c.tokens for c in drawn]  # whatever else is sampled
 
 
@@ -182,11 +183,9 @@ def test_a_reward_model_rewards(run, tmp_path, tiny_model_folder, monkeypatch):
     model.save_pretrained(tmp_path / "reward")
     save_tokenizer(tokenizer, tmp_path / "reward")
     config = RLConfig(reward_model=str(tmp_path / "reward"))
-    reward = train_rl.load_reward(config, torch.device("cpu"))
+    reward = train_rl.load_reward(config)
     rows = [{"prompt": "Best fruit?"}, {"prompt": "A café?"}]
-    expected = train_rl.score_texts(
-        model.eval(), tokenizer, [r["prompt"] for r in rows], [" The fig.", " Mud."]
-    )
+    expected = score_texts(model.eval(), tokenizer, [r["prompt"] for r in rows], [" The fig.", " Mud."])
     assert reward(rows, [" The fig.", " Mud."]) == pytest.approx(expected, abs=1e-5)
 
 
