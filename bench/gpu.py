@@ -89,7 +89,6 @@ class GpuConfig(Flags):
     parts: list[str] | None = flag(None, "Only these parts.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for part in self.parts or []:
             if part not in PARTS:
                 raise InputError(f"--parts {part}: must be one of {', '.join(PARTS)}")

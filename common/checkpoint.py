@@ -177,16 +177,9 @@ def _start_run(config: Any, out: Path, metrics: list[bytes]) -> None:
     flags = asdict(config) | {"run_id": saved.get("run_id")}
     write_json(out / "run.json", flags | {"overwrite": overwrite})  # first: a folder with it can be resumed
     if overwrite:
-        old = (
-            "adapter_*",
-            "*.safetensors*",
-            "*config.json",
-            "*.jinja",
-            "samples.jsonl*",
-            "samples/*",
-            "tensorboard/*",
-        )
-        for path in {path for pattern in (*old, "checkpoint/*") for path in out.glob(pattern)}:
+        old = ["adapter_*", "*.safetensors*", "*config.json", "*.jinja", "samples.jsonl*"]
+        old += ["samples/*", "tensorboard/*", "checkpoint/*"]
+        for path in {path for pattern in old for path in out.glob(pattern)}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # checkpoint/ itself may be a link
         write_json(out / "run.json", flags | {"overwrite": False})
     with atomic_write(out / "metrics.jsonl", "wb") as file:
