@@ -25,7 +25,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,15 +41,26 @@ from common.flags import flag, require, run_command
 from common.rows import last_turn, read_prompts
 from hub import export, load_model
 from lora import lora_disabled
-from model import Stats, pair_stats, set_forward
-from pairs import count_tokens, default_micro_batch_tokens, micro_batches, pack
-from reference import digest_model
+from model import Stats, set_forward
+from pairs import count_tokens, default_micro_batch_tokens
+from reference import digest_model, score_completions
 from sample import completion_text, sample_completions
 from train_reward import load_scorer
-from trainer import TrainConfig, forward_backward, load_policy, make_trainable, parse_run, run_steps
+from trainer import (
+    TrainConfig,
+    forward_backward,
+    is_bfloat16,
+    load_policy,
+    make_trainable,
+    parse_run,
+    run_steps,
+)
 
 Reward = Callable[[list[dict[str, Any]], list[str]], Sequence[float]]
-MALFORMED = -2.0  # the society's reward, in nats, of a text that is no story, opinion or answer
+PHASES = "sampling", "reference", "reward", "gradient"  # of a step: metrics.jsonl has the seconds of each
+# The society's reward, in nats, of a text that is no story, opinion or answer. So low because J flattens the
+# reference: at alpha / beta = 4 the other texts of up to 48 tokens weigh e^165, all stories together e^6.5
+MALFORMED = -100.0
 EVALUATION = 2**32  # in place of a step's number in the seeds of samples: no step has it
 
 
@@ -74,25 +84,36 @@ class RLConfig(TrainConfig):
 
 
 class Known(NamedTuple):
-    """What the objective gets of a step's texts besides the policy: (prompts, K) each."""
+    """What the loss gets of a step's texts besides the policy: (rows, texts) each."""
 
     logp: Tensor  # of the reference, in nats
-    length: Tensor
-    reward: Tensor
+    advantage: Tensor
 
 
-def objective(policy: Stats, known: Known, *, alpha: float, beta: float) -> dict[str, Tensor]:
-    """A loss whose gradient is the leave-one-out estimate of -dJ, and parts of J; (prompts,) each."""
-    returns = (known.reward - alpha * policy.logp + beta * known.logp).detach()
+def advantages(returns: Tensor) -> Tensor:
+    """R_i minus the mean R of the prompt's other texts; (prompts, K)."""
     others = (returns.sum(1, keepdim=True) - returns) / (returns.shape[1] - 1)
+    return returns - others
+
+
+def objective(policy: Stats, known: Known) -> dict[str, Tensor]:
+    """A loss whose gradient is the estimate of -grad J, and KL(pi || pi_ref) in nats a text; (rows,) each."""
     return {
-        "loss": -((returns - others) * policy.logp).mean(1),
-        "objective": returns.mean(1),
-        "reward": known.reward.mean(1),
-        "entropy": -policy.logp.mean(1),  # nats a text, as the next two
-        "cross_entropy": -known.logp.mean(1),
+        "loss": -(known.advantage * policy.logp).mean(1),
         "kl": (policy.logp - known.logp).mean(1),
     }
+
+
+def split_texts(
+    prompts: list[list[int]], texts: list[list[int]], max_tokens: int
+) -> list[tuple[list[int], ...]]:
+    """Rows (prompt, *texts): a prompt's texts in equal parts, as few as keep a row within `max_tokens`."""
+    k = len(texts) // len(prompts)
+    for size in (size for size in range(k, 0, -1) if k % size == 0):
+        rows = [(prompts[i // k], *texts[i : i + size]) for i in range(0, len(texts), size)]
+        if max(map(count_tokens, rows)) <= max_tokens:
+            break
+    return rows
 
 
 def society_reward() -> Reward:
@@ -150,60 +171,62 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
     longest = {path: [(ids, [0] * config.max_new_tokens) for ids in some] for path, some in encoded.items()}
     digests = {"model": digest_model(model), "data": digest_json(encoded[config.data])}
     check_inputs(config, model, longest[config.data], longest.get(config.eval_data, []), digests)
-    frozen = None if config.lora_rank else copy.deepcopy(model).requires_grad_(False)
+    reference = model  # with its adapter off
+    if not config.lora_rank:
+        reference = copy.deepcopy(model).requires_grad_(False)
+        reference.attention = config.attention
+        set_forward(reference, device, is_bfloat16(config, device), config.parallel == "fsdp")
     make_trainable(config, model, device)
-    if frozen is not None:  # else the reference is the model with its adapter off
-        frozen.attention = config.attention
-        set_forward(frozen, device, model.mixed, config.parallel == "fsdp")
     plan = plan_run(config, out, digests, len(encoded[config.data]))
     start_run(config, out, plan)
-    loss = partial(objective, alpha=config.alpha, beta=config.beta)
 
     def rollout(path: str, indices: list[int], step: int) -> dict[str, float]:
         """Sample the prompts, reward the texts, and add to the gradient; returns what to log."""
-        began = time.monotonic()
-        rank, world, k = parallel.get_rank(), parallel.get_world_size(), config.num_samples
+        times, k = [time.monotonic()], config.num_samples
+        rank, world = parallel.get_rank(), parallel.get_world_size()
         mine = indices[rank::world]
         seeds = [[config.seed, step, i] for i in range(len(indices))][rank::world]
         model.eval()
-        with parallel.unsharded(model):
+        with parallel.unsharded(model), parallel.unsharded(reference), torch.no_grad():
             prompts, limits = [encoded[path][i] for i in mine], (config.max_new_tokens, ends)
             drawn = sample_completions(model, prompts, seeds, k, *limits, config.sample_batch_size)
-        sampled = time.monotonic()
-        tokens = [c.tokens for c in drawn]
+            times.append(time.monotonic())
+            asked, tokens = [i for i in mine for _ in range(k)], [c.tokens for c in drawn]
+            with lora_disabled(reference):
+                ref = score_completions(reference, [encoded[path][i] for i in asked], tokens, max_tokens)
+        times.append(time.monotonic())
         texts = [completion_text(c, tokenizer) for c in drawn]
-        asked = [rows[path][i] for i in mine for _ in range(k)]
-        rewards = np.asarray(reward(asked, texts), dtype=float) if texts else np.zeros(0)
-        if rewards.shape != (len(texts),) or not np.isfinite(rewards).all():
-            raise InputError(f"step {step}: the reward must be a finite number for each text: {rewards}")
+        given = np.asarray(reward([rows[path][i] for i in asked], texts) if texts else [], dtype=float)
+        if given.shape != (len(texts),) or not np.isfinite(given).all():
+            raise InputError(f"step {step}: the reward must be a finite number for each text: {given}")
         if config.no_reward_if_cut:
-            rewards = np.where([c.finish == "eos" for c in drawn], rewards, 0.0)
-        parts = parallel.all_gather((tokens, texts, rewards.tolist(), [c.finish for c in drawn]))
-        rewarded = time.monotonic()
+            given = np.where([c.finish == "eos" for c in drawn], given, 0.0)
+        parts = parallel.all_gather(list(zip(drawn, texts, given.tolist(), ref.tolist(), strict=True)))
+        times.append(time.monotonic())
 
         # every process knows all texts: back in the order of `indices`
-        where = [(i % world, i // world * k + s) for i in range(len(indices)) for s in range(k)]
-        tokens, texts, rewards, finish = ([part[r][j] for r, j in where] for part in zip(*parts, strict=True))
-        examples = [(encoded[path][n], *tokens[i * k : i * k + k]) for i, n in enumerate(indices)]
-        known = Known(*(torch.zeros(len(indices), k) for _ in Known._fields))
-        known.reward[:] = torch.tensor(rewards).view(-1, k)
-        every = range(len(examples))
-        with torch.no_grad(), lora_disabled(model):
-            for batch in micro_batches(every, examples, max_tokens, rank, world):
-                stats = pair_stats(model if frozen is None else frozen, pack([examples[i] for i in batch]))
-                known.logp[batch], known.length[batch] = (x.float().cpu() for x in stats[:2])
-        row = forward_backward(model, examples, every, known, loss, max_tokens)
-        groups = [slice(i, i + k) for i in range(0, len(texts), k)]
-        count = sum(map(len, tokens))
+        every = [parts[i % world][i // world * k + s] for i in range(len(indices)) for s in range(k)]
+        drawn, texts, rewards, ref = zip(*every, strict=True)
+        r, logp, ref = (torch.tensor(x).view(-1, k) for x in (rewards, [c.logp for c in drawn], ref))
+        returns = r - config.alpha * logp + config.beta * ref
+        packed = split_texts([encoded[path][i] for i in indices], [c.tokens for c in drawn], max_tokens)
+        known = Known(*(x.float().view(len(packed), -1) for x in (ref, advantages(returns))))
+        row = forward_backward(model, packed, range(len(packed)), known, objective, max_tokens)
+        times.append(time.monotonic())
+
+        seconds, count = np.diff(times).tolist(), sum(len(c.tokens) for c in drawn)
+        finish, groups = [c.finish for c in drawn], [slice(i, i + k) for i in range(0, len(texts), k)]
         row |= {
+            "objective": returns.mean().item(),
+            "reward": r.mean().item(),
+            "entropy": -logp.mean().item(),  # nats a text, as the cross-entropy
+            "cross_entropy": -ref.mean().item(),
             "tokens_per_text": count / len(texts),
             "share_cut": finish.count("length") / len(texts),
             "unique_texts": float(np.mean([len(set(texts[group])) / k for group in groups])),
             "equal_rewards": float(np.mean([len(set(rewards[group])) == 1 for group in groups])),
-            "sampled_tokens_per_second": count / (sampled - began),
-            "seconds_sampling": sampled - began,
-            "seconds_reward": rewarded - sampled,
-            "seconds_gradient": time.monotonic() - rewarded,
+            "sampled_tokens_per_second": count / seconds[0],
+            **{f"seconds_{name}": value for name, value in zip(PHASES, seconds, strict=True)},
         }
         if step % config.log_samples == 0 and rank == 0:
             with atomic_write(out / "samples" / f"{step:06d}.jsonl") as file:
@@ -211,7 +234,7 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
                     prompt = rows[path][indices[i // k]]["prompt"]
                     sample = {"prompt": prompt, "completion": text, "reward": value, "finish": end}
                     file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-        return row | {"tokens": sum(map(count_tokens, examples))}
+        return row | {"tokens": sum(map(count_tokens, packed))}
 
     def gradient(step: int, batch: list[int]) -> tuple[dict[str, float], int]:
         row = rollout(config.data, batch, step)

@@ -25,7 +25,11 @@ from common.parallel import get_rank, get_world_size
 
 # dense bfloat16 FLOP/s, by a word in the GPU's name
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-PRINTED = {"loss": "loss", "reward_accuracy": "accuracy", "reward_margin": "margin", "kl": "kl"}
+PRINTED = {  # names of metrics.jsonl: in a printed line
+    **{"loss": "loss", "reward_accuracy": "accuracy", "reward_margin": "margin", "objective": "J"},
+    **{"reward": "reward", "entropy": "entropy", "cross_entropy": "cross-entropy", "kl": "kl"},
+    **{"share_cut": "cut", "unique_texts": "unique"},
+}
 
 
 def open_loggers(config: Any, out: Path) -> list[Callable[[dict[str, float]], None]]:
@@ -88,7 +92,7 @@ def print_row(row: dict[str, float], steps: int, start: int, began: float) -> No
     if "examples_per_second" in row:
         done = row["step"] + 1 - start
         minutes_left = (time.monotonic() - began) / 60 / done * (steps - start - done)
-        line += f" | {row['examples_per_second']:.3g} pairs/s, {minutes_left:.1f} min left"
+        line += f" | {row['examples_per_second']:.3g} examples/s, {minutes_left:.1f} min left"
     if row["step"] == 0 and abs(row.get("reward_margin", 0)) > 1e-3:
         line += "  <- before any update: this margin is where the loss starts (DPL with alpha != beta)"
     tqdm.write(line)

@@ -51,10 +51,7 @@ def make_results() -> dict[str, dict[str, Any]]:
 
     Rows at token temperature 1 also get "exact", the distribution of exact_names().
     """
-    OUT.mkdir(parents=True, exist_ok=True)
-    prompt = OUT / "prompt.jsonl"
-    prompt.write_text((ROOT / "data/society/prompts.jsonl").read_text().splitlines(keepends=True)[0])
-    results = {}
+    prompt, results = lab.write_story_prompt(OUT), {}
     for label, (name, folder, alpha, temperature) in ROWS.items():
         model = OUT / folder if folder else lab.REFERENCE
         samples, metrics = OUT / f"{name}.jsonl", OUT / f"{name}.json"

@@ -116,7 +116,7 @@ def test_a_line_is_printed_every_log_every_steps_without_a_terminal(config, caps
     printed = capsys.readouterr().out.splitlines()
     steps = [line for line in printed if line.startswith("step ")]
     assert [line.split(":")[0] for line in steps] == [f"step {i}/6" for i in (0, 2, 3, 4, 6)]
-    for word in ("loss ", "accuracy ", "margin ", "pairs/s", "min left"):
+    for word in ("loss ", "accuracy ", "margin ", "examples/s", "min left"):
         assert all(word in line for line in steps[:-1])
     assert ["held-out: loss" in line for line in steps] == [True, False, True, False, True]
     assert "before any update" in steps[0] and not any("before any update" in line for line in steps[1:])

@@ -18,7 +18,7 @@ from model import Stats, pair_stats
 from pairs import pack
 from sample import sample_completions
 from train_reward import score_texts
-from train_rl import Known, RLConfig, objective
+from train_rl import Known, RLConfig, advantages, objective, split_texts
 
 STEPS, TOKENS = 4, 3
 TEXTS = torch.tensor(list(itertools.product(range(TOKENS), repeat=STEPS)))
@@ -51,8 +51,9 @@ def mean_estimate(tables, ref, reward, alpha, beta, k):
     """Minus the loss's gradient, averaged over all K-tuples of texts by their probability."""
     logp = text_logp(tables)
     tuples = torch.cartesian_prod(*[torch.arange(len(TEXTS))] * k)
-    known = Known(ref[tuples], torch.full(tuples.shape, STEPS), reward[tuples])
-    loss = objective(Stats(logp[tuples], known.length), known, alpha=alpha, beta=beta)["loss"]
+    returns = (reward - alpha * logp.detach() + beta * ref)[tuples]
+    stats = Stats(logp[tuples], torch.full(tuples.shape, STEPS))
+    loss = objective(stats, Known(ref[tuples], advantages(returns)))["loss"]
     weight = logp.detach()[tuples].sum(1).exp()
     return [-x for x in torch.autograd.grad((weight * loss).sum(), tables)]
 
@@ -99,6 +100,14 @@ def test_completions_packed_behind_one_prompt_equal_one_by_one():
     assert all(c.tokens[-1] not in ends and len(c.tokens) == 9 for c in cut)
     again = sample_completions(model, [[9, 9], prompt], [[0, 0], [0, 1]], 5, 9, ends, 128)
     assert [c.tokens for c in again[5:]] == [c.tokens for c in drawn]  # whatever else is sampled
+
+
+def test_a_prompts_texts_are_split_into_rows_of_equally_many():
+    prompts, texts = [[1, 2, 3], [4]], [[n] * (2 + n % 3) for n in range(12)]
+    for max_tokens, parts in ((15, 1), (14, 2), (8, 3), (1, 6)):
+        rows = split_texts(prompts, texts, max_tokens)
+        assert len(rows) == 2 * parts and [ids for row in rows for ids in row[1:]] == texts
+        assert [row[0] for row in rows] == [prompts[0]] * parts + [prompts[1]] * parts
 
 
 FLAGS = {"--lora_rank": 4, "--batch_size": 2, "--num_samples": 3, "--max_new_tokens": 8, "--lr": 1e-2}
