@@ -207,7 +207,8 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
         # every process knows all texts: back in the order of `indices`
         every = [parts[i % world][i // world * k + s] for i in range(len(indices)) for s in range(k)]
         drawn, texts, rewards, ref = zip(*every, strict=True)
-        r, logp, ref = (torch.tensor(x).view(-1, k) for x in (rewards, [c.logp for c in drawn], ref))
+        columns = (rewards, [c.logp for c in drawn], ref)
+        r, logp, ref = (torch.tensor(x, dtype=torch.float64).view(-1, k) for x in columns)  # R may cancel
         returns = r - config.alpha * logp + config.beta * ref
         packed = split_texts([encoded[path][i] for i in indices], [c.tokens for c in drawn], max_tokens)
         known = Known(*(x.float().view(len(packed), -1) for x in (ref, advantages(returns))))
