@@ -207,8 +207,9 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
         # every process knows all texts: back in the order of `indices`
         every = [parts[i % world][i // world * k + s] for i in range(len(indices)) for s in range(k)]
         drawn, texts, rewards, ref = zip(*every, strict=True)
+        # float64: rewards of -100 cancel in the advantages
         columns = (rewards, [c.logp for c in drawn], ref)
-        r, logp, ref = (torch.tensor(x, dtype=torch.float64).view(-1, k) for x in columns)  # R may cancel
+        r, logp, ref = (torch.tensor(x, dtype=torch.float64).view(-1, k) for x in columns)
         returns = r - config.alpha * logp + config.beta * ref
         packed = split_texts([encoded[path][i] for i in indices], [c.tokens for c in drawn], max_tokens)
         known = Known(*(x.float().view(len(packed), -1) for x in (ref, advantages(returns))))

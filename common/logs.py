@@ -26,9 +26,16 @@ from common.parallel import get_rank, get_world_size
 # dense bfloat16 FLOP/s, by a word in the GPU's name
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 PRINTED = {  # names of metrics.jsonl: in a printed line
-    **{"loss": "loss", "reward_accuracy": "accuracy", "reward_margin": "margin", "objective": "J"},
-    **{"reward": "reward", "entropy": "entropy", "cross_entropy": "cross-entropy", "kl": "kl"},
-    **{"share_cut": "cut", "unique_texts": "unique"},
+    "loss": "loss",
+    "reward_accuracy": "accuracy",
+    "reward_margin": "margin",
+    "objective": "J",
+    "reward": "reward",
+    "entropy": "entropy",
+    "cross_entropy": "cross-entropy",
+    "kl": "kl",
+    "share_cut": "cut",
+    "unique_texts": "unique",
 }
 
 
