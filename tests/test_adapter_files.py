@@ -7,11 +7,9 @@ import sys
 
 import pytest
 import torch
-from conftest import PAIRS, lines
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_lora import ALPHA, CLOSE, IDS, RANK, adapt, logits, make_base
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -19,10 +17,12 @@ from trl import DPOConfig, DPOTrainer
 
 import merge
 import train_dpl
+from conftest import PAIRS, lines
 from hub import load_model
 from lora import add_lora, lora_layers, save_lora
 from merge import write_merged
 from pairs import load_pairs
+from test_lora import ALPHA, CLOSE, IDS, RANK, adapt, logits, make_base
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

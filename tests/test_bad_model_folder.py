@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from conftest import CHATML, FIG, MUD, PAIRS, USER, lines
 
 import evaluate
 import sample
 import train_dpl
 from checks import check_packable
 from common.encode import encode_prompts
+from conftest import CHATML, FIG, MUD, PAIRS, USER, lines
 from hub import load_model, loading
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIG, PAIR, USER, lines, run_script, truncate
 from safetensors.torch import load_file, save_file
 
 import evaluate
 import sample
+from conftest import FIG, PAIR, USER, lines, run_script, truncate
 
 SAMPLE = ["--num_samples", 1, "--max_new_tokens", 1]
 

@@ -5,13 +5,13 @@ import json
 import sys
 
 import pytest
-from conftest import FIG, MUD, PAIR, PAIRS, USER, lines, truncate
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig
 
 import sample
 import train_dpl
 import train_sft
+from conftest import FIG, MUD, PAIR, PAIRS, USER, lines, truncate
 
 
 def contents(folder):

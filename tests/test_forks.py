@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PAIRS, ROOT, lines, run_script
 
 from common.files import InputError
+from conftest import PAIRS, ROOT, lines, run_script
 from hub import load_model
 from lora import add_lora
 from model import pair_stats

@@ -7,6 +7,7 @@ import sys
 from graphlib import TopologicalSorter
 
 import pytest
+
 from conftest import ROOT
 
 FOLDERS = ("", "common", "metrics", "data", "data/society", "experiments", "bench")

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import PAIRS, lines
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import train_dpl
 import trainer
 from common.files import InputError
+from conftest import PAIRS, lines
 from hub import load_model, model_card
 from model import pair_stats
 from pairs import batch_indices, load_pairs, pack

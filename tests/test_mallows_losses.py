@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_train_dpl import make_policy_and_reference, make_trainer
 from trl.experimental.cpo import CPOTrainer
 
 from model import Stats, pair_stats
 from pairs import pack
+from test_train_dpl import make_policy_and_reference, make_trainer
 from train_dpl import dpl_loss
 from train_mallows import (
     LINKS,

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PAIRS, ROOT, lines, run_script
 
 import sample
 import train_dpl
@@ -14,6 +13,7 @@ import train_mallows
 import train_reward
 import train_rl
 from common.flags import parse
+from conftest import PAIRS, ROOT, lines, run_script
 
 DPL = train_dpl.DPLConfig, train_dpl.main
 MALLOWS = train_mallows.MallowsConfig, train_mallows.main

@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CHATML, ROOT, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy.stats import chi2
-from test_model import CONFIGS, NOT_PACKABLE, REASONS, TWICE, make
 from transformers import AutoTokenizer, LlamaConfig
 
 import decode
 import sample as sample_file
 from common.encode import encode_prompts, end_tokens
 from common.files import InputError
+from conftest import CHATML, ROOT, run_script
 from decode import Batch, exponential_noise, gumbel_max, keep_in_place
 from hub import load_model
 from model import pair_stats
 from pairs import pack
 from sample import next_token_probs, sample, sample_batch, sample_global_batch
+from test_model import CONFIGS, NOT_PACKABLE, REASONS, TWICE, make
 
 
 @given(

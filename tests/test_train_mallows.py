@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from test_mallows_losses import some_stats
 from transformers import AutoModelForCausalLM
 
 from common.files import InputError
@@ -15,6 +14,7 @@ from hub import load_model
 from model import pair_stats
 from pairs import load_pairs, pack
 from reference import reference_stats
+from test_mallows_losses import some_stats
 from train_mallows import (
     LOSSES,
     MallowsConfig,

@@ -6,18 +6,18 @@ import sys
 
 import pytest
 import torch
-from conftest import FIG, MUD, PAIR, PAIRS, USER, lines, run_script
 from peft import PeftModel
-from test_model import CONFIGS, make_pairs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import sample
 import train_reward
 from checks import check_packable
 from common.files import InputError
+from conftest import FIG, MUD, PAIR, PAIRS, USER, lines, run_script
 from hub import load_model, load_reward_model
 from model import Stats, pair_stats
 from pairs import Pair, pack
+from test_model import CONFIGS, make_pairs
 from train_reward import encode_texts, load_texts, objective, score_texts
 
 

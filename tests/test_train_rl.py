@@ -7,16 +7,16 @@ import sys
 
 import pytest
 import torch
-from conftest import PAIRS, ROOT, lines, run_script
 from safetensors.torch import load_file
-from test_model import CONFIGS, make
 
 import train_rl
 from common.files import InputError
+from conftest import PAIRS, ROOT, lines, run_script
 from lora import add_lora
 from model import Stats, pair_stats
 from pairs import pack
 from sample import sample_completions
+from test_model import CONFIGS, make
 from train_reward import score_texts
 from train_rl import Known, RLConfig, objective
 

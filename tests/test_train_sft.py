@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import CHATML
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conftest import CHATML
 from train_sft import SFTConfig, finetune
 
 QUESTIONS = ["Best fruit?", "Who sings?", "What is warm?"]

@@ -9,12 +9,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, ROOT, lines, train_tokenizer
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import evaluate
 from common.files import InputError
+from conftest import CHATML, ROOT, lines, train_tokenizer
 from metrics.choices import (
     LETTERS,
     Question,

@@ -9,10 +9,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import first_pairs
 from scipy.stats import chisquare
 
 from common.files import InputError
+from conftest import first_pairs
 from data.society.truth import WORLD, list_stories, story_distributions
 from experiments import bandit, dispersion, doctor, lab, pareto, temperature
 from hub import load_model

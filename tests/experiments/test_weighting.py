@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import first_pairs
 
 from common.encode import encode_prompts
 from common.files import ROOT
 from common.rows import read_pairs
+from conftest import first_pairs
 from data.society.truth import WORLD, optimum, poll_distributions
 from experiments import lab, population, weighting
 from hub import load_model

@@ -10,9 +10,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 import attention
+from conftest import ROOT
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train_dpl import PENALTY, check_against_trl, one_pair
 
 from common.files import InputError
 from experiments.divergences import DivergenceConfig, objective
 from experiments.divergences import margin as divergence_margin
+from test_train_dpl import PENALTY, check_against_trl, one_pair
 
 LOG_RATIO = st.floats(-1e4, 1e4, allow_subnormal=False)
 # TRL 1.16's scores of a log-ratio x, from its source, as functions of x and f_alpha_divergence_coef

@@ -6,11 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import CHATML, lines, train_tokenizer
 from scipy.stats import binomtest
 
 from common.encode import encode_answers
 from common.rows import read_pairs
+from conftest import CHATML, lines, train_tokenizer
 from data import make_pairs
 
 USER = [{"role": "user", "content": "Hi"}]

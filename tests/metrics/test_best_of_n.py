@@ -8,13 +8,13 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, ROOT, lines, train_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 import evaluate
 import sample as sample_file
 from common.files import InputError, fill
 from common.rows import Sample, read_rows
+from conftest import CHATML, ROOT, lines, train_tokenizer
 from hub import load_reward_model
 from metrics.answers import (
     Config,

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from judge_endpoint import Endpoint
 
 from common.files import InputError, digest_json
+from conftest import ROOT
 from metrics import endpoint as judge
 from metrics.endpoint import EndpointConfig, ask, count_calls, fetch_embeddings
 from metrics.judge import rate_pools, rating

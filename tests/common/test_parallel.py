@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, first_pairs, free_port, run_script, torchrun
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from common.rows import read_rows
+from conftest import ROOT, first_pairs, free_port, run_script, torchrun
 from hub import load_model
 from pairs import count_tokens, micro_batches
 from train_dpl import DPLConfig, objective

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from conftest import train_tokenizer
 from safetensors.torch import save_file
 from transformers import (
     AutoTokenizer,
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 from common.files import InputError
+from conftest import train_tokenizer
 from metrics.embedding import embed
 
 TEXTS = ["The fig.", " A grey cat is the best fruit.", "Zoë sings about a café!", "x"]

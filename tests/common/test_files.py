@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -20,6 +19,7 @@ from safetensors.torch import save
 from common.files import MAX_DEPTH, InputError, atomic_write, parse_json, write_json, write_tensors
 from common.flags import flag, parse, run_command
 from common.rows import read_rows
+from conftest import ROOT
 
 
 @dataclass

@@ -4,9 +4,9 @@ import json
 import sys
 
 import pytest
-from conftest import lines
 
 import evaluate
+from conftest import lines
 from metrics import formulas
 
 WORDS = ["fig", "mud", "tea", "figs", "jam", "pie", "rye", "oat"]

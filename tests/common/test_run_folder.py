@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, first_pairs
 from safetensors.torch import load_file, save_file
 
 import reference
@@ -21,6 +20,7 @@ import sample
 import trainer
 from common import checkpoint
 from common.files import InputError, digest_tensors, lock, release_locks
+from conftest import ROOT, first_pairs
 from hub import load_model
 from reference import reference_stats
 from train_dpl import DPLConfig, objective

@@ -8,11 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from conftest import lines
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import evaluate
 from common.rows import read_samples, transcript
+from conftest import lines
 from hub import load_model, load_reward_model
 from metrics import formulas
 

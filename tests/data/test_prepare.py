@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import lines
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from common.rows import read_pairs, read_prompts
+from conftest import lines
 from data import prepare
 from metrics.answers import read_problems
 from metrics.choices import read_questions
