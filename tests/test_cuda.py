@@ -21,7 +21,7 @@ from common.files import InputError
 from lora import add_lora
 from model import pair_stats
 from pairs import Pair, pack
-from test_model import CONFIGS, make, make_pairs
+from tiny import CONFIGS, make, make_pairs
 
 CUDA, PAIRS = torch.device("cuda", 0), make_pairs()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import ROOT
+from common.files import ROOT
 from data.society.truth import mallows_favourites, optimum
 from decode import next_token_probs
 from experiments import bandit

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from conftest import ROOT
+from common.files import ROOT
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 

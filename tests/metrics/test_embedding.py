@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from common.files import InputError
-from conftest import train_tokenizer
 from metrics.embedding import embed
+from tiny import train_tokenizer
 
 TEXTS = ["The fig.", " A grey cat is the best fruit.", "Zoë sings about a café!", "x"]
 PLACE = "sentence_transformers.models."
