@@ -16,7 +16,6 @@ from pairs import pack
 from tiny import check_against_trl, make_policy_and_reference, one_pair, some_stats
 from train_dpl import dpl_loss
 from train_mallows import (
-    LINKS,
     MallowsConfig,
     mallows_dpl_loss,
     mallows_ipo_loss,
@@ -174,12 +173,6 @@ def test_sigmoid_link_is_theta_at_minus_log_phi(s, phi):
     torch.testing.assert_close(
         found, mallows_theta_loss(policy, zero, -math.log(phi), 0.7), rtol=1e-9, atol=0
     )
-
-
-def test_an_unknown_link_is_a_key_error():
-    assert set(LINKS) == {link for link, _ in STYLES}
-    with pytest.raises(KeyError):
-        mallows_phi_loss(one_pair(0, 0), one_pair(0, 0), 0.5, 1.0, link="probit")
 
 
 # ---- the other losses

@@ -24,6 +24,7 @@ from tiny import CONFIGS, GROUPED, NOT_PACKABLE, REASONS, SIZES, USER, WINDOW, m
 @pytest.mark.parametrize("name", CONFIGS)
 def test_stats_and_gradients_equal_transformers(name):
     model, pairs = make(CONFIGS[name]), make_pairs()
+    check_packable(model, "some/model")
     logp, entropy = plain_stats(model, pairs)
     stats = pair_stats(model, pack(pairs), entropy=True)
     torch.testing.assert_close(stats.logp, logp, atol=1e-4, rtol=0)  # nats a sequence, of about 100
@@ -145,11 +146,6 @@ def test_positions_stop_where_longrope_would_turn_the_whole_row():
     assert max_positions(make(config)) == 32
     assert max_positions(make(CONFIGS["llama"])) == 128
     assert max_positions(make(NOT_PACKABLE["bias by index"])) == math.inf
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_models_that_pack_right_are_accepted(name):
-    check_packable(make(CONFIGS[name]), "some/model")
 
 
 def rounded(model):

@@ -32,33 +32,11 @@ def test_loss_is_equation_5(chosen, rejected, ref_chosen, ref_rejected, alpha, b
 
 
 @settings(deadline=None, max_examples=100)
-@given(LOGP, LOGP, LOGP, LOGP, PENALTY, PENALTY)
-def test_the_two_orders_of_a_pair_have_probabilities_that_add_to_one(a, b, ref_a, ref_b, alpha, beta):
-    one = dpl_loss(one_pair(a, b), one_pair(ref_a, ref_b), alpha, beta)
-    other = dpl_loss(one_pair(b, a), one_pair(ref_b, ref_a), alpha, beta)
-    assert math.exp(-one.item()) + math.exp(-other.item()) == pytest.approx(1, abs=1e-12)
-
-
-@settings(deadline=None, max_examples=100)
 @given(LOGP, LOGP, PENALTY, PENALTY)
 def test_at_the_reference_the_margin_is_alpha_minus_beta_times_its_log_ratio(chosen, rejected, alpha, beta):
     stats = one_pair(chosen, rejected)
     margin = dpl_margin(stats, stats, alpha, beta).item()
     assert margin == pytest.approx((alpha - beta) * (chosen - rejected), rel=1e-12, abs=1e-11)
-
-
-@settings(deadline=None, max_examples=100)
-@given(LOGP, LOGP, LOGP, LOGP, PENALTY, PENALTY, st.floats(0.01, 10))
-def test_loss_falls_as_the_chosen_rises_and_as_the_rejected_falls(
-    chosen, rejected, ref_chosen, ref_rejected, alpha, beta, step
-):
-    reference = one_pair(ref_chosen, ref_rejected)
-    margin = dpl_margin(one_pair(chosen, rejected), reference, alpha, beta).item()
-    loss = dpl_loss(one_pair(chosen, rejected), reference, alpha, beta)
-    for better in (one_pair(chosen + step, rejected), one_pair(chosen, rejected - step)):
-        better_loss = dpl_loss(better, reference, alpha, beta)
-        # at a margin of 745 e^-margin leaves float64 and the loss is 0
-        assert better_loss < loss if margin < 700 else better_loss <= loss
 
 
 @settings(deadline=None, max_examples=100)

@@ -24,7 +24,7 @@ from common.flags import run_command
 from hub import load_model
 from lora import add_lora, load_lora
 from model import Stats, pair_stats
-from pairs import batch_indices, count_tokens, micro_batches, pack
+from pairs import batch_indices, pack
 from reference import reference_stats
 from scripts import SOCIETY, rows_of, run_dpl, society_config
 from train_dpl import DPLConfig, objective
@@ -68,15 +68,6 @@ def test_the_split_into_micro_batches_does_not_change_the_gradient(society):
         loss, found = gradient(budget)
         assert loss == pytest.approx(losses.mean().item(), abs=1e-6)
         assert (found - wanted).norm() <= 1e-5 * wanted.norm()
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 120))
-def test_micro_batches_hold_every_row_once_within_the_budget(lengths, budget):
-    examples = [([0], [0] * length, [0] * length) for length in lengths]
-    groups = list(micro_batches(range(len(examples)), examples, budget))
-    assert sorted(row for group in groups for row in group) == list(range(len(examples)))
-    for group in groups:
-        assert len(group) == 1 or sum(count_tokens(examples[row]) for row in group) <= budget
 
 
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 5))

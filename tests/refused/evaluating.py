@@ -104,6 +104,11 @@ for flag in ("samples", "baseline", "out_file"):
 for scripts, flags in (("evaluate judge", ""), ("evaluate winrate", "--baseline baseline.jsonl")):
     nobody = ("--cache cache.jsonl --endpoint http://127.0.0.1:9/v1 --retries 0", {"cache.jsonl": ""})
     ROWS[f"{scripts}, nobody there"] = (scripts, f"{flags} {nobody[0]}", nobody[1], "127.0.0.1:9")
+JUDGE = ["endpoint localhost:8000", "endpoint http://host:port/v1", "timeout nan", "workers 0", "workers 101"]
+JUDGE += ["retries -1", "max_new_tokens 0"]
+for flag in JUDGE:
+    ROWS[f"judge --{flag}"] = ("evaluate judge", f"--{flag}", {}, f"--{flag}: must be ")
+ROWS["judge without a name"] = ("evaluate judge", "--judge_model ' '", {}, "--judge_model : must be the name")
 CACHED = [{"key": "a", "answer": 5}, {"key": [1], "answer": "[[A]]"}, {"key": "a", "answer": None}, ["a"]]
 for number, row in enumerate(CACHED):
     files = {"cache.jsonl": lines({"key": "a", "answer": "[[A]]"}, row)}

@@ -183,6 +183,7 @@ ADAPTERS = {
     "a config cut short": ({"adapter_config.json": cut_in_half}, NOT_LORA),
     "a config that is a list": ({"adapter_config.json": "[]"}, NOT_LORA),
     "a config nested too deep": ({"adapter_config.json": DEEP}, NOT_LORA, "nested too deeply"),
+    "no config": ({"adapter_config.json": lambda path: path.unlink()}, "the run is unfinished"),
     "another kind": ({"adapter_config.json": '{"peft_type": "IA3"}'}, NOT_PLAIN),
     "PiSSA, which changes the base": (config(init_lora_weights="pissa"), NOT_PLAIN),
     "DoRA": (config(use_dora=True), NOT_PLAIN),
