@@ -3,32 +3,30 @@
 import copy
 import json
 import re
-import sys
 
 import pytest
 import torch
-from conftest import PAIRS, lines
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_lora import ALPHA, CLOSE, IDS, RANK, adapt, logits, make_base
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from trl import DPOConfig, DPOTrainer
 
 import merge
-import train_dpl
 from hub import load_model
 from lora import add_lora, lora_layers, save_lora
 from merge import write_merged
 from pairs import load_pairs
+from scripts import call, train
+from tiny import ALPHA, CLOSE, CONFIGS, IDS, PAIRS, RANK, adapt, logits, make
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_vllm_finds_what_it_asks_for(family, tmp_path):
     """vLLM's rules: parse_fine_tuned_lora_name, LoRAModel.from_local_checkpoint, PEFTHelper (vllm/lora)."""
-    base = make_base(family)
+    base = make(CONFIGS[family])
     save_lora(adapt(base), tmp_path, "base")
     linear = {name: m for name, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     suffixes = {name.rsplit(".", 1)[-1] for name in linear}
@@ -74,23 +72,19 @@ def mean_logp(model, pairs):
     return total
 
 
-def test_training_on_an_adapter_writes_one_adapter_of_the_base(tiny_model_folder, tmp_path, monkeypatch):
+def test_training_on_an_adapter_writes_one_adapter_of_the_base(tiny_model_folder, tmp_path, data):
     """SFT, then DPL twice: PEFT computes what was trained, from the base and the last folder alone."""
     base, tokenizer = load_model(tiny_model_folder)
     first = adapt(base, ["q_proj", "up_proj"])  # alpha / rank is 2
     save_lora(first, tmp_path / "sft", tiny_model_folder)
     tokenizer.save_pretrained(tmp_path / "sft")
-    data = tmp_path / "pairs.jsonl"
-    data.write_bytes(lines(*PAIRS))
     pairs, model = load_pairs(data, tokenizer, 64), tmp_path / "sft"
     before, rank = mean_logp(first, pairs), RANK
     for name, r, targets in (("dpl", 3, ["v_proj", "up_proj"]), ("again", 2, ["v_proj", "down_proj"])):
-        words = f"train_dpl.py --model {model} --data {data} --eval_data {data} --out_dir {tmp_path / name}"
-        words += f" --lora_rank {r} --lora_alpha 5 --alpha 0.2 --max_steps 3 --warmup_steps 0 --lr 0.03"
-        monkeypatch.setattr(sys, "argv", [*words.split(), "--lora_targets", *targets])
-        train_dpl.main()
+        flags = {"model": model, "data": data, "eval_data": data, "out_dir": tmp_path / name, "lora_rank": r}
+        flags |= {"lora_alpha": 5, "alpha": 0.2, "max_steps": 3, "warmup_steps": 0, "lr": 0.03}
+        rows = train("train_dpl.py", **flags, lora_targets=targets)
         model, rank = tmp_path / name, rank + r
-        rows = [json.loads(line) for line in (model / "metrics.jsonl").open()]
         # the reference is the policy before, with all adapters so far
         assert rows[0]["eval_logp_chosen"] == pytest.approx(before, abs=1e-4)
         assert rows[0]["eval_kl"] == pytest.approx(0, abs=1e-5)
@@ -128,17 +122,12 @@ def write(tiny_model_folder, tmp_path):
     return write
 
 
-def run_merge(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["merge.py", *map(str, words)])
-    merge.main()
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_merged_folder_computes_what_the_adapter_does(family, write, tmp_path, monkeypatch):
-    base = make_base(family)
+def test_the_merged_folder_computes_what_the_adapter_does(family, write, tmp_path):
+    base = make(CONFIGS[family])
     model = adapt(base)
     adapter, out = write(base, model), tmp_path / "merged"
-    run_merge(monkeypatch, adapter, out)
+    call(merge, adapter, out)
     merged = AutoModelForCausalLM.from_pretrained(out)
     assert (logits(merged) - logits(base)).abs().max() > 0.1
     torch.testing.assert_close(logits(merged), logits(model), **CLOSE)
@@ -153,7 +142,7 @@ def test_the_merged_folder_computes_what_the_adapter_does(family, write, tmp_pat
 
 
 def test_a_bfloat16_base_stays_one(write, tmp_path):
-    base = make_base("llama")
+    base = make(CONFIGS["llama"])
     model = adapt(base)
     write_merged(write(base.bfloat16(), model), tmp_path / "merged")
     merged, _ = load_model(tmp_path / "merged", dtype=None)
@@ -164,7 +153,7 @@ def test_a_bfloat16_base_stays_one(write, tmp_path):
 
 
 def test_a_reward_model_keeps_its_head(write, tmp_path):
-    base = make_base("llama")
+    base = make(CONFIGS["llama"])
     base.config.pad_token_id = 0
     base.save_pretrained(tmp_path / "base")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1).eval()
@@ -178,7 +167,7 @@ def test_a_reward_model_keeps_its_head(write, tmp_path):
 
 def test_a_generation_config_that_transformers_warns_of_is_kept(tiny_model_folder, write, tmp_path):
     """Vicuna's and Llama 2's set a temperature without do_sample; transformers before 5.24 writes none."""
-    base, sampling = make_base("llama"), {"temperature": 0.9, "top_p": 0.6}
+    base, sampling = make(CONFIGS["llama"]), {"temperature": 0.9, "top_p": 0.6}
     adapter = write(base, adapt(base))
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(sampling))
     write_merged(adapter, tmp_path / "merged")
@@ -186,26 +175,16 @@ def test_a_generation_config_that_transformers_warns_of_is_kept(tiny_model_folde
     assert sampling.items() <= kept.items() and not kept.get("do_sample")
 
 
-def test_only_a_merged_model_is_replaced_and_only_if_asked(write, refused, tmp_path, monkeypatch):
-    base = make_base("llama")
+def test_only_a_merged_model_is_replaced_and_only_if_asked(write, refused, tmp_path):
+    base = make(CONFIGS["llama"])
     adapter, out = write(base, adapt(base)), tmp_path / "merged"
-    run_merge(monkeypatch, adapter, out)
+    call(merge, adapter, out)
     weights = (out / "model.safetensors").read_bytes()
     (out / "config.json").write_text("{}")
     refused(merge, [adapter, out], out, "--overwrite replaces it")
     assert (out / "config.json").read_text() == "{}"
-    run_merge(monkeypatch, adapter, out, "--overwrite")
+    call(merge, adapter, out, "--overwrite")
     assert (out / "config.json").read_text() != "{}"
     assert (out / "model.safetensors").read_bytes() == weights
     refused(merge, [adapter, adapter, "--overwrite"], adapter, "no merged model")
     assert (adapter / "adapter_model.safetensors").is_file()
-
-
-def test_what_is_no_adapter_is_refused_and_leaves_nothing(write, refused, tmp_path):
-    base = make_base("llama")
-    adapter = write(base, adapt(base))
-    refused(merge, [tmp_path / "base", tmp_path / "merged"], "adapter_config.json")
-    (adapter / "adapter_model.safetensors").write_bytes(b"cut short")
-    refused(merge, [adapter, tmp_path / "merged"], "adapter_model.safetensors")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
-    refused(merge, [adapter], "out")

@@ -6,13 +6,13 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
-from test_model import CONFIGS, make
 from torch._dynamo.utils import counters
 
 import decode
 from common.files import InputError
 from decode import Batch
 from sample import sample_batch
+from tiny import CONFIGS, make
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [9, 4], [7, 7, 30]]  # of unequal length: shorter ones are masked
 INDEX = [0, 1, 1, 2, 0, 1, 1]  # unequal numbers of completions, out of order

@@ -9,7 +9,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_model import CONFIGS, make, make_pairs
 from torch.nn.attention.flex_attention import create_block_mask
 
 import attention
@@ -22,6 +21,7 @@ from common.files import InputError
 from lora import add_lora
 from model import pair_stats
 from pairs import Pair, pack
+from tiny import CONFIGS, make, make_pairs
 
 CUDA, PAIRS = torch.device("cuda", 0), make_pairs()
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 
+from common.files import ROOT
 from data.society.truth import mallows_favourites, optimum
 from decode import next_token_probs
 from experiments import bandit
@@ -295,4 +295,5 @@ def test_every_test_that_the_page_names_exists():
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs/derivations.md").read_text("utf-8"))
     assert len(named) > 40
     for file, test in named:
-        assert f"def {test}(" in (ROOT / "tests" / file).read_text("utf-8"), f"{file}::{test}"
+        [path] = (ROOT / "tests").rglob(file)
+        assert f"def {test}(" in path.read_text("utf-8"), f"{file}::{test}"

@@ -6,8 +6,6 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from test_lora import CLOSE, IDS, adapt, logits
-from test_model import GROUPED, make, make_pairs, plain_stats
 from transformers import (
     DeepseekV3Config,
     Glm4MoeConfig,
@@ -22,6 +20,7 @@ from lora import add_lora, load_lora, lora_layers, merge_lora, print_share, save
 from model import pair_stats
 from pairs import pack
 from sample import sample
+from tiny import CLOSE, GROUPED, IDS, adapt, logits, make, make_pairs, plain_stats
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MLA = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}

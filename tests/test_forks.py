@@ -1,17 +1,16 @@
 """A new loss is a script of at most 25 lines that touches no other file; a wrong one is refused."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PAIRS, ROOT, lines, run_script
 
-from common.files import InputError
+from common.files import ROOT, InputError
 from hub import load_model
 from lora import add_lora
 from model import pair_stats
 from pairs import load_pairs, pack
+from scripts import rows_of, run_script
+from tiny import PAIRS, lines, plain_stats
 from train_dpl import DPLConfig, dpl_loss
 from trainer import train
 
@@ -19,20 +18,20 @@ FORKS = ROOT / "tests" / "forks"
 ROWS = [*PAIRS, {"prompt": "Who sings?", "chosen": " My friend.", "rejected": " Zoë sings about a café!"}]
 
 
-def run_fork(name, model, folder, *flags):
-    """Run a fork for two steps of four pairs as a user would; returns its rows of metrics.jsonl."""
-    (folder / "pairs.jsonl").write_bytes(lines(*ROWS))
-    common = {
-        "--model": model,
-        "--data": folder / "pairs.jsonl",
-        "--out_dir": folder / "run",
-        "--batch_size": 4,
-    }
-    common |= {"--max_steps": 2, "--warmup_steps": 0, "--log_every": 1, "--lora_dropout": 0, "--lr": 1e-2}
-    words = [str(word) for flag in common.items() for word in flag]
-    codes, _, stderr = run_script(1, f"tests/forks/{name}.py", *words, *flags)
+def run_fork(name, folder, **flags):
+    """Run a fork for two steps as a user would; returns its rows of metrics.jsonl."""
+    flags = {"out_dir": folder / "run", "max_steps": 2, "warmup_steps": 0} | flags
+    words = [f"--{flag}={value}" for flag, value in flags.items()]
+    codes, _, stderr = run_script(1, f"tests/forks/{name}.py", *words)
     assert codes == [0], stderr
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+    return rows_of(folder / "run")
+
+
+def run_loss(name, model, folder, **flags):
+    """run_fork on four pairs."""
+    (folder / "pairs.jsonl").write_bytes(lines(*ROWS))
+    flags |= {"model": model, "data": folder / "pairs.jsonl", "batch_size": 4, "log_every": 1}
+    return run_fork(name, folder, **flags, lora_dropout=0, lr=1e-2)
 
 
 def stats_of_start(folder, path):
@@ -49,18 +48,8 @@ def test_a_fork_is_at_most_25_lines(path):
 def test_a_reward_of_one_s_own(tiny_model_folder, tmp_path):
     rows = [{"prompt": f"{n} + 1 =", "answer": f"#### {n + 1}"} for n in range(4)]
     (tmp_path / "problems.jsonl").write_bytes(lines(*rows))
-    flags = [
-        "--model",
-        tiny_model_folder,
-        "--data",
-        tmp_path / "problems.jsonl",
-        "--out_dir",
-        tmp_path / "run",
-    ]
-    flags += ["--max_steps", 1, "--warmup_steps", 0, "--num_samples", 2, "--max_new_tokens", 4]
-    codes, _, stderr = run_script(1, "tests/forks/gsm8k_reward.py", *flags)
-    assert codes == [0], stderr
-    first = json.loads((tmp_path / "run/metrics.jsonl").open().readline())
+    flags = {"model": tiny_model_folder, "data": tmp_path / "problems.jsonl", "max_steps": 1}
+    [first, *_] = run_fork("gsm8k_reward", tmp_path, **flags, num_samples=2, max_new_tokens=4)
     assert 0 <= first["reward"] <= 1
 
 
@@ -69,7 +58,7 @@ def test_readme_shows_a_fork_that_is_tested():
 
 
 def test_a_loss_without_a_reference_trains(tiny_model_folder, tmp_path):
-    first, second, last = run_fork("simpo", tiny_model_folder, tmp_path)
+    first, second, last = run_loss("simpo", tiny_model_folder, tmp_path)
     stats = stats_of_start(tiny_model_folder, tmp_path / "pairs.jsonl")
     reward = 2.0 * stats.logp / stats.length
     expected = F.softplus(0.5 - reward[:, 0] + reward[:, 1]).mean().item()
@@ -80,7 +69,7 @@ def test_a_loss_without_a_reference_trains(tiny_model_folder, tmp_path):
 
 
 def test_an_added_term_is_logged_by_its_name(tiny_model_folder, tmp_path):
-    first, _, last = run_fork("dpl_with_sft", tiny_model_folder, tmp_path, "--sft_weight", 0.5)
+    first, _, last = run_loss("dpl_with_sft", tiny_model_folder, tmp_path, sft_weight=0.5)
     stats = stats_of_start(tiny_model_folder, tmp_path / "pairs.jsonl")
     sft = (-stats.logp[:, 0] / stats.length[:, 0]).mean().item()
     assert first["sft"] == pytest.approx(sft, rel=1e-5)
@@ -90,7 +79,7 @@ def test_an_added_term_is_logged_by_its_name(tiny_model_folder, tmp_path):
 
 
 def test_an_entropy_bonus_has_its_gradient(tiny_model_folder, tmp_path):
-    [first, *_] = run_fork("entropy_bonus", tiny_model_folder, tmp_path, "--bonus", 3.0)
+    [first, *_] = run_loss("entropy_bonus", tiny_model_folder, tmp_path, bonus=3.0)
     stats = stats_of_start(tiny_model_folder, tmp_path / "pairs.jsonl")
     assert first["policy_entropy"] == pytest.approx(stats.entropy.mean().item(), rel=1e-5)
     torch.manual_seed(0)
@@ -98,17 +87,9 @@ def test_an_entropy_bonus_has_its_gradient(tiny_model_folder, tmp_path):
     pairs = load_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 512)
     add_lora(model, 16, 16)
     # the gradient by autograd alone, from transformers' own logits, text by text
-    loss = 0.0
-    reference = stats.logp.detach()
-    for pair, known in zip(pairs, reference, strict=True):
-        logps, entropies = [], []
-        for completion in pair[1:]:
-            ids = torch.tensor([pair.prompt + completion])
-            log_p = model(ids).logits[0, len(pair.prompt) - 1 : -1].log_softmax(-1)
-            logps.append(log_p.gather(1, ids[0, len(pair.prompt) :, None]).sum())
-            entropies.append(-(log_p.exp() * log_p).sum(-1).mean())
-        margin = 0.1 * (logps[0] - logps[1] - known[0] + known[1])
-        loss = loss + (F.softplus(-margin) - 3.0 * sum(entropies) / 2) / len(pairs)
+    logp, entropy = plain_stats(model, pairs)
+    margin = 0.1 * ((logp - stats.logp.detach()) @ torch.tensor([1.0, -1.0]))
+    loss = (F.softplus(-margin) - 3.0 * entropy.mean(-1)).mean()
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.requires_grad]).norm().item()
     assert first["loss"] == pytest.approx(loss.item(), rel=1e-4)

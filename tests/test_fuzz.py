@@ -7,7 +7,6 @@ import gzip
 import json
 import random
 import shutil
-from functools import partial
 
 import pytest
 import torch
@@ -19,11 +18,12 @@ from common.flags import parse, run_command
 from hub import load_model
 from pairs import load_pairs, tokenize
 from reference import reference_stats
-from train_dpl import DPLConfig, objective
-from trainer import train
+from scripts import run_dpl
+from tiny import lines
+from train_dpl import DPLConfig
 
 PAIRS = [{"prompt": f"Fruit {i}?", "chosen": " The fig.", "rejected": f" Mud {i}."} for i in range(8)]
-ROWS = "".join(json.dumps(pair) + "\n" for pair in PAIRS).encode()
+ROWS = lines(*PAIRS)
 
 
 def cut(data, draw):
@@ -45,9 +45,7 @@ def blank(data, draw):
 
 
 DAMAGES = [(damage, seed) for damage in (cut, flip, blank) for seed in range(12)]
-everywhere = pytest.mark.parametrize(
-    ("damage", "seed"), DAMAGES, ids=[f"{d.__name__}{s}" for d, s in DAMAGES]
-)
+everywhere = pytest.mark.parametrize("damage, seed", DAMAGES, ids=[f"{d.__name__}{s}" for d, s in DAMAGES])
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +55,7 @@ def run(tiny_model_folder, tmp_path_factory):
     (folder / "rows.jsonl").write_bytes(ROWS)
     config = DPLConfig(model=str(tiny_model_folder), data=str(folder / "rows.jsonl"))
     config.out_dir, config.lora_rank, config.max_steps, config.save_every = str(folder / "run"), 2, 4, 2
-    train(config, partial(objective, config=config))
+    run_dpl(config)
     return folder
 
 
@@ -210,14 +208,7 @@ def test_cache(run, tiny_model_folder, tmp_path, damage, seed):
 WHOLE = ["batch_size", "micro_batch_tokens", "max_length", "log_every", "eval_every", "save_every", "keep"]
 WHOLE += ["lora_rank", "max_steps", "warmup_steps", "seed"]
 REAL = ["lr", "lora_alpha", "epochs", "alpha", "beta", "lora_dropout", "max_grad_norm"]
-WORDS = [
-    "schedule",
-    "optimizer",
-    "dtype",
-    "parallel",
-    "overwrite",
-    "wandb",
-]
+WORDS = ["schedule", "optimizer", "dtype", "parallel", "overwrite", "wandb"]
 ARGUMENTS = [f"--{n}={v}" for n in WHOLE for v in ("", "x", "-1", "1.5", "1e3", "nan", "0x10")]
 ARGUMENTS += [f"--{n}={v}" for n in REAL for v in ("", "x", "-1", "nan", "1,5")]
 ARGUMENTS += [f"--{n}={v}" for n in WORDS for v in ("", "x", "-1", "nan")]
@@ -225,6 +216,5 @@ ARGUMENTS += ["--", "-x", "word", "--lora", "--alpha", "@nowhere.txt", "--parall
 
 
 @pytest.mark.parametrize("argument", ARGUMENTS)
-def test_argument(outcome, monkeypatch, argument):
-    monkeypatch.setattr("sys.argv", ["train_dpl.py", argument])
-    assert outcome(lambda: parse(DPLConfig, None)) is None
+def test_argument(outcome, argument):
+    assert outcome(lambda: parse(DPLConfig, None, [argument])) is None

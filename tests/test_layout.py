@@ -7,7 +7,8 @@ import sys
 from graphlib import TopologicalSorter
 
 import pytest
-from conftest import ROOT
+
+from common.files import ROOT
 
 FOLDERS = ("", "common", "metrics", "data", "data/society", "experiments", "bench")
 FILES = [

@@ -1,16 +1,14 @@
 """The loop against ten lines of plain PyTorch, what it prints, the flags it starts with, its model card."""
 
-import gzip
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import transformers
-from conftest import PAIRS, lines
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -20,25 +18,17 @@ from common.files import InputError
 from hub import load_model, model_card
 from model import pair_stats
 from pairs import batch_indices, load_pairs, pack
-from train_dpl import DPLConfig, dpl_loss, objective
-from trainer import parse_run, train
-
-SOCIETY = "data/society/reference"
+from scripts import SOCIETY, call, read_lines, run_dpl, society_config
+from tiny import PAIRS, lines
+from train_dpl import DPLConfig, dpl_loss
+from trainer import parse_run
 
 
 @pytest.fixture
 def config(tmp_path):
     """Six steps of eight pairs, all weights, on forty pairs of the society."""
-    with gzip.open("data/society/test.jsonl.gz", "rt") as rows:
-        (tmp_path / "rows.jsonl").write_text("".join(next(rows) for _ in range(40)))
-    flags = {"model": SOCIETY, "data": str(tmp_path / "rows.jsonl"), "out_dir": str(tmp_path / "run")}
-    flags |= {"batch_size": 8, "max_steps": 6, "warmup_steps": 2, "lr": 1e-4, "log_every": 1, "lora_rank": 0}
-    return DPLConfig(**flags)
-
-
-def run(config):
-    train(config, partial(objective, config=config))
-    return [json.loads(line) for line in open(f"{config.out_dir}/metrics.jsonl")]
+    flags = {"batch_size": 8, "max_steps": 6, "warmup_steps": 2, "lr": 1e-4, "log_every": 1, "lora_rank": 0}
+    return society_config(tmp_path, 40, **flags)
 
 
 OPTIMIZERS = {
@@ -51,7 +41,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
 def test_a_run_is_ten_lines_of_plain_pytorch(config, name, max_grad_norm):
     config = replace(config, optimizer=name, max_grad_norm=max_grad_norm, schedule="linear")
-    rows = run(config)
+    rows = run_dpl(config)
     model, tokenizer = load_model(SOCIETY)
     pairs = load_pairs(config.data, tokenizer, 512)
     with torch.no_grad():
@@ -91,7 +81,8 @@ def test_batches_are_shuffled_by_the_seed_and_anew_every_epoch():
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1.0, 5), (1.5, 8), (0.1, 1)])
 def test_epochs_become_steps(config, epochs, steps):
-    assert run(replace(config, max_steps=0, epochs=epochs))[-1]["step"] == steps  # 40 rows in batches of 8
+    rows = run_dpl(replace(config, max_steps=0, epochs=epochs))
+    assert rows[-1]["step"] == steps  # 40 rows in batches of 8
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -101,7 +92,7 @@ def test_bfloat16_trains_nearly_as_float32_does(tiny_model_folder, tmp_path, lor
     config = replace(config, max_steps=2, warmup_steps=0, log_every=1, lr=1e-3, lora_dropout=0.0)
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        rows = run(replace(config, dtype=dtype, out_dir=str(tmp_path / dtype)))
+        rows = run_dpl(replace(config, dtype=dtype, out_dir=str(tmp_path / dtype)))
         losses[dtype] = [row["loss"] for row in rows]
         name = "adapter_model" if lora_rank else "model"
         weights = load_file(tmp_path / dtype / f"{name}.safetensors").values()
@@ -112,7 +103,7 @@ def test_bfloat16_trains_nearly_as_float32_does(tiny_model_folder, tmp_path, lor
 
 
 def test_a_line_is_printed_every_log_every_steps_without_a_terminal(config, capsys):
-    run(replace(config, eval_data=config.data, eval_every=3, log_every=2))
+    run_dpl(replace(config, eval_data=config.data, eval_every=3, log_every=2))
     printed = capsys.readouterr().out.splitlines()
     steps = [line for line in printed if line.startswith("step ")]
     assert [line.split(":")[0] for line in steps] == [f"step {i}/6" for i in (0, 2, 3, 4, 6)]
@@ -123,11 +114,10 @@ def test_a_line_is_printed_every_log_every_steps_without_a_terminal(config, caps
 
 
 def test_the_first_pair_is_shown_with_its_boundaries(config, capsys):
-    run(replace(config, max_steps=1))
+    run_dpl(replace(config, max_steps=1))
     printed = capsys.readouterr().out.splitlines()
     first = next(i for i, line in enumerate(printed) if "first example" in line)
-    with open(config.data) as file:
-        row = json.loads(next(file))
+    row = read_lines(config.data)[0]
     shown = [line.split(None, 1) for line in printed[first + 1 : first + 4]]
     assert [name for name, _ in shown] == ["prompt", "chosen", "rejected"]
     assert [json.loads(text) for _, text in shown] == [
@@ -136,53 +126,45 @@ def test_the_first_pair_is_shown_with_its_boundaries(config, capsys):
 
 
 def test_a_run_that_ends_inside_its_warm_up_warns(config, capsys):
-    run(replace(config, max_steps=3, warmup_steps=20))
+    run_dpl(replace(config, max_steps=3, warmup_steps=20))
     warning = capsys.readouterr().err
     assert warning.startswith("warning: --warmup_steps 20: 3 steps end inside the warm-up: --lr 0.0001 ")
     assert f"only {1e-4 * 3 / 20:.2g}" in warning
-    run(replace(config, overwrite=True))
+    run_dpl(replace(config, overwrite=True))
     assert "warning" not in capsys.readouterr().err
 
 
 # ---- the flags that a run starts with
 
 
-def start(monkeypatch, *words):
+def start(*words, **flags):
     """The config that train_dpl.py reads from a command line."""
-    monkeypatch.setattr(sys, "argv", ["train_dpl.py", *map(str, words)])
-    return parse_run(DPLConfig, "")
+    with patch.object(train_dpl, "main", lambda: parse_run(DPLConfig, "")):
+        return call(train_dpl, *words, **flags)
 
 
-def test_without_model_and_data_the_society_s_flags_are_read(monkeypatch):
-    config = start(monkeypatch, "--alpha", 0.3)
+def test_without_model_and_data_the_society_s_flags_are_read():
+    config = start(alpha=0.3)
     assert (config.model, config.data) == (SOCIETY, "data/society/train.jsonl.gz")
     assert (config.lr, config.batch_size, config.alpha) == (4e-3, 256, 0.3)
-    assert start(monkeypatch, "--lr", 1e-3).lr == 1e-3  # the command line has the last word
+    assert start(lr=1e-3).lr == 1e-3  # the command line has the last word
 
 
-def test_a_model_and_data_of_one_s_own_get_the_paper_s_defaults(monkeypatch):
-    config = start(monkeypatch, "--model", "mine", "--data", "mine.jsonl")
+def test_a_model_and_data_of_one_s_own_get_the_paper_s_defaults():
+    config = start(model="mine", data="mine.jsonl")
     paper = (1e-5, 16, 16.0, 0.05, 8, 150, 512)  # appendix B.3
     names = ("lr", "lora_rank", "lora_alpha", "lora_dropout", "batch_size", "warmup_steps", "max_length")
     assert tuple(getattr(config, name) for name in names) == paper
 
 
-@pytest.mark.parametrize("name", ["model", "data"])
-def test_one_of_model_and_data_alone_is_refused(refused, data, tiny_model_folder, tmp_path, name):
-    value = {"model": tiny_model_folder, "data": data}[name]
-    other = {"model": "data", "data": "model"}[name]
-    refused(train_dpl, [f"--{name}", value, "--out_dir", tmp_path / "run"], f"--{other}: is missing")
-
-
-def test_resume_takes_the_run_s_own_flags(config, monkeypatch, tmp_path):
-    flags = {"model", "data", "out_dir", "batch_size", "max_steps", "warmup_steps", "lr", "log_every"}
-    words = [str(word) for name in flags for word in (f"--{name}", getattr(config, name))]
-    words += ["--lora_targets", "q_proj", "v_proj", "--seed", "3", "--save_every", "2", "--length_normalize"]
-    first = start(monkeypatch, *words)
-    run(first)
-    resumed = start(monkeypatch, "--resume", "--out_dir", first.out_dir, "--log_every", 2)
+def test_resume_takes_the_run_s_own_flags(config):
+    names = ("model", "data", "out_dir", "batch_size", "max_steps", "warmup_steps", "lr", "log_every")
+    flags = {"lora_targets": ["q_proj", "v_proj"], "seed": 3, "save_every": 2, "length_normalize": True}
+    first = start(**{name: getattr(config, name) for name in names}, **flags)
+    run_dpl(first)
+    resumed = start("--resume", out_dir=first.out_dir, log_every=2)
     assert resumed == replace(first, resume=True, log_every=2)
-    run(resumed)
+    run_dpl(resumed)
 
 
 def test_what_can_be_checked_is_checked_before_a_model_is_loaded(
@@ -197,27 +179,37 @@ def test_what_can_be_checked_is_checked_before_a_model_is_loaded(
     refused(train_dpl, [*good, "--eval_data", "no.jsonl", "--out_dir", tmp_path / "a"], "no.jsonl: no such")
     resume = ["--resume", "--out_dir", finished_run, "--lr", "0.5"]
     refused(train_dpl, resume, "--lr 0.5: the run to --resume had 1e-05")
-    run_file = tmp_path / "run" / "run.json"
-    run_file.parent.mkdir()
-    run_file.write_text("{")
-    refused(train_dpl, ["--resume", "--out_dir", run_file.parent], f"{run_file}: damaged")
 
 
 def test_a_log_file_in_the_run_s_folder_is_no_obstacle(config, tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("train.log", "nohup.out"):
         (tmp_path / "run" / name).write_text("step 0")
-    run(replace(config, max_steps=1))
+    run_dpl(replace(config, max_steps=1))
     assert (tmp_path / "run" / "train.log").read_text() == "step 0"
 
 
 def test_a_run_that_failed_before_its_first_row_may_be_started_again(config, tmp_path):
     with pytest.raises(ZeroDivisionError):
-        train(config, partial(objective, config=config), prepare=lambda *_: 1 / 0)
+        run_dpl(config, prepare=lambda *_: 1 / 0)
     assert (tmp_path / "run" / "run.json").exists()
-    run(replace(config, max_steps=1))
+    run_dpl(replace(config, max_steps=1))
     with pytest.raises(InputError, match="holds a run"):
-        run(config)
+        run_dpl(config)
+
+
+def test_resume_after_a_kill_in_the_middle_of_a_metrics_row(config):
+    rows = run_dpl(replace(config, max_steps=2))
+    with open(f"{config.out_dir}/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    assert run_dpl(replace(config, max_steps=2, resume=True)) == rows
+
+
+def test_loss_that_is_not_finite_stops_the_run(refused, tiny_model_folder, data, tmp_path):
+    flags = ["--model", tiny_model_folder, "--data", data, "--out_dir", tmp_path / "run", "--lr", "1e30"]
+    flags += ["--warmup_steps", 0, "--max_steps", 5]
+    refused(train_dpl, flags, "step 1: the loss is NaN or infinite on pairs [")
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
 # ---- the model card
@@ -226,7 +218,7 @@ def test_a_run_that_failed_before_its_first_row_may_be_started_again(config, tmp
 def test_the_model_card_says_how_to_repeat_the_run(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "__main__", train_dpl)  # the script that was started
     monkeypatch.setattr(sys, "argv", ["train_dpl.py", "--alpha", "0.3", "--out_dir", "out/two words"])
-    rows = run(replace(config, alpha=0.3, max_steps=1))
+    rows = run_dpl(replace(config, alpha=0.3, max_steps=1))
     text = Path(config.out_dir, "README.md").read_text()
     assert ModelCard(text).data.to_dict() == {"library_name": "transformers"}  # a folder is no hub name
     for line in (

@@ -1,6 +1,7 @@
 """The Mallows losses: formulas in high precision, soundness in float32, TRL."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import mpmath
@@ -8,14 +9,13 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_train_dpl import make_policy_and_reference, make_trainer
 from trl.experimental.cpo import CPOTrainer
 
 from model import Stats, pair_stats
 from pairs import pack
+from tiny import check_against_trl, make_policy_and_reference, one_pair, some_stats
 from train_dpl import dpl_loss
 from train_mallows import (
-    LINKS,
     MallowsConfig,
     mallows_dpl_loss,
     mallows_ipo_loss,
@@ -34,10 +34,6 @@ PHI = st.floats(1e-6, 1 - 1e-6)
 PHIS = [1e-6, 0.05, 0.5, 0.9, 1 - 1e-3, 1 - 1e-6]
 # every way to call mallows_phi_loss; epsilon counts for the polynomial alone
 STYLES = [("exact", 0.1), ("sigmoid", 0.1), ("polynomial", 0.1), ("polynomial", "auto"), ("polynomial", 3.0)]
-
-
-def one_pair(chosen, rejected, dtype=torch.float64, length=(1, 1)):
-    return Stats(torch.tensor([[chosen, rejected]], dtype=dtype), torch.tensor([length], dtype=dtype))
 
 
 def phi_loss_and_slope(s, phi, dtype=torch.float64, **flags):
@@ -179,12 +175,6 @@ def test_sigmoid_link_is_theta_at_minus_log_phi(s, phi):
     )
 
 
-def test_an_unknown_link_is_a_key_error():
-    assert set(LINKS) == {link for link, _ in STYLES}
-    with pytest.raises(KeyError):
-        mallows_phi_loss(one_pair(0, 0), one_pair(0, 0), 0.5, 1.0, link="probit")
-
-
 # ---- the other losses
 
 
@@ -227,14 +217,6 @@ def test_where_the_losses_have_their_minimum():
         assert (losses.diff() < 0).all()  # the better told apart, the lower
 
 
-def some_stats(*shape):
-    torch.manual_seed(0)
-    return [
-        Stats(-10 * torch.rand(*shape, 2), torch.randint(1, 9, (*shape, 2)).float(), torch.rand(*shape, 2))
-        for _ in range(2)
-    ]
-
-
 def test_dpl_with_dispersion_reduces_to_both_papers():
     policy, reference = some_stats(7)
     c = torch.rand(7) + 0.1
@@ -270,22 +252,10 @@ def test_a_stack_of_tables_gives_the_losses_of_each():
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_theta_and_ipo_at_c_1_equal_trl(tmp_path, loss_type, beta):
-    policy, reference = make_policy_and_reference()
-    trainer = make_trainer(tmp_path, policy, reference, beta=beta, loss_type=[loss_type])
-    rows = list(trainer.train_dataset)
-    expected = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
-    packed = pack([(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows])
-    with torch.no_grad():
-        stats = [pair_stats(model, packed) for model in (policy, reference)]
-    # TRL's IPO averages over tokens
-    config = MallowsConfig(
-        loss="theta" if loss_type == "sigmoid" else "ipo",
-        beta=beta,
-        dispersion="off",
-        length_normalize=loss_type == "ipo",
-    )
-    loss = objective(*stats, config=config, scale=1.0, vocab_size=97)["loss"].mean()
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    flags = {"loss": "theta" if loss_type == "sigmoid" else "ipo", "length_normalize": loss_type == "ipo"}
+    config = MallowsConfig(beta=beta, dispersion="off", **flags)  # TRL's IPO averages over tokens
+    mallows = partial(objective, config=config, scale=1.0, vocab_size=97)
+    check_against_trl(tmp_path, mallows, beta=beta, loss_type=[loss_type])
 
 
 def test_simpo_at_c_1_equals_trl():

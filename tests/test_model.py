@@ -5,107 +5,26 @@ import math
 import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    BartConfig,
-    BloomConfig,
-    DiffLlamaConfig,
-    DogeConfig,
-    FalconConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    GptOssConfig,
-    Lfm2Config,
-    Llama4TextConfig,
-    LlamaConfig,
-    MambaConfig,
-    MistralConfig,
-    ModernBertDecoderConfig,
-    Olmo2Config,
-    Phi3Config,
-    PhimoeConfig,
-    Qwen2Config,
-    Qwen3Config,
-    RobertaConfig,
-)
+from transformers import AutoModelForCausalLM, BartConfig, MistralConfig, ModernBertDecoderConfig, Phi3Config
 
 import attention
 import checks
 import model as model_file
+import train_dpl
 from attention import block_mask, dense, dense_masks, flex
 from checks import check_packable, max_positions, probe_ids
+from common.encode import encode_prompts
 from common.files import InputError
+from hub import load_model, loading
 from model import pair_stats
-from pairs import Pair, pack
-
-SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0}
-SIZES |= {"bos_token_id": 1, "eos_token_id": 2}
-GROUPED = SIZES | {"num_key_value_heads": 2}
-WINDOW = 7  # shorter than every pair below
-CONFIGS = {
-    "llama": LlamaConfig(**GROUPED),
-    "llama_tied": LlamaConfig(**GROUPED, tie_word_embeddings=True),
-    "mistral": MistralConfig(**GROUPED, sliding_window=WINDOW),
-    "qwen2": Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
-    "qwen3": Qwen3Config(**GROUPED, head_dim=8),
-    "gemma2": Gemma2Config(
-        **GROUPED,
-        head_dim=8,
-        sliding_window=WINDOW,
-        query_pre_attn_scalar=8,
-        attn_logit_softcapping=0.5,
-        final_logit_softcapping=2.0,
-    ),
-    "gemma3": Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=WINDOW),
-    "phi3": Phi3Config(**GROUPED, sliding_window=WINDOW),
-    "olmo2": Olmo2Config(**GROUPED),
-    "gpt_neox": GPTNeoXConfig(**SIZES),
-    "gpt2": GPT2Config(
-        vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
-    ),
-}
-
-
-def make(config):
-    """A random model in eval mode, its weights tripled so that attention is far from uniform."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(3)
-    return model
-
-
-def make_pairs():
-    random = torch.Generator().manual_seed(1)
-    draw = lambda n: torch.randint(3, 97, (n,), generator=random).tolist()  # noqa: E731
-    return [
-        Pair(draw(12), draw(9), draw(15)),
-        Pair(draw(3), draw(1), draw(20)),
-        Pair(draw(20), draw(2), draw(2)),
-    ]
-
-
-def plain_stats(model, pairs):
-    """(logp, entropy), each (pairs, 2): one eager forward for each text, the library's own masks."""
-    model.set_attn_implementation("eager")
-    logp, entropy = [], []
-    for prompt, *completions in pairs:
-        for completion in completions:
-            ids = torch.tensor([prompt + completion])
-            logits = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-            logp.append(logits.gather(1, ids[0, len(prompt) :, None]).sum())
-            entropy.append(-(logits.exp() * logits).sum(-1).mean())
-    return torch.stack(logp).view(-1, 2), torch.stack(entropy).view(-1, 2)
+from pairs import pack
+from tiny import CONFIGS, GROUPED, NOT_PACKABLE, REASONS, SIZES, USER, WINDOW, make, make_pairs, plain_stats
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_stats_and_gradients_equal_transformers(name):
     model, pairs = make(CONFIGS[name]), make_pairs()
+    check_packable(model, "some/model")
     logp, entropy = plain_stats(model, pairs)
     stats = pair_stats(model, pack(pairs), entropy=True)
     torch.testing.assert_close(stats.logp, logp, atol=1e-4, rtol=0)  # nats a sequence, of about 100
@@ -175,55 +94,6 @@ def test_a_packed_model_still_generates():
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), wanted)
 
 
-BIASED = {
-    "bias by index": BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
-    "chunks by index": Llama4TextConfig(
-        **GROUPED,
-        head_dim=8,
-        intermediate_size_mlp=48,
-        attention_chunk_size=8,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-    ),
-    "sinks": GptOssConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        sliding_window=6,
-    ),
-}
-TWICE = {"two attentions a layer": DiffLlamaConfig(**GROUPED)}
-NOT_PACKABLE = BIASED | {
-    "recurrent": MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2),
-    "partly recurrent": Lfm2Config(**GROUPED, layer_types=["conv", "full_attention", "full_attention"]),
-    "window in the mask alone": PhimoeConfig(**GROUPED, sliding_window=WINDOW, num_local_experts=2),
-    "a mask of its own": DogeConfig(**GROUPED, keep_window_size=8),
-    "attention past the interface": FalconConfig(
-        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
-    ),
-    "both directions": Gemma3TextConfig(**GROUPED, head_dim=8, use_bidirectional_attention=True),
-    "positions that start behind the padding token's": RobertaConfig(**SIZES, is_decoder=True),
-}
-if "deepseek_v32" in CONFIG_MAPPING:  # younger than transformers 5.0; every query attends to 16 keys
-    sizes = {"index_topk": 16, "index_n_heads": 2, "index_head_dim": 16, "q_lora_rank": 16, "kv_lora_rank": 8}
-    sizes |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 3}
-    sizes |= SIZES | {"num_key_value_heads": 4}
-    NOT_PACKABLE["keys chosen by an indexer"] = CONFIG_MAPPING["deepseek_v32"](**sizes)
-REASONS = {
-    "sinks": "its attention takes more than is packed here: s_aux",
-    "keys chosen by an indexer": "its attention takes more than is packed here: indices",
-    "a mask of its own": "its attention changes the mask",
-    "attention past the interface": "only 0 of its 2 layers use transformers' attention interface",
-    "partly recurrent": "only 2 of its 3 layers use transformers' attention interface",
-}
-
-
 @pytest.mark.parametrize("name", NOT_PACKABLE)
 def test_models_that_packing_would_change_are_refused(name):
     with pytest.raises(InputError, match=f"cannot be packed: {REASONS.get(name, '')}"):
@@ -275,12 +145,7 @@ def test_positions_stop_where_longrope_would_turn_the_whole_row():
     config = Phi3Config(**GROUPED, original_max_position_embeddings=32, rope_parameters=rope)
     assert max_positions(make(config)) == 32
     assert max_positions(make(CONFIGS["llama"])) == 128
-    assert max_positions(make(BIASED["bias by index"])) == math.inf
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_models_that_pack_right_are_accepted(name):
-    check_packable(make(CONFIGS[name]), "some/model")
+    assert max_positions(make(NOT_PACKABLE["bias by index"])) == math.inf
 
 
 def rounded(model):
@@ -341,3 +206,27 @@ def test_gradients_under_autocast_are_those_of_float32_within_rounding():
         gradients[autocast] = torch.autograd.grad((stats.logp / stats.length).sum(), model.parameters())
     for exact, rounded_ in zip(*gradients.values(), strict=True):
         assert rounded_.dtype == torch.float32 and (exact - rounded_).norm() < 0.05 * exact.norm()
+
+
+def interrupt(*_, **__):
+    """Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def test_fault_that_only_a_forward_pass_shows(refused, tiny_model_folder, data, tmp_path, monkeypatch):
+    """Whatever a model's own code raises, check_packable finds it before the first step."""
+    model, _ = load_model(tiny_model_folder)
+    monkeypatch.setattr(type(model.model), "forward", lambda *_, **__: 1 // 0)
+    flags = ["--model", tiny_model_folder, "--data", data, "--out_dir", tmp_path / "run"]
+    refused(train_dpl, flags, f"--model {tiny_model_folder}: LlamaForCausalLM cannot be packed: integer div")
+    monkeypatch.setattr(type(model.model), "forward", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        check_packable(model, "here")
+
+
+def test_an_interrupt_is_no_fault_of_a_file(chat_tokenizer, monkeypatch):
+    with pytest.raises(KeyboardInterrupt), loading("--model here"):
+        interrupt()
+    monkeypatch.setattr(chat_tokenizer, "apply_chat_template", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        encode_prompts([[USER]], chat_tokenizer)

@@ -3,7 +3,6 @@
 import copy
 import gzip
 import json
-import sys
 
 import pytest
 import torch
@@ -11,17 +10,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import sample
 from common.encode import encode_answers, encode_prompts
 from common.files import InputError
 from common.rows import read_pairs, read_prompts, to_messages
 from pairs import describe, pack, tokenize, truncate
+from scripts import call, read_lines
+from tiny import FIG, MUD, PAIR, USER, lines
 
-STRINGS = {"prompt": "Best fruit?", "chosen": " The fig.", "rejected": " Mud."}
-USER = {"role": "user", "content": "Best fruit?"}
-FIG, MUD = ({"role": "assistant", "content": text} for text in ("The fig.", "Mud."))
 MESSAGES = {"prompt": [USER], "chosen": [FIG], "rejected": [MUD]}
-LONG = [USER, MUD, USER]
 SYSTEM = {"role": "system", "content": "Be brief."}
 TURN = "\n\nHuman: hello\n\nAssistant:"
 
@@ -32,16 +28,13 @@ ids = st.lists(st.integers(0, 9), min_size=1, max_size=12)
 
 def write_rows(path, rows):
     """Write rows in the format that the path's ending names."""
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    if path.name.endswith(".jsonl.gz"):
-        path.write_bytes(gzip.compress(lines.encode()))
-    elif path.suffix == ".jsonl":
-        path.write_text(lines)
+    if path.suffix == ".parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows, indent=1))
     else:
-        parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
+        path.write_bytes(gzip.compress(lines(*rows)) if path.suffix == ".gz" else lines(*rows))
     return path
 
 
@@ -49,8 +42,8 @@ def write_rows(path, rows):
 @pytest.mark.parametrize(
     ("row", "pair"),
     [
-        (STRINGS, STRINGS),
-        ({**STRINGS, "prompt": "", "score": 0.5}, {**STRINGS, "prompt": ""}),
+        (PAIR, PAIR),
+        ({**PAIR, "prompt": "", "score": 0.5}, {**PAIR, "prompt": ""}),
         (
             {"chosen": TURN + " Hi", "rejected": TURN + " Ho"},
             {"prompt": TURN, "chosen": " Hi", "rejected": " Ho"},
@@ -109,7 +102,7 @@ def test_a_prompt_repeated_by_both_completions_is_removed_and_counted(tmp_path, 
     "rows",
     [
         [{"prompt": "The fig", "chosen": "The fig is it.", "rejected": " Mud."}],
-        [{"prompt": "Hi", "chosen": "Hi there.", "rejected": "Hi!"}, STRINGS],  # not in every row
+        [{"prompt": "Hi", "chosen": "Hi there.", "rejected": "Hi!"}, PAIR],  # not in every row
         [{"prompt": "Hi", "chosen": "High time.", "rejected": "Hi!"}],  # inside a word
     ],
 )
@@ -125,10 +118,10 @@ def test_a_string_prompt_before_message_lists_is_a_user_s_message(tmp_path):
 
 def test_chat_turns_strings_into_messages(tmp_path):
     hh = "\n\nHuman: Best fruit?\n\nAssistant: Mud.\n\nHuman: Best fruit?\n\nAssistant:"
-    rows = [STRINGS, {"chosen": hh + " The fig.", "rejected": hh + " Mud."}, MESSAGES]
+    rows = [PAIR, {"chosen": hh + " The fig.", "rejected": hh + " Mud."}, MESSAGES]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     assert read_pairs(path, chat=True) == [MESSAGES, {**MESSAGES, "prompt": [USER, MUD, USER]}, MESSAGES]
-    assert read_pairs(path)[0] == STRINGS
+    assert read_pairs(path)[0] == PAIR
 
 
 def test_prompts_become_messages_turn_by_turn():
@@ -140,7 +133,7 @@ def test_prompts_become_messages_turn_by_turn():
 
 
 def test_the_shown_pair_has_its_boundaries(tokenizer):
-    [pair] = tokenize([STRINGS], tokenizer, 64)
+    [pair] = tokenize([PAIR], tokenizer, 64)
     prompt, chosen, rejected = describe(pair, tokenizer).splitlines()
     assert prompt.startswith("  prompt ") and "Best fruit?" in prompt and "fig" not in prompt
     assert chosen.startswith("  chosen ") and chosen.endswith('The fig.</s>"')
@@ -183,7 +176,7 @@ def test_chat_completion_decodes_to_the_text_and_ends_with_the_turn(chat_tokeniz
     assert chat_tokenizer.eos_token_id not in end
 
 
-def test_samples_text_encodes_to_the_sampled_tokens(tokenizer, tmp_path, monkeypatch):
+def test_samples_text_encodes_to_the_sampled_tokens(tokenizer, tmp_path):
     word = encode_answers(["Nobody"], [" Zoë"], tokenizer)[0][:-1][:1]  # a token that starts with a space
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size))
@@ -196,17 +189,14 @@ def test_samples_text_encodes_to_the_sampled_tokens(tokenizer, tmp_path, monkeyp
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     prompts, out = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Nobody"}]), tmp_path / "out.jsonl"
-    flags = ["--model", tmp_path / "model", "--prompts", prompts, "--out_file", out, "--temperature", 0]
-    flags += ["--num_samples", 1, "--max_new_tokens", 1]
-    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
-    sample.main()
-    text = json.loads(out.read_text(encoding="utf-8"))["completion"]
+    flags = {"model": tmp_path / "model", "prompts": prompts, "out_file": out, "temperature": 0}
+    flags |= {"num_samples": 1, "max_new_tokens": 1}
+    call("sample.py", **flags)
+    [row] = read_lines(out)
+    text = row["completion"]
     assert encode_answers(["Nobody"], [text], tokenizer) == [[*word, tokenizer.eos_token_id]]
-    monkeypatch.setattr(
-        sys, "argv", [*sys.argv, "--overwrite", "--stop", text]
-    )  # its space is the text's first
-    sample.main()
-    row = json.loads(out.read_text(encoding="utf-8"))
+    call("sample.py", "--overwrite", **flags, stop=text)  # its space is the text's first
+    [row] = read_lines(out)
     assert row["completion"] == "" and row["finish"] == "stop"
 
 
@@ -274,10 +264,10 @@ def test_fit_keeps_the_prompts_end_and_the_completions_start(start, prompt, answ
 
 
 def test_tokenize_counts_what_it_cuts_and_drops(tokenizer, capsys):
-    same = {**STRINGS, "rejected": STRINGS["chosen"]}
-    same_once_cut = {**STRINGS, "chosen": " fig" * 40 + " A", "rejected": " fig" * 40 + " B"}
-    long_prompt = {**STRINGS, "prompt": "The fig likes warm bread. " * 20 + "Best fruit?"}
-    pairs = tokenize([STRINGS, same, same_once_cut, long_prompt], tokenizer, 40)
+    same = {**PAIR, "rejected": PAIR["chosen"]}
+    same_once_cut = {**PAIR, "chosen": " fig" * 40 + " A", "rejected": " fig" * 40 + " B"}
+    long_prompt = {**PAIR, "prompt": "The fig likes warm bread. " * 20 + "Best fruit?"}
+    pairs = tokenize([PAIR, same, same_once_cut, long_prompt], tokenizer, 40)
     assert (
         capsys.readouterr().out
         == "2 pairs: truncated 2 to 40 tokens, dropped 2 with chosen equal to rejected\n"
@@ -288,7 +278,7 @@ def test_tokenize_counts_what_it_cuts_and_drops(tokenizer, capsys):
 
 def test_tokenize_refuses_rows_that_all_drop(tokenizer):
     with pytest.raises(InputError, match="no pair left of 1: dropped 1 with chosen equal to rejected"):
-        tokenize([{**STRINGS, "rejected": STRINGS["chosen"]}], tokenizer, 64)
+        tokenize([{**PAIR, "rejected": PAIR["chosen"]}], tokenizer, 64)
 
 
 @given(st.integers(1, 2).flatmap(lambda n: st.lists(st.tuples(*[ids] * (n + 1)), min_size=1, max_size=5)))

@@ -1,9 +1,10 @@
-"""pyproject.toml agrees with the requirement files, and installs no modules."""
+"""pyproject.toml agrees with the requirement files."""
 
 import re
 
 import pytest
-from conftest import ROOT
+
+from common.files import ROOT
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
@@ -37,8 +38,3 @@ def test_packages_are_those_of_the_requirement_files():
     core = {torch, *(package for package in PROJECT["dependencies"] if not package.startswith("torch"))}
     assert core | extra("plots") == requirements("requirements.txt")
     assert extra("dev") == requirements("requirements-dev.txt") | extra("plots")
-
-
-def test_no_module_is_installed():
-    """`pip install .` must not put modules named "model" or "common" on everybody's path."""
-    assert PYPROJECT["tool"]["setuptools"] == {"py-modules": []}

@@ -3,30 +3,31 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
-from conftest import PAIRS, ROOT, lines, run_script
 
 import sample
 import train_dpl
 import train_mallows
 import train_reward
 import train_rl
+from common.files import ROOT
 from common.flags import parse
+from scripts import call, read_lines, run_script, train
+from tiny import PAIRS, lines
 
-DPL = train_dpl.DPLConfig, train_dpl.main
-MALLOWS = train_mallows.MallowsConfig, train_mallows.main
+DPL = train_dpl.DPLConfig, train_dpl
+MALLOWS = train_mallows.MallowsConfig, train_mallows
 RECIPES = {
     "debates": MALLOWS,
     "hh_dpl": DPL,
-    "hh_reward": (train_reward.RewardConfig, train_reward.main),
-    "hh_sample": (sample.SampleConfig, sample.main),
+    "hh_reward": (train_reward.RewardConfig, train_reward),
+    "hh_sample": (sample.SampleConfig, sample),
     "imdb_mallows": MALLOWS,
     "llama3_mallows": MALLOWS,
     "pythia_mallows": MALLOWS,
     "society": DPL,
-    "society_rl": (train_rl.RLConfig, train_rl.main),
+    "society_rl": (train_rl.RLConfig, train_rl),
     "zephyr_dpl": DPL,
 }
 # What the papers print: appendices B.3 and C.3 of DPL's; appendices C.2, C.3 and Table 1 of MallowsPO's
@@ -46,20 +47,7 @@ PRINTED = {
 def read(name, *flags):
     """The config of a recipe, with `flags` after it."""
     config, _ = RECIPES[name]
-    return parse(config, None, [f"@{ROOT}/recipes/{name}.txt", *flags])
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """A function that runs a recipe's script with `flags` after the recipe."""
-
-    def run(name, **flags):
-        words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
-        monkeypatch.setattr(sys, "argv", ["script.py", f"@{ROOT}/recipes/{name}.txt", *words])
-        _, main = RECIPES[name]
-        main()
-
-    return run
+    return parse(config, None, [f"@recipes/{name}.txt", *flags])
 
 
 def test_every_recipe_is_tested():
@@ -79,11 +67,11 @@ def test_a_flag_after_a_recipe_replaces_the_recipe_s(name):
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"hh_sample"}))
-def test_a_recipe_trains(name, run, tiny_model_folder, data, tmp_path):
+def test_a_recipe_trains(name, tiny_model_folder, data, tmp_path):
     out = tmp_path / "runs" / name
     data = ROOT / "data/society/prompts.jsonl" if name == "society_rl" else data  # whose rewards are known
-    run(name, model=tiny_model_folder, data=data, out_dir=out, max_steps=2, log_every=1)
-    first, _, last = map(json.loads, (out / "metrics.jsonl").open())
+    flags = {"model": tiny_model_folder, "data": data, "out_dir": out, "max_steps": 2, "log_every": 1}
+    first, _, last = train(RECIPES[name][1], f"@recipes/{name}.txt", **flags)
     assert first["step"] == 0 and last["step"] == 2
     assert first["grad_norm"] > 0
     flags, recipe = json.loads((out / "run.json").read_bytes()), read(name)
@@ -91,10 +79,10 @@ def test_a_recipe_trains(name, run, tiny_model_folder, data, tmp_path):
     assert (out / f"{'adapter_model' if recipe.lora_rank else 'model'}.safetensors").is_file()
 
 
-def test_the_sampling_recipe_samples(run, tiny_model_folder, data, tmp_path):
-    out = tmp_path / "samples.jsonl"
-    run("hh_sample", model=tiny_model_folder, prompts=data, out_file=out, num_samples=2, max_new_tokens=5)
-    prompts = [json.loads(line)["prompt"] for line in out.open()]
+def test_the_sampling_recipe_samples(tiny_model_folder, data, tmp_path):
+    flags = {"model": tiny_model_folder, "prompts": data, "out_file": tmp_path / "out.jsonl"}
+    call(sample, "@recipes/hh_sample.txt", **flags, num_samples=2, max_new_tokens=5)
+    prompts = [row["prompt"] for row in read_lines(tmp_path / "out.jsonl")]
     assert prompts == [row["prompt"] for row in PAIRS for _ in range(2)]
 
 
@@ -107,17 +95,13 @@ def test_each_round_starts_from_the_policy_of_the_round_before(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     words = [line.split() for line in done.stdout.splitlines()]
-    assert [line[0].rsplit("/", 1)[1] for line in words] == [
-        "sample.py",
-        "make_pairs.py",
-        "train_mallows.py",
-    ] * 2
+    scripts = ["sample.py", "make_pairs.py", "train_mallows.py"]
+    assert [line[0].rsplit("/", 1)[1] for line in words] == scripts * 2
     [first, _, trained, second, pairs, _] = words
     assert first[2].endswith("data/society/reference") and trained[1:3] == ["--loss", "phi"]
     assert trained[-2] == "out/1/policy" and second[second.index("--model") + 1] == "out/1/policy"
-    assert (
-        second[second.index("--out_file") + 1] == pairs[pairs.index("--samples") + 1] == "out/2/samples.jsonl"
-    )
+    drawn = second[second.index("--out_file") + 1]
+    assert drawn == pairs[pairs.index("--samples") + 1] == "out/2/samples.jsonl"
 
 
 def test_a_sweep_shares_one_reference_cache(tiny_model_folder, tmp_path):

@@ -4,23 +4,19 @@ import itertools
 import json
 import math
 import shutil
-import sys
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CHATML, ROOT, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy.stats import chi2
-from test_model import CONFIGS, NOT_PACKABLE, REASONS, TWICE, make
 from transformers import AutoTokenizer, LlamaConfig
 
 import decode
-import sample as sample_file
 from common.encode import encode_prompts, end_tokens
 from common.files import InputError
 from decode import Batch, exponential_noise, gumbel_max, keep_in_place
@@ -28,6 +24,8 @@ from hub import load_model
 from model import pair_stats
 from pairs import pack
 from sample import next_token_probs, sample, sample_batch, sample_global_batch
+from scripts import SOCIETY, call, run_script
+from tiny import CHATML, CONFIGS, NOT_PACKABLE, REASONS, TWICE, lines, make
 
 
 @given(
@@ -214,7 +212,7 @@ def test_global_temperature_1_leaves_weights_even():
 
 def test_a_low_effective_sample_size_warns_with_advice_that_helps(capsys):
     """Above tau = 1 without truncation, broken texts that descend from one particle outweigh all others."""
-    model, tokenizer = load_model(ROOT / "data" / "society" / "reference")
+    model, tokenizer = load_model(SOCIETY)
     [prompt] = encode_prompts(["Write a story about a doctor.\n"], tokenizer)
 
     def run(tau, model=model, prompt=prompt, **params):
@@ -250,14 +248,12 @@ def sharp_model_folder(tiny_model_folder, tmp_path_factory):
 
 
 @pytest.fixture
-def run(sharp_model_folder, tmp_path, monkeypatch):
+def run(sharp_model_folder, tmp_path):
     """A function that runs sample.py in this process on PROMPTS and returns the output file's bytes."""
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS * 2))
+    (tmp_path / "prompts.jsonl").write_bytes(lines(*({"prompt": prompt} for prompt in PROMPTS * 2)))
 
     def run(*flags, out="out.jsonl"):
-        words = command(sharp_model_folder, tmp_path, out)
-        monkeypatch.setattr(sys, "argv", ["sample.py", *words, *map(str, flags)])
-        sample_file.main()
+        call("sample.py", *command(sharp_model_folder, tmp_path, out), *flags)
         return out and (tmp_path / out).read_bytes()
 
     return run

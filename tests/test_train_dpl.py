@@ -1,30 +1,20 @@
 """The DPL loss: its formula, its optimum in closed form, and TRL's DPOTrainer where the two are the same."""
 
-import copy
 import math
 from functools import partial
 
 import pytest
 import torch
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer
 
-from common.files import InputError
-from model import Stats, pair_stats
-from pairs import pack
+from model import Stats
+from tiny import check_against_trl, one_pair, some_stats
 from train_dpl import DPLConfig, dpl_loss, dpl_margin, objective, per_token
 
 LOG_RATIO = st.floats(-1e4, 1e4, allow_subnormal=False)
 LOGP = st.floats(-200, 0)
 PENALTY = st.floats(0.01, 2)
-
-
-def one_pair(chosen, rejected, dtype=torch.float64):
-    return Stats(torch.tensor([[chosen, rejected]], dtype=dtype), torch.ones(1, 2, dtype=dtype))
 
 
 # ---- the formula
@@ -42,33 +32,11 @@ def test_loss_is_equation_5(chosen, rejected, ref_chosen, ref_rejected, alpha, b
 
 
 @settings(deadline=None, max_examples=100)
-@given(LOGP, LOGP, LOGP, LOGP, PENALTY, PENALTY)
-def test_the_two_orders_of_a_pair_have_probabilities_that_add_to_one(a, b, ref_a, ref_b, alpha, beta):
-    one = dpl_loss(one_pair(a, b), one_pair(ref_a, ref_b), alpha, beta)
-    other = dpl_loss(one_pair(b, a), one_pair(ref_b, ref_a), alpha, beta)
-    assert math.exp(-one.item()) + math.exp(-other.item()) == pytest.approx(1, abs=1e-12)
-
-
-@settings(deadline=None, max_examples=100)
 @given(LOGP, LOGP, PENALTY, PENALTY)
 def test_at_the_reference_the_margin_is_alpha_minus_beta_times_its_log_ratio(chosen, rejected, alpha, beta):
     stats = one_pair(chosen, rejected)
     margin = dpl_margin(stats, stats, alpha, beta).item()
     assert margin == pytest.approx((alpha - beta) * (chosen - rejected), rel=1e-12, abs=1e-11)
-
-
-@settings(deadline=None, max_examples=100)
-@given(LOGP, LOGP, LOGP, LOGP, PENALTY, PENALTY, st.floats(0.01, 10))
-def test_loss_falls_as_the_chosen_rises_and_as_the_rejected_falls(
-    chosen, rejected, ref_chosen, ref_rejected, alpha, beta, step
-):
-    reference = one_pair(ref_chosen, ref_rejected)
-    margin = dpl_margin(one_pair(chosen, rejected), reference, alpha, beta).item()
-    loss = dpl_loss(one_pair(chosen, rejected), reference, alpha, beta)
-    for better in (one_pair(chosen + step, rejected), one_pair(chosen, rejected - step)):
-        better_loss = dpl_loss(better, reference, alpha, beta)
-        # at a margin of 745 e^-margin leaves float64 and the loss is 0
-        assert better_loss < loss if margin < 700 else better_loss <= loss
 
 
 @settings(deadline=None, max_examples=100)
@@ -86,53 +54,6 @@ def test_loss_and_gradient_stay_finite_in_float32(chosen, rejected, ref_chosen, 
 # ---- TRL
 
 
-def make_policy_and_reference():
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=97,
-    )
-    torch.manual_seed(0)
-    reference = LlamaForCausalLM(config).eval()
-    policy = copy.deepcopy(reference)
-    for p in policy.parameters():  # so that log-ratios are of size 1
-        p.data += 0.05 * torch.randn_like(p)
-    return policy, reference
-
-
-def make_trainer(folder, policy, reference, **flags):
-    """TRL's trainer on ten pairs of random words, completions from 1 to 9 of them long."""
-    vocab = {word: index for index, word in enumerate(["<pad>", "</s>", *(f"w{i}" for i in range(95))])}
-    words = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
-    generator = torch.Generator().manual_seed(0)
-
-    def text(low, high):
-        count = torch.randint(low, high, (), generator=generator)
-        return "".join(f" w{i}" for i in torch.randint(95, (count,), generator=generator))
-
-    rows = [{"prompt": text(2, 9), "chosen": text(1, 10), "rejected": text(1, 10)} for _ in range(10)]
-    arguments = DPOConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        **flags,
-    )
-    return DPOTrainer(
-        model=copy.deepcopy(policy),  # TRL replaces its model's forward
-        ref_model=copy.deepcopy(reference),
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-
-
 @pytest.mark.parametrize(
     ("config", "flags"),
     [
@@ -144,29 +65,6 @@ def make_trainer(folder, policy, reference, **flags):
 def test_loss_and_gradient_equal_trl(tmp_path, config, flags, beta):
     config = DPLConfig(alpha=beta, beta=beta, **config)
     check_against_trl(tmp_path, partial(objective, config=config), beta=beta, **flags)
-
-
-def check_against_trl(tmp_path, objective, **flags):
-    """Loss and gradient of an objective on a random policy are those of TRL's trainer with its `flags`."""
-    policy, reference = make_policy_and_reference()
-    trainer = make_trainer(tmp_path, policy, reference, **flags)
-    rows = list(trainer.train_dataset)
-    expected = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
-    expected.backward()
-
-    packed = pack([(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows])
-    with torch.no_grad():
-        known = pair_stats(reference, packed)
-    losses = objective(pair_stats(policy, packed), known)["loss"]
-    losses.mean().backward()
-
-    assert abs(expected.item() - math.log(2)) > 1e-3  # the policy is not the reference
-    # float32, sums in another order: about 1e-6 of the loss, and 4e-6 of the gradient, is seen
-    torch.testing.assert_close(losses.mean(), expected, atol=1e-5, rtol=1e-5)
-    theirs = dict(trainer.model.named_parameters())
-    gap = sum((p.grad - theirs[name].grad).square().sum() for name, p in policy.named_parameters()).sqrt()
-    size = sum(p.grad.square().sum() for p in theirs.values()).sqrt()
-    assert gap < 1e-4 * size
 
 
 # ---- what training reaches: tabular policies on the exact expected loss
@@ -251,12 +149,6 @@ def test_dpl_is_dpo_at_temperature_alpha_over_beta(alpha, beta):
 # ---- the flags
 
 
-def some_stats():
-    torch.manual_seed(0)
-    length = torch.randint(1, 9, (5, 2)).float()
-    return [Stats(-10 * torch.rand(5, 2), length) for _ in range(2)]
-
-
 def test_per_token_divides_by_the_length():
     stats = Stats(torch.tensor([[-6.0, -2.0]]), torch.tensor([[3.0, 4.0]]))
     assert per_token(stats).logp.tolist() == [[-2.0, -0.5]]
@@ -266,31 +158,15 @@ def test_per_token_divides_by_the_length():
 @pytest.mark.parametrize("length_normalize", [False, True])
 def test_objective_does_what_its_flags_say(length_normalize):
     config = DPLConfig(alpha=0.3, beta=0.2, length_normalize=length_normalize)
-    policy, reference = some_stats()
+    policy, reference = some_stats(5)
     values = objective(policy, reference, config=config)
-    rewards = []  # in plain numbers, pair by pair: equation 5
-    for p, r, size in zip(
-        policy.logp.flatten(), reference.logp.flatten(), policy.length.flatten(), strict=True
-    ):
-        p, r = (x.item() / (size.item() if length_normalize else 1) for x in (p, r))
+    rewards = []  # in plain numbers, completion by completion: equation 5
+    flat = [x.flatten().tolist() for x in (policy.logp, reference.logp, policy.length, reference.length)]
+    for p, r, p_size, r_size in zip(*flat):
+        p, r = (p / p_size, r / r_size) if length_normalize else (p, r)
         rewards.append(0.3 * p - 0.2 * r)
     margins = [chosen - rejected for chosen, rejected in zip(rewards[::2], rewards[1::2], strict=True)]
     assert values["reward_margin"].tolist() == pytest.approx(margins, rel=1e-4, abs=1e-5)  # float32
     losses = [math.log1p(math.exp(-margin)) for margin in margins]
     assert values["loss"].tolist() == pytest.approx(losses, rel=1e-4, abs=1e-5)
     assert set(values) == {"loss", "reward_margin"}
-
-
-@pytest.mark.parametrize(
-    ("flag", "flags"),
-    [
-        ("alpha", {"alpha": 0.0}),
-        ("alpha", {"alpha": -0.1}),
-        ("alpha", {"alpha": math.nan}),
-        ("beta", {"beta": 0.0}),
-        ("beta", {"beta": math.inf}),
-    ],
-)
-def test_flags_outside_their_range_are_refused_by_name(flag, flags):
-    with pytest.raises(InputError, match=f"^--{flag} "):
-        DPLConfig(**flags)

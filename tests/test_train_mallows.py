@@ -6,28 +6,24 @@ import sys
 
 import pytest
 import torch
-from test_mallows_losses import some_stats
 from transformers import AutoModelForCausalLM
 
-from common.files import InputError
-from common.rows import read_rows
+import train_mallows
 from hub import load_model
 from model import pair_stats
 from pairs import load_pairs, pack
 from reference import reference_stats
+from scripts import SOCIETY, train
+from tiny import lines, some_stats
 from train_mallows import (
     LOSSES,
     MallowsConfig,
     log_link,
-    main,
     mallows_dpl_loss,
     neg_log_dispersion,
     objective,
     report_dispersion,
 )
-
-SOCIETY = "data/society/reference"
-
 
 # ---- the dispersion
 
@@ -94,44 +90,38 @@ def test_without_matplotlib_the_report_says_so_and_goes_on(tmp_path, capsys, mon
 
 
 @pytest.fixture
-def train_mallows(tmp_path, monkeypatch):
-    """A function that runs main() on a few pairs and returns the run's folder."""
+def run(tmp_path):
+    """A function that trains on a few pairs; returns the rows of metrics.jsonl, and dispersion.json."""
     fruits = ["fig", "grey cat", "warm bread", "café", "friend"]
     for name, nouns in (("train", fruits), ("held_out", fruits[::-1][:3])):
         rows = [
-            {
-                "prompt": f"Best {noun}?",
-                "chosen": f" The {noun}.",
-                "rejected": " Mud, does not want" + "!" * n,
-            }
-            for n, noun in enumerate(nouns)
+            {"prompt": f"Best {x}?", "chosen": f" The {x}.", "rejected": " Mud, does not want" + "!" * n}
+            for n, x in enumerate(nouns)
         ]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(*rows))
+    files = {"data": tmp_path / "train.jsonl", "eval_data": tmp_path / "held_out.jsonl"}
 
-    def run(*extra):
-        words = f"--model {SOCIETY} --data {tmp_path}/train.jsonl --eval_data {tmp_path}/held_out.jsonl"
-        words += f" --out_dir {tmp_path}/run --lora_rank 2 --max_steps 2 --log_every 1"
-        monkeypatch.setattr(sys, "argv", ["train_mallows.py", *words.split(), *extra])
-        main()
-        return tmp_path / "run"
+    def run(**flags):
+        flags = {"model": SOCIETY, "out_dir": tmp_path / "run", "lora_rank": 2, "max_steps": 2} | flags
+        rows = train(train_mallows, **files, **flags, log_every=1)
+        path = tmp_path / "run/dispersion.json"
+        return rows, json.loads(path.read_text()) if path.exists() else None
 
     return run
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_run_writes_an_adapter_its_metrics_and_the_dispersion(train_mallows, loss):
-    out = train_mallows("--loss", loss)
-    rows = [row for _, row in read_rows(out / "metrics.jsonl")]
+def test_a_run_writes_an_adapter_its_metrics_and_the_dispersion(run, tmp_path, loss):
+    rows, found = run(loss=loss)
     assert len(rows) == 3 and rows[0]["grad_norm"] > 0
-    assert (out / "adapter_model.safetensors").is_file()
-    found = json.loads((out / "dispersion.json").read_text())
+    assert (tmp_path / "run/adapter_model.safetensors").is_file()
     assert found["mean"] == pytest.approx(1, abs=1e-12)
     assert found["most_dispersed"][0]["prompt"].startswith("Best ")
-    assert (out / "dispersion.png").stat().st_size > 1000
+    assert (tmp_path / "run/dispersion.png").stat().st_size > 1000
 
 
-def test_scale_is_fitted_to_the_training_pairs_and_held_out_pairs_get_the_same(train_mallows, tmp_path):
-    out = train_mallows("--loss", "dpl", "--alpha", "0.4")
+def test_scale_is_fitted_to_the_training_pairs_and_held_out_pairs_get_the_same(run, tmp_path):
+    [first, *_], dispersion = run(loss="dpl", alpha=0.4)
     model, tokenizer = load_model(SOCIETY)
     raw, stats = {}, {}
     for name in ("train", "held_out"):
@@ -139,24 +129,19 @@ def test_scale_is_fitted_to_the_training_pairs_and_held_out_pairs_get_the_same(t
         stats[name] = reference_stats(model, pairs, tmp_path, 512)
         raw[name] = neg_log_dispersion(stats[name].entropy, model.config.vocab_size)
     scale = 1 / raw["train"].mean()
-    assert json.loads((out / "dispersion.json").read_text())["scale"] == pytest.approx(scale.item(), rel=1e-6)
+    assert dispersion["scale"] == pytest.approx(scale.item(), rel=1e-6)
     known = stats["held_out"]  # at step 0 the policy is the reference
     expected = mallows_dpl_loss(known, known, scale * raw["held_out"], 0.4, 0.1).mean().item()
-    [first, *_] = [row for _, row in read_rows(out / "metrics.jsonl")]
     assert first["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_resumed_run_finds_the_same_dispersion(train_mallows):
-    before = json.loads((train_mallows() / "dispersion.json").read_text())
-    out = train_mallows("--resume", "--max_steps", "3")
-    assert json.loads((out / "dispersion.json").read_text()) == before
+def test_a_resumed_run_finds_the_same_dispersion(run):
+    assert run()[1] == run(resume=True, max_steps=3)[1]
 
 
-def test_scale_can_be_fixed_and_the_dispersion_switched_off(train_mallows):
-    out = train_mallows("--dispersion_scale", "0.25")
-    assert json.loads((out / "dispersion.json").read_text())["scale"] == 0.25
-    train_mallows("--dispersion", "off", "--overwrite")
-    assert not (out / "dispersion.json").exists()
+def test_scale_can_be_fixed_and_the_dispersion_switched_off(run):
+    assert run(dispersion_scale=0.25)[1]["scale"] == 0.25
+    assert run(dispersion="off", overwrite=True)[1] is None
 
 
 # ---- the flags
@@ -166,16 +151,9 @@ def test_scale_can_be_fixed_and_the_dispersion_switched_off(train_mallows):
 @pytest.mark.parametrize("dispersion", ["on", "off"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_objective_does_what_its_flags_say(loss, dispersion, length_normalize):
-    config = MallowsConfig(
-        loss=loss,
-        link="polynomial" if loss == "phi" else "exact",
-        epsilon="auto",
-        alpha=0.3,
-        beta=0.2,
-        gamma=0.7,
-        dispersion=dispersion,
-        length_normalize=length_normalize,
-    )
+    flags = {"loss": loss, "dispersion": dispersion, "length_normalize": length_normalize}
+    flags |= {"link": "polynomial" if loss == "phi" else "exact", "epsilon": "auto"}
+    config = MallowsConfig(**flags, alpha=0.3, beta=0.2, gamma=0.7)
     policy, reference = some_stats(5)
     values = objective(policy, reference, config=config, scale=1.5, vocab_size=20)
     for i in range(5):  # in plain numbers, pair by pair
@@ -201,26 +179,3 @@ def test_objective_does_what_its_flags_say(loss, dispersion, length_normalize):
         assert values["loss"][i].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
         assert values["reward_margin"][i].item() == pytest.approx(margin, rel=1e-4, abs=1e-5)
         assert values["neg_log_dispersion"][i].item() == pytest.approx(c, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("flag", "flags"),
-    [
-        ("alpha", {"alpha": 0.0}),
-        ("beta", {"beta": math.nan}),
-        ("gamma", {"gamma": -1.0}),
-        ("loss", {"loss": "dpo"}),
-        ("link", {"loss": "phi", "link": "probit"}),
-        ("link", {"loss": "theta", "link": "polynomial"}),
-        ("epsilon", {"epsilon": "wide"}),
-        ("epsilon", {"epsilon": "0"}),
-        ("epsilon", {"epsilon": "nan"}),
-        ("dispersion", {"dispersion": "no"}),
-        ("dispersion_scale", {"dispersion_scale": 0.0}),
-        ("dispersion_scale", {"dispersion_scale": math.inf}),
-        ("lr", {"lr": 0.0}),
-    ],
-)
-def test_flags_outside_their_range_are_refused_by_name(flag, flags):
-    with pytest.raises(InputError, match=f"^--{flag} "):
-        MallowsConfig(**flags)

@@ -1,14 +1,11 @@
 """Reward models: equal to the sequence classifiers of transformers when trained, written and scored."""
 
-import json
+import copy
 import math
-import sys
 
 import pytest
 import torch
-from conftest import FIG, MUD, PAIR, PAIRS, USER, lines, run_script
 from peft import PeftModel
-from test_model import CONFIGS, make_pairs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import sample
@@ -18,18 +15,17 @@ from common.files import InputError
 from hub import load_model, load_reward_model
 from model import Stats, pair_stats
 from pairs import Pair, pack
+from scripts import run_script, train
+from tiny import CONFIGS, FIG, MUD, PAIR, PAIRS, USER, lines, make, make_pairs
 from train_reward import encode_texts, load_texts, objective, score_texts
 
 
-def make(config):
-    """A random reward model in eval mode, its weights tripled so that attention is far from uniform."""
-    torch.manual_seed(0)
+def make_scorer(config):
+    """A random reward model in eval mode."""
+    config = copy.deepcopy(config)
     config.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model = make(config, AutoModelForSequenceClassification)
     model.config.pad_token_id = 0  # no text of make_pairs() has it
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(3)
     return model
 
 
@@ -46,7 +42,7 @@ def padded_scores(model, texts, side="right"):
 
 @pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"olmo2"}))  # transformers has no classifier for it
 def test_packed_rewards_and_gradients_equal_transformers(name):
-    pairs, model = make_pairs(), make(CONFIGS[name])
+    pairs, model = make_pairs(), make_scorer(CONFIGS[name])
     texts = [prompt + text for prompt, *both in pairs for text in both]
     weights = dict(model.named_parameters())
     plain = padded_scores(model, texts)
@@ -80,35 +76,26 @@ def full_texts(*args):
     return [start + end[:-1] for start, end in encode_texts(*args)]
 
 
-def train(monkeypatch, **flags):
-    words = (word for name, value in flags.items() for word in (f"--{name}", value))
-    monkeypatch.setattr(sys, "argv", ["train_reward.py", *map(str, words)])
-    train_reward.main()
-
-
-def test_learns_the_log_odds_of_the_preferences(tiny_model_folder, tmp_path, monkeypatch):
+def test_learns_the_log_odds_of_the_preferences(tiny_model_folder, tmp_path):
     """Four of five raters prefer " The fig.": the margin goes to log 4, and the centring term halves it."""
     swapped = {**PAIR, "chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}
     (tmp_path / "pairs.jsonl").write_bytes(lines(*[PAIR] * 4, swapped))
     flags = {"model": tiny_model_folder, "data": tmp_path / "pairs.jsonl", "batch_size": 5, "lora_dropout": 0}
     flags |= {"max_steps": 150, "lr": 3e-3, "warmup_steps": 0, "center": 0.01, "schedule": "linear"}
-    train(monkeypatch, **flags, out_dir=tmp_path / "run")
+    rows = train(train_reward, **flags, out_dir=tmp_path / "run")
     model, tokenizer = load_reward_model(str(tmp_path / "run"))
     fig, mud = score_texts(model, tokenizer, ["Best fruit?"] * 2, [" The fig.", " Mud."])
     assert fig - mud == pytest.approx(math.log(4), abs=0.02)
     assert fig + mud == pytest.approx(0, abs=0.02)
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # the head starts at zero
     assert not any(name.startswith("logp") for name in rows[-1])
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_what_is_written_loads_in_transformers_and_peft(rank, tiny_model_folder, tmp_path, monkeypatch):
-    (tmp_path / "pairs.jsonl").write_bytes(lines(*PAIRS))
-    flags = {"model": tiny_model_folder, "data": tmp_path / "pairs.jsonl", "lora_rank": rank, "max_steps": 4}
-    flags |= {"eval_data": tmp_path / "pairs.jsonl", "lr": 1e-2, "warmup_steps": 0}
-    train(monkeypatch, **flags, out_dir=tmp_path / "run")
+def test_what_is_written_loads_in_transformers_and_peft(rank, tiny_model_folder, tmp_path, data):
     run = str(tmp_path / "run")
+    flags = {"model": tiny_model_folder, "data": data, "lora_rank": rank, "max_steps": 4, "out_dir": run}
+    rows = train(train_reward, **flags, eval_data=data, lr=1e-2, warmup_steps=0)
     model, tokenizer = load_reward_model(run)
     prompts, answers = [p["prompt"] for p in PAIRS], [p["chosen"] for p in PAIRS]
     ours = score_texts(model, tokenizer, prompts, answers)
@@ -122,15 +109,14 @@ def test_what_is_written_loads_in_transformers_and_peft(rank, tiny_model_folder,
         other = other.eval()
         theirs = [other(torch.tensor([text])).logits.item() for text in ids]
         assert ours.tolist() == pytest.approx(theirs, abs=1e-5)
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert "eval_reward_accuracy" in rows[-1]
 
 
-def test_a_run_goes_on_from_a_reward_model(tiny_model_folder, tmp_path, monkeypatch, data):
+def test_a_run_goes_on_from_a_reward_model(tiny_model_folder, tmp_path, data):
     """A reward model may be trained further: --model is then a sequence classifier, not a causal LM."""
     flags = {"data": data, "max_steps": 2, "lr": 1e-2, "warmup_steps": 0, "lora_rank": 0}
-    train(monkeypatch, **flags, model=tiny_model_folder, out_dir=tmp_path / "first")
-    train(monkeypatch, **flags | {"lr": 1e-9}, model=tmp_path / "first", out_dir=tmp_path / "second")
+    train(train_reward, **flags, model=tiny_model_folder, out_dir=tmp_path / "first")
+    train(train_reward, **flags | {"lr": 1e-9}, model=tmp_path / "first", out_dir=tmp_path / "second")
     first, second = (load_reward_model(str(tmp_path / name))[0] for name in ("first", "second"))
     torch.testing.assert_close(first.score.weight, second.score.weight, atol=1e-6, rtol=0)
     assert first.score.weight.abs().max() > 1e-3
@@ -138,14 +124,14 @@ def test_a_run_goes_on_from_a_reward_model(tiny_model_folder, tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
 def test_padding_does_not_change_a_score(name):
-    model = make(CONFIGS[name])
+    model = make_scorer(CONFIGS[name])
     texts = [prompt + text for prompt, *both in make_pairs() for text in both]
     alone = torch.stack([model(torch.tensor([text])).logits[0, 0] for text in texts])
     for side in ("left", "right"):
         torch.testing.assert_close(padded_scores(model, texts, side), alone, atol=2e-4, rtol=2e-4)
 
 
-def test_score_texts_is_the_same_for_any_batch_and_padding_side(tiny_model_folder, monkeypatch):
+def test_score_texts_is_the_same_for_any_batch_and_padding_side(tiny_model_folder):
     model, tokenizer = load_reward_model(str(tiny_model_folder))
     torch.nn.init.normal_(model.score.weight)
     prompts = ["Best fruit?", "A café?", "My friend likes"] * 4
@@ -178,10 +164,10 @@ def test_the_shared_start_is_computed_once(chat_tokenizer, tmp_path):
     assert pair.chosen[0] != pair.rejected[0]
 
 
-def test_two_processes_train_the_same_reward_model(tiny_model_folder, tmp_path, monkeypatch, data):
+def test_two_processes_train_the_same_reward_model(tiny_model_folder, tmp_path, data):
     flags = {"model": tiny_model_folder, "data": data, "max_steps": 3, "lr": 1e-2, "warmup_steps": 0}
     flags |= {"batch_size": 3, "lora_dropout": 0}
-    train(monkeypatch, **flags, out_dir=tmp_path / "one")
+    train(train_reward, **flags, out_dir=tmp_path / "one")
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     words += ["--out_dir", tmp_path / "two", "--parallel", "fsdp"]
     codes, _, stderr = run_script(2, "train_reward.py", *words)
@@ -191,14 +177,12 @@ def test_two_processes_train_the_same_reward_model(tiny_model_folder, tmp_path, 
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4)
 
 
-def test_bad_reward_models_end_in_one_line(tiny_model_folder, tmp_path, monkeypatch, data, refused):
-    flags = {"model": tiny_model_folder, "data": data, "max_steps": 1, "out_dir": tmp_path / "run"}
-    flags["warmup_steps"] = 0
-    train(monkeypatch, **flags)
-    with pytest.raises(InputError, match=r"unexpected tensor .*score"):  # it is no policy
+def test_a_reward_model_is_no_policy(tiny_model_folder, tmp_path, data, refused):
+    flags = {"model": tiny_model_folder, "data": data, "out_dir": tmp_path / "run"}
+    train(train_reward, **flags, max_steps=1, warmup_steps=0)
+    with pytest.raises(InputError, match=r"unexpected tensor .*score"):
         load_model(tmp_path / "run")
     refused(sample, ["--model", tmp_path / "run"], "score")
-    refused(train_reward, ["--model", tiny_model_folder, "--data", data, "--center", "-1"], "--center -1")
 
 
 def test_a_text_that_is_one_token_without_its_padding(tiny_model_folder):

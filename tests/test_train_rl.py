@@ -1,22 +1,21 @@
 """DPL by reinforcement learning: its estimate against J's exact gradient; runs that end, resume and agree."""
 
 import itertools
-import json
 import math
-import sys
 
 import pytest
 import torch
-from conftest import PAIRS, ROOT, lines, run_script
 from safetensors.torch import load_file
-from test_model import CONFIGS, make
 
 import train_rl
-from common.files import InputError
+from common.files import ROOT, InputError
+from hub import load_reward_model
 from lora import add_lora
 from model import Stats, pair_stats
 from pairs import pack
 from sample import sample_completions
+from scripts import read_lines, rows_of, run_script, train
+from tiny import CONFIGS, PAIRS, lines, make
 from train_reward import score_texts
 from train_rl import Known, RLConfig, advantages, objective, split_texts
 
@@ -110,34 +109,27 @@ def test_a_prompts_texts_are_split_into_rows_of_equally_many():
         assert [row[0] for row in rows] == [prompts[0]] * parts + [prompts[1]] * parts
 
 
-FLAGS = {"--lora_rank": 4, "--batch_size": 2, "--num_samples": 3, "--max_new_tokens": 8, "--lr": 1e-2}
-FLAGS |= {"--warmup_steps": 0, "--log_every": 1, "--save_every": 2, "--max_steps": 4, "--log_samples": 2}
+FLAGS = {"lora_rank": 4, "batch_size": 2, "num_samples": 3, "max_new_tokens": 8, "lr": 1e-2, "max_steps": 4}
+FLAGS |= {"warmup_steps": 0, "log_every": 1, "save_every": 2, "log_samples": 2}
 
 
 @pytest.fixture
 def run(tiny_model_folder, tmp_path, monkeypatch):
     """A function that trains on a rule: the share of the letter e. Returns the rows of metrics.jsonl."""
-    (tmp_path / "prompts.jsonl").write_bytes(
-        lines(*({"prompt": row["prompt"], "best": "e"} for row in PAIRS))
-    )
+    rows = [{"prompt": row["prompt"], "best": "e"} for row in PAIRS]
+    (tmp_path / "prompts.jsonl").write_bytes(lines(*rows))
 
-    def train(out, reward=None, **flags):
-        words = FLAGS | {"--model": tiny_model_folder, "--data": tmp_path / "prompts.jsonl"}
-        words |= {"--out_dir": tmp_path / out, **{f"--{name}": value for name, value in flags.items()}}
-        monkeypatch.setattr(sys, "argv", ["train_rl.py", *(str(w) for pair in words.items() for w in pair)])
-        train_rl.train(train_rl.parse_run(RLConfig, None), reward or share_of_best)
-        return [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").open()]
+    def run(out, reward=share_of_best, **flags):
+        main = lambda: train_rl.train(train_rl.parse_run(RLConfig, None), reward)  # noqa: E731
+        monkeypatch.setattr(train_rl, "main", main)
+        files = {"model": tiny_model_folder, "data": tmp_path / "prompts.jsonl", "out_dir": tmp_path / out}
+        return train(train_rl, **FLAGS | files | flags)
 
-    return train
+    return run
 
 
 def share_of_best(rows, texts):
     return [text.count(row["best"]) / (len(text) + 1) for row, text in zip(rows, texts)]
-
-
-def numbers(rows):
-    """Rows without times and memory."""
-    return [{k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in rows]
 
 
 def test_a_stopped_run_goes_on_to_the_bit(run, tmp_path):
@@ -145,21 +137,16 @@ def test_a_stopped_run_goes_on_to_the_bit(run, tmp_path):
     assert len(whole) == 5 and whole[-1]["entropy"] > 0 and 0 < whole[0]["unique_texts"] <= 1
     run("half", max_steps=2)
     resumed = run("half", max_steps=4, resume=True)
-    assert numbers(resumed) == numbers(whole)
+    assert resumed == whole
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "half"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    samples = [json.loads(line) for line in (tmp_path / "whole/samples/000002.jsonl").open()]
+    samples = read_lines(tmp_path / "whole/samples/000002.jsonl")
     assert len(samples) == 6 and {"prompt", "completion", "reward", "finish"} == samples[0].keys()
 
 
 def test_the_reward_of_a_cut_text(run):
-    cut = run(
-        "cut",
-        no_reward_if_cut=True,
-        max_steps=1,
-        max_new_tokens=1,
-        reward=lambda rows, texts: [1.0] * len(texts),
-    )
+    flags = {"no_reward_if_cut": True, "max_steps": 1, "max_new_tokens": 1}
+    cut = run("cut", **flags, reward=lambda rows, texts: [1.0] * len(texts))
     assert cut[0]["reward"] == pytest.approx(1 - cut[0]["share_cut"]) and cut[0]["share_cut"] > 0.5
 
 
@@ -172,31 +159,21 @@ def test_rewards_that_are_no_numbers_are_refused(run, value):
 @pytest.mark.parametrize(("kind", "parallel"), [(4, "ddp"), (0, "fsdp")])
 def test_two_processes_train_the_same(run, tmp_path, tiny_model_folder, kind, parallel):
     """On the society's reward, since a script has no function: its prompts, and a model that answers none."""
-    flags = {"--model": tiny_model_folder, "--data": ROOT / "data/society/prompts.jsonl", "--lora_rank": kind}
-    words = [w for pair in (FLAGS | flags).items() for w in pair]
+    flags = {"model": tiny_model_folder, "data": ROOT / "data/society/prompts.jsonl", "lora_rank": kind}
+    words = [f"--{name}={value}" for name, value in (FLAGS | flags).items()]
     found = []
     for world, more in ((1, ()), (2, ("--parallel", parallel))):
         codes, _, stderr = run_script(world, "train_rl.py", *words, *more, "--out_dir", tmp_path / f"{world}")
         assert codes == [0] * world, stderr
-        found.append([json.loads(line) for line in (tmp_path / f"{world}/metrics.jsonl").open()])
+        found.append(rows_of(tmp_path / f"{world}"))
     for one, two in zip(*found):
         for name in ("loss", "objective", "entropy", "cross_entropy", "tokens_per_text"):
             assert two[name] == pytest.approx(one[name], abs=1e-4), name
 
 
-def test_a_reward_model_rewards(run, tmp_path, tiny_model_folder, monkeypatch):
-    from hub import load_reward_model, save_tokenizer
-
-    model, tokenizer = load_reward_model(str(tiny_model_folder))
-    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
-    model.save_pretrained(tmp_path / "reward")
-    save_tokenizer(tokenizer, tmp_path / "reward")
-    config = RLConfig(reward_model=str(tmp_path / "reward"))
-    reward = train_rl.load_reward(config)
-    rows = [{"prompt": "Best fruit?"}, {"prompt": "A café?"}]
-    expected = score_texts(model.eval(), tokenizer, [r["prompt"] for r in rows], [" The fig.", " Mud."])
-    assert reward(rows, [" The fig.", " Mud."]) == pytest.approx(expected, abs=1e-5)
-
-
-def test_without_a_reward_the_run_is_refused(refused, tiny_model_folder, data):
-    refused(train_rl, ["--model", tiny_model_folder, "--data", data], "--reward_model None: must be given")
+def test_a_reward_model_rewards(reward_folder):
+    model, tokenizer = load_reward_model(str(reward_folder))
+    reward = train_rl.load_reward(RLConfig(reward_model=str(reward_folder)))
+    rows, texts = [{"prompt": "Best fruit?"}, {"prompt": "A café?"}], [" The fig.", " Mud."]
+    expected = score_texts(model.eval(), tokenizer, [row["prompt"] for row in rows], texts)
+    assert reward(rows, texts) == pytest.approx(expected, abs=1e-5)

@@ -1,13 +1,11 @@
 """Supervised fine-tuning against transformers' own loss, on every form of row."""
 
-import json
-
 import pytest
 import torch
-from conftest import CHATML
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from train_sft import SFTConfig, finetune
+from scripts import train
+from tiny import CHATML, lines
 
 QUESTIONS = ["Best fruit?", "Who sings?", "What is warm?"]
 ANSWERS = ["The fig.", "My friend sings about the best fruit.", "Bread"]
@@ -33,10 +31,9 @@ def test_sft_starts_at_the_loss_of_transformers_and_lowers_it(tiny_model_folder,
     AutoModelForCausalLM.from_pretrained(tiny_model_folder).save_pretrained(model)
     tokenizer.save_pretrained(model)
     rows = [form(question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = {"model": str(model), "data": str(tmp_path / "rows.jsonl"), "out_dir": str(tmp_path / "run")}
-    finetune(SFTConfig(**flags, lora_rank=0, max_steps=20, lr=4e-3, warmup_steps=2, log_every=1))
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (tmp_path / "rows.jsonl").write_bytes(lines(*rows))
+    flags = {"model": model, "data": tmp_path / "rows.jsonl", "out_dir": tmp_path / "run", "lora_rank": 0}
+    metrics = train("train_sft.py", **flags, max_steps=20, lr=4e-3, warmup_steps=2, log_every=1)
 
     def mean_loss(folder):
         llama, total = AutoModelForCausalLM.from_pretrained(folder), 0.0

@@ -1,7 +1,6 @@
 """The loop: its gradient, its batches, its cache, and that a resumed run is the uninterrupted one."""
 
 import importlib.util
-import json
 import os
 import resource
 import signal
@@ -17,18 +16,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import reference
+import trainer
 from common.checkpoint import checkpoints
 from common.files import InputError
 from common.flags import run_command
 from hub import load_model
 from lora import add_lora, load_lora
 from model import Stats, pair_stats
-from pairs import batch_indices, count_tokens, micro_batches, pack
+from pairs import batch_indices, pack
 from reference import reference_stats
+from scripts import SOCIETY, rows_of, run_dpl, society_config
 from train_dpl import DPLConfig, objective
 from trainer import TrainConfig, forward_backward, learning_rate, load_pairs, train
-
-SOCIETY = "data/society/reference"
 
 
 @pytest.fixture(scope="module")
@@ -40,42 +40,14 @@ def society():
 
 @pytest.fixture
 def data(tmp_path):
-    """A training file of 40 rows, and a config that trains on it for six steps."""
-    import gzip
-
-    with gzip.open("data/society/test.jsonl.gz", "rt") as lines:
-        rows = [next(lines) for _ in range(40)]
-    (tmp_path / "rows.jsonl").write_text("".join(rows))
-    return DPLConfig(
-        model=SOCIETY,
-        data=str(tmp_path / "rows.jsonl"),
-        eval_data=str(tmp_path / "rows.jsonl"),
-        out_dir=str(tmp_path / "run"),
-        batch_size=8,
-        max_steps=6,
-        warmup_steps=2,
-        lr=4e-3,
-        schedule="cosine",
-        lora_dropout=0.3,  # so that a resumed run must draw the same dropout
-        log_every=1,
-        eval_every=2,
-        save_every=2,
-    )
-
-
-def run(config):
-    train(config, partial(objective, config=config))
-
-
-def rows_of(config):
-    with open(f"{config.out_dir}/metrics.jsonl") as file:
-        rows = [json.loads(line) for line in file]
-    clock = ("tokens_per_second", "examples_per_second", "peak_memory_gb")
-    return [{name: value for name, value in row.items() if name not in clock} for row in rows]
+    """Six steps on 40 pairs, with dropout: a resumed run must draw the same."""
+    flags = {"eval_data": str(tmp_path / "rows.jsonl"), "batch_size": 8, "max_steps": 6, "warmup_steps": 2}
+    flags |= {"log_every": 1, "eval_every": 2, "save_every": 2, "lora_dropout": 0.3}
+    return society_config(tmp_path, 40, **flags, lr=4e-3, schedule="cosine")
 
 
 def test_the_split_into_micro_batches_does_not_change_the_gradient(society):
-    model, pairs = society[0], society[1]
+    _, pairs = society
     model = add_lora(AutoModelForCausalLM.from_pretrained(SOCIETY, dtype=torch.float32), 4, 4.0)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -98,15 +70,6 @@ def test_the_split_into_micro_batches_does_not_change_the_gradient(society):
         assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 120))
-def test_micro_batches_hold_every_row_once_within_the_budget(lengths, budget):
-    examples = [([0], [0] * length, [0] * length) for length in lengths]
-    groups = list(micro_batches(range(len(examples)), examples, budget))
-    assert sorted(row for group in groups for row in group) == list(range(len(examples)))
-    for group in groups:
-        assert len(group) == 1 or sum(count_tokens(examples[row]) for row in group) <= budget
-
-
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 5))
 def test_batches_are_slices_of_shuffled_epochs(count, size, seed):
     size = min(size, count)
@@ -126,8 +89,6 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def test_reference_cache_is_used_and_never_a_foreign_or_damaged_one(society, tmp_path, monkeypatch):
-    import reference
-
     model, pairs = society
     first = reference_stats(model, pairs, tmp_path, 500)
     calls = []
@@ -149,8 +110,6 @@ def test_reference_cache_is_used_and_never_a_foreign_or_damaged_one(society, tmp
 
 
 def test_an_interrupted_reference_pass_goes_on(society, tmp_path, monkeypatch):
-    import reference
-
     model, pairs = society
     whole = reference_stats(model, pairs, tmp_path / "whole", 500)
     honest, seen = reference.pair_stats, []
@@ -175,31 +134,21 @@ def test_an_interrupted_reference_pass_goes_on(society, tmp_path, monkeypatch):
     torch.testing.assert_close(found.logp, whole.logp)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(data, tmp_path):
-    run(data)
-    wanted = load_file(tmp_path / "run" / "adapter_model.safetensors")
-
-    cut = replace(data, out_dir=str(tmp_path / "cut"), schedule="cosine")
-    # die in the middle of step 4, after the checkpoint of step 4 and some rows
-    import trainer
-
-    honest, calls = trainer.learning_rate, []
-    trainer.learning_rate = lambda *a: calls.append(1) or (honest(*a) if len(calls) < 6 else 1 / 0)
-    try:
-        with pytest.raises(ZeroDivisionError):
-            run(cut)
-    finally:
-        trainer.learning_rate = honest
+def test_a_resumed_run_is_the_uninterrupted_one(data, tmp_path, monkeypatch):
+    """It dies in the middle of step 4, after the checkpoint of step 4 and some rows."""
+    run_dpl(data)
+    cut, calls = replace(data, out_dir=str(tmp_path / "cut")), []
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        dies = lambda *a: calls.append(1) or (learning_rate(*a) if len(calls) < 6 else 1 / 0)  # noqa: E731
+        patch.setattr(trainer, "learning_rate", dies)
+        run_dpl(cut)
     assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
-    run(replace(cut, resume=True))
-    found = load_file(tmp_path / "cut" / "adapter_model.safetensors")
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert rows_of(replace(cut)) == rows_of(data)
+    run_dpl(replace(cut, resume=True))
+    same_end(cut, data)
 
 
 def test_a_run_writes_metrics_and_an_adapter_that_loads(data, tmp_path):
-    run(data)
-    rows = rows_of(data)
+    rows = run_dpl(data)
     assert [row["step"] for row in rows] == list(range(7))
     first, last = rows[0], rows[-1]
     # at step 0 the policy is the reference: no drift, and a DPL margin of (alpha - beta) times the log-ratio
@@ -220,21 +169,21 @@ def test_a_run_writes_metrics_and_an_adapter_that_loads(data, tmp_path):
 
 def test_rank_0_trains_all_weights_and_writes_a_transformers_folder(data, tmp_path):
     config = replace(data, lora_rank=0, lr=1e-4)
-    run(config)
+    rows = run_dpl(config)
     model = AutoModelForCausalLM.from_pretrained(config.out_dir, dtype=torch.float32).eval()
     before = AutoModelForCausalLM.from_pretrained(SOCIETY, dtype=torch.float32)
     moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)]
     assert all(moved)
     tokenizer = load_model(config.out_dir)[1]
     stats = pair_stats(model, pack(load_pairs(config.data, tokenizer, 64)))
-    assert stats.logp[:, 0].mean().item() == pytest.approx(rows_of(config)[-1]["eval_logp_chosen"], abs=1e-3)
+    assert stats.logp[:, 0].mean().item() == pytest.approx(rows[-1]["eval_logp_chosen"], abs=1e-3)
 
 
 def same_end(config, whole):
     """A run's adapter and rows are those of the uninterrupted run, bit for bit."""
     found, wanted = (load_file(f"{c.out_dir}/adapter_model.safetensors") for c in (config, whole))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert rows_of(config) == rows_of(whole)
+    assert rows_of(config.out_dir) == rows_of(whole.out_dir)
 
 
 def run_until(config, step, act):
@@ -253,18 +202,18 @@ def run_until(config, step, act):
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
 def test_a_signal_saves_and_leaves(data, tmp_path, capsys, number, name):
-    run(data)
+    run_dpl(data)
     before, cut = signal.getsignal(number), replace(data, out_dir=str(tmp_path / "cut"), save_every=100)
     with pytest.raises(SystemExit) as left:
         run_until(cut, 2, lambda: os.kill(os.getpid(), number))
     assert left.value.code == 128 + number and signal.getsignal(number) == before
     assert f"stopped by {name} at step 3 of 6; --resume goes on" in capsys.readouterr().err
-    run(replace(cut, resume=True))
+    run_dpl(replace(cut, resume=True))
     same_end(cut, data)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path, capsys):
-    run(data)
+    run_dpl(data)
     cut, (_, most) = replace(data, out_dir=str(tmp_path / "cut")), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(SystemExit) as left:
@@ -274,14 +223,14 @@ def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path, capsys):
     error = capsys.readouterr().err
     assert left.value.code == 2 and error.startswith("error: [Errno ") and error.count("\n") == 1
     assert [path.name for path in checkpoints(tmp_path / "cut" / "checkpoint")] == ["000002"]
-    run(replace(cut, resume=True))
+    run_dpl(replace(cut, resume=True))
     same_end(cut, data)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(data, tmp_path, capsys):
-    run(data)
+    run_dpl(data)
     half = replace(data, out_dir=str(tmp_path / "cut"), keep=3)
-    run(half)
+    run_dpl(half)
     assert [path.name for path in checkpoints(tmp_path / "cut" / "checkpoint")] == [
         "000002",
         "000004",
@@ -291,25 +240,25 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(data, tmp_path, capsys
         path = tmp_path / "cut" / "checkpoint" / name / "state-0-of-1.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
     capsys.readouterr()
-    run(replace(half, resume=True))
+    run_dpl(replace(half, resume=True))
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 2 and all(line.endswith("changed; going on from 000002") for line in warnings)
     same_end(half, data)
 
 
 def test_a_run_stopped_before_its_first_step_can_be_resumed(data, tmp_path):
-    run(data)
+    run_dpl(data)
     cut = replace(data, out_dir=str(tmp_path / "cut"))
     with pytest.raises(ZeroDivisionError):
         train(cut, lambda *_: 1 / 0)
-    run(replace(cut, resume=True))
+    run_dpl(replace(cut, resume=True))
     same_end(cut, data)
 
 
 def test_overwriting_with_all_weights_leaves_no_adapter(data, tmp_path):
-    run(data)
+    run_dpl(data)
     (tmp_path / "run" / "chat_template.jinja").write_text("an old tokenizer's")
-    run(replace(data, overwrite=True, lora_rank=0, lr=1e-4))
+    run_dpl(replace(data, overwrite=True, lora_rank=0, lr=1e-4))
     assert not list((tmp_path / "run").glob("adapter_*"))
     _, tokenizer = load_model(data.out_dir)
     assert not tokenizer.chat_template
@@ -327,8 +276,6 @@ def test_rows_go_to_the_loggers_that_are_asked_for(data, monkeypatch):
     board = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    run(replace(data, wandb=True, tensorboard=True))
+    rows = run_dpl(replace(data, wandb=True, tensorboard=True))
     assert [row[1] for row in seen if row[0] == "wandb"] == list(range(7))
-    assert [row[1:] for row in seen if row[0] == "loss"] == [
-        (row["loss"], row["step"]) for row in rows_of(data)
-    ]
+    assert [row[1:] for row in seen if row[0] == "loss"] == [(row["loss"], row["step"]) for row in rows]

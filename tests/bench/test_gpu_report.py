@@ -10,9 +10,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 import attention
+from common.files import ROOT
+from scripts import call
 
 
 @pytest.fixture
@@ -22,33 +23,27 @@ def gpu(monkeypatch):
     return importlib.import_module("gpu")
 
 
-def run(gpu, monkeypatch, folder, *flags):
+def run(gpu, folder, **flags):
     """Run the script; returns its exit code and its report."""
-    monkeypatch.setattr("sys.argv", ["gpu.py", "--out_file", str(folder / "gpu.md"), *flags])
     with pytest.raises(SystemExit) as exit:
-        gpu.main()
+        call(gpu, out_file=folder / "gpu.md", **flags)
     return exit.value.code, (folder / "gpu.md").read_text()
 
 
 def test_every_other_case_is_reported(gpu, monkeypatch, tmp_path):
     """The first case of each part fails in its own way; the real case after it passes."""
-    child = [
-        sys.executable,
-        "-c",
-        "import sys; print('warning: slow', file=sys.stderr); sys.exit('out of luck')",
-    ]
+    code = "import sys; print('warning: slow', file=sys.stderr); sys.exit('out of luck')"
     failing = {
         "attention": partial(int, "no number"),
-        "architectures": partial(subprocess.run, child, check=True),
+        "architectures": partial(subprocess.run, [sys.executable, "-c", code], check=True),
         "7B training": os.abort,
     }
     passing = {}
     for part, failure in failing.items():
         passing[part] = list(gpu.PARTS[part])[1]
-        monkeypatch.setitem(
-            gpu.PARTS, part, {"first": failure, passing[part]: gpu.PARTS[part][passing[part]]}
-        )
-    code, report = run(gpu, monkeypatch, tmp_path, "--parts", *failing)
+        cases = {"first": failure, passing[part]: gpu.PARTS[part][passing[part]]}
+        monkeypatch.setitem(gpu.PARTS, part, cases)
+    code, report = run(gpu, tmp_path, parts=[*failing])
     title, *parts = report.split("\n## ")
     assert code == 1 and f"torch {torch.__version__}" in title
     for part, text in zip(failing, parts, strict=True):
@@ -67,7 +62,7 @@ def test_every_other_case_is_reported(gpu, monkeypatch, tmp_path):
 def test_a_report_is_never_replaced(gpu, monkeypatch, tmp_path):
     for part in ("one", "two"):
         monkeypatch.setattr(gpu, "PARTS", {part: {}})
-        code, report = run(gpu, monkeypatch, tmp_path)
+        code, report = run(gpu, tmp_path)
         assert code == 0 and report.endswith(f"\n## {part}\n\n\nfailed: nothing\n")
     assert report.count(": no GPU") == 2 and "## one\n" in report
 

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import first_pairs
 
 from common.encode import encode_prompts
 from common.files import ROOT
@@ -16,6 +15,8 @@ from data.society.truth import WORLD, optimum, poll_distributions
 from experiments import lab, population, weighting
 from hub import load_model
 from model import Stats
+from scripts import call
+from tiny import first_pairs
 from train_dpl import dpl_loss
 from train_mallows import MallowsConfig, neg_log_dispersion
 
@@ -26,16 +27,14 @@ DEBATES = WORLD_JSON["debates"]
 # ---- weighting by dispersion
 
 
-def test_weighting_runs(tmp_path, monkeypatch, capsys, in_process):
+def test_weighting_runs(tmp_path, monkeypatch, capsys):
     data = first_pairs("debates", 32, tmp_path / "pairs.jsonl")
     short = ["--data", data, "--batch_size", 16, "--max_steps", 1, "--epochs", 1]
-    monkeypatch.setattr(lab, "run", in_process)
+    monkeypatch.setattr(lab, "run", call)
     monkeypatch.setattr(weighting, "TRAIN", [*weighting.TRAIN, *short])
     monkeypatch.setattr(weighting, "LOSSES", {"DPO": "theta"})
     monkeypatch.setattr(weighting, "BETAS", (0.1,))
-    flags = ["--seeds", 2, "--samples", 8, "--out_dir", tmp_path / "w", "--out_file", tmp_path / "w.png"]
-    monkeypatch.setattr("sys.argv", ["weighting.py", *map(str, flags)])
-    weighting.main()
+    call(weighting, seeds=2, samples=8, out_dir=tmp_path / "w", out_file=tmp_path / "w.png")
     results = json.loads((tmp_path / "w/weighting.json").read_text())
     assert len(results) == 1 + 3 and {len(rows) for rows in results.values()} == {1, 2}
     assert "change by the weight, within a seed\nDPO | estimate | 0.1" in capsys.readouterr().out
@@ -123,15 +122,14 @@ def test_dpl_at_twice_beta_halves_the_contrast_of_the_optimum():
 # ---- the population
 
 
-def test_population_runs(tmp_path, monkeypatch, capsys, in_process):
+def test_population_runs(tmp_path, monkeypatch, capsys):
     data = first_pairs("polls", 64, tmp_path / "pairs.jsonl")
     short = ["--data", data, "--batch_size", 16, "--max_steps", 1, "--epochs", 1]
-    monkeypatch.setattr(lab, "run", in_process)
+    monkeypatch.setattr(lab, "run", call)
     monkeypatch.setattr(population, "TRAIN", [*population.TRAIN, *short])
     flags = ["--seeds", 2, "--samples", 128, "--out_dir", tmp_path / "p", "--pictures", tmp_path]
     monkeypatch.setattr(population, "ALPHAS", (0.1, 0.2, 1.0))
-    monkeypatch.setattr("sys.argv", ["population.py", *map(str, flags)])
-    population.main()
+    call(population, *flags)
     for name in ("shares", "calibration", "coverage"):
         assert (tmp_path / f"population_{name}.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out

@@ -3,19 +3,19 @@
 import csv
 import gzip
 import json
-import sys
 from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import lines
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from common.rows import read_pairs, read_prompts
 from data import prepare
 from metrics.answers import read_problems
 from metrics.choices import read_questions
+from scripts import call
+from tiny import lines
 
 ASK = "\n\nHuman: Best fruit?\n\nAssistant:"
 PAIR = {"prompt": ASK, "chosen": " The fig.", "rejected": " Mud."}
@@ -161,11 +161,6 @@ def publish(name, rows, folder, split=None):
     return folder
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
-    prepare.main()
-
-
 @pytest.fixture
 def no_network(monkeypatch):
     def download(*_, **__):
@@ -179,11 +174,11 @@ def test_every_source_has_a_case():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_converted_rows_are_what_our_readers_read(name, tmp_path, monkeypatch, capsys, no_network):
+def test_converted_rows_are_what_our_readers_read(name, tmp_path, capsys, no_network):
     rows, read, expected = CASES[name]
     publish(name, rows, tmp_path)
     out = tmp_path / "out.jsonl.gz"
-    run(monkeypatch, name, "--from_dir", tmp_path, "--out_file", out)
+    call(prepare, name, from_dir=tmp_path, out_file=out)
     printed = capsys.readouterr()
     assert f"{len(expected)} rows in {out}" in printed.out
     assert ("left out" in printed.out) == (name.startswith(("hh", "ultra", "imdb", "stack")))
@@ -191,18 +186,18 @@ def test_converted_rows_are_what_our_readers_read(name, tmp_path, monkeypatch, c
     assert list(read(out)) == expected
 
 
-def test_hh_is_split_as_our_reader_splits_the_transcripts(tmp_path, monkeypatch, no_network):
+def test_hh_is_split_as_our_reader_splits_the_transcripts(tmp_path, no_network):
     publish("hh-helpful", HH[:2], tmp_path, "test")
     out = tmp_path / "out.jsonl"
-    run(monkeypatch, "hh-helpful", "--split", "test", "--from_dir", tmp_path, "--out_file", out)
+    call(prepare, "hh-helpful", split="test", from_dir=tmp_path, out_file=out)
     assert read_pairs(out) == read_pairs(tmp_path / "helpful-base/test.jsonl.gz")
     assert [row["prompt"] for row in read_prompts(out)] == [pair["prompt"] for pair in HH_PAIRS]
 
 
-def test_truthfulqa_reads_like_the_csv_of_its_authors(tmp_path, monkeypatch, no_network):
+def test_truthfulqa_reads_like_the_csv_of_its_authors(tmp_path, no_network):
     publish("truthfulqa", [TRUTHFULQA], tmp_path)
     out = tmp_path / "out.jsonl"
-    run(monkeypatch, "truthfulqa", "--from_dir", tmp_path, "--out_file", out)
+    call(prepare, "truthfulqa", from_dir=tmp_path, out_file=out)
     table = {"Type": "Adversarial", "Category": "Fruit", "Question": "Are figs mud?", "Best Answer": "No"}
     table |= {"Correct Answers": "No; They are fruit", "Incorrect Answers": "Yes; Some are; All are mud"}
     with open(tmp_path / "TruthfulQA.csv", "w", newline="") as file:
@@ -214,9 +209,9 @@ def test_truthfulqa_reads_like_the_csv_of_its_authors(tmp_path, monkeypatch, no_
     assert sorted(read_questions(out, False, 0)[0].options) == ["All are mud", "No", "Some are", "Yes"]
 
 
-def test_stack_exchange_keeps_what_its_licence_asks_for(tmp_path, monkeypatch, no_network):
+def test_stack_exchange_keeps_what_its_licence_asks_for(tmp_path, no_network):
     publish("stack-exchange", [STACK | {"answers": STACK_ANSWERS}], tmp_path)
-    run(monkeypatch, "stack-exchange", "--from_dir", tmp_path, "--out_file", tmp_path / "out.jsonl")
+    call(prepare, "stack-exchange", from_dir=tmp_path, out_file=tmp_path / "out.jsonl")
     row = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
     assert row["authors"] == ["User 2", "User 3"] and row["links"] == STACK["metadata"]
 
@@ -231,7 +226,7 @@ def test_download(tmp_path, monkeypatch, capsys):
         return str(tmp_path / "hub" / file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    run(monkeypatch, "math", "--out_file", tmp_path / "out.jsonl.gz")
+    call(prepare, "math", out_file=tmp_path / "out.jsonl.gz")
     assert asked == [("HuggingFaceH4/MATH-500", "test.jsonl", "dataset", prepare.SOURCES["math"].revision)]
     assert "warning" not in capsys.readouterr().err  # all rows are there
     assert (tmp_path / "out.jsonl.gz").read_bytes()[3:8] == bytes(5)  # gzip's header: no name, no time
@@ -272,33 +267,8 @@ def test_hub_that_cannot_be_reached(tmp_path, monkeypatch, refused):
     refused(prepare, ["gsm8k", "--out_file", tmp_path / "out.jsonl"], "openai/gsm8k", "--from_dir")
 
 
-@pytest.mark.parametrize(
-    "arguments, fragments",
-    [
-        (["gsm9k"], ["no such data set", "gsm8k"]),
-        (["math"], ["--out_file", ".jsonl"]),
-        (["math", "--out_file", "x.parquet"], ["--out_file x.parquet", ".jsonl"]),
-        (["math", "--out_file", "x.jsonl", "--split", "train"], ["--split train", "math has test"]),
-        (["math", "--out_file", "x.jsonl", "--from_dir", "."], ["no such file", "hf download", "test.jsonl"]),
-    ],
-)
-def test_bad_flags(arguments, fragments, tmp_path, monkeypatch, refused):
-    monkeypatch.chdir(tmp_path)
-    refused(prepare, arguments, *fragments)
-
-
-def test_another_layout_names_the_row_and_leaves_the_old_file(tmp_path, refused):
-    out = tmp_path / "out.jsonl"
-    out.write_text("old")
-    publish("math", [{"problem": "1?", "solution": "1", "level": 1}, {"question": "2?"}], tmp_path)
-    arguments = ["math", "--from_dir", tmp_path, "--out_file", out]
-    refused(prepare, arguments, out, "--overwrite")
-    refused(prepare, [*arguments, "--overwrite"], "test.jsonl:2", "not in the layout of", "problem")
-    assert out.read_text() == "old"
-
-
-def test_list(monkeypatch, capsys):
-    run(monkeypatch, "--list")
+def test_list(capsys):
+    call(prepare, "--list")
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 1 + sum(len(source.splits) for source in prepare.SOURCES.values())
     assert any(line.split()[:4] == ["gsm8k", "train", "7,473", "MIT"] for line in printed)

@@ -1,5 +1,6 @@
 """A server on this machine with an OpenAI-compatible interface that misbehaves as a script tells it to."""
 
+import contextlib
 import json
 import threading
 import time
@@ -60,7 +61,8 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(action)
             action = "ok" if prompt == "embeddings" else server.answer(prompt)
         if prompt == "embeddings" and action == "ok":
-            rows = [{"index": i, "embedding": [len(text), i, 1]} for i, text in enumerate(body["input"])]
+            vectors = [[len(text), text.count("e"), 1] for text in body["input"]]
+            rows = [{"index": i, "embedding": vector} for i, vector in enumerate(vectors)]
             action = (200, {}, json.dumps({"data": rows[::-1]}))
         elif isinstance(action, str) and action not in ("cut", "drop"):
             message = {"role": "assistant", "content": action}
@@ -80,3 +82,12 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
         self.close_connection = cut
         server.done += 1
+
+
+@contextlib.contextmanager
+def serving():
+    """An Endpoint that serves in a thread of its own."""
+    with Endpoint() as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()

@@ -1,27 +1,34 @@
 """Many processes: the same losses and the same weights for any number, DDP or FSDP2, also across a resume."""
 
 import json
-import multiprocessing
-import os
 import re
 import shutil
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, first_pairs, free_port, run_script, torchrun
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from common.files import ROOT
 from common.rows import read_rows
 from hub import load_model
 from pairs import count_tokens, micro_batches
-from train_dpl import DPLConfig, objective
-from trainer import train
+from scripts import (
+    SOCIETY,
+    be_one_of_many,
+    free_port,
+    rows_of,
+    run_dpl,
+    run_script,
+    start_processes,
+    torchrun,
+)
+from tiny import first_pairs, lines
+from train_dpl import DPLConfig
 
 STEPS = 6
 KINDS = {
@@ -30,36 +37,24 @@ KINDS = {
 }
 
 
-def run(config):
-    """Train in this process, as one of many if the environment says so."""
-    train(config, partial(objective, config=config))
-
-
 def work(rank, world, port, configs):
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    os.environ |= {name: str(value) for name, value in place.items()}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+    """Train every config in turn, as process `rank` of `world`."""
+    be_one_of_many(rank, world, port)
     for config in configs:
-        run(replace(config))  # with torchrun's environment: --parallel fsdp is checked here
+        run_dpl(replace(config))  # with torchrun's environment: --parallel fsdp is checked here
 
 
 def run_many(world, configs):
     """Train every config in turn on `world` processes, which start once."""
     port = free_port()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_dpl"])  # one import of torch for all processes
-    processes = [context.Process(target=work, args=(rank, world, port, configs)) for rank in range(world)]
-    for process in processes:
-        process.start()
+    processes = start_processes(work, [(rank, world, port, configs) for rank in range(world)])
     for process in processes:
         process.join(300)
     assert [process.exitcode for process in processes] == [0] * world
 
 
 def losses(config):
-    with open(f"{config.out_dir}/metrics.jsonl") as file:
-        return [json.loads(line)["loss"] for line in file]
+    return [row["loss"] for row in rows_of(config.out_dir)]
 
 
 def weights(config):
@@ -91,9 +86,8 @@ def runs(tmp_path):
     folder = tmp_path / "runs"
     folder.mkdir()
     rows = [row for _, row in read_rows(ROOT / "data/society/test.jsonl.gz")]
-    rows = rows[::50]  # stories and polls: long pairs and short ones
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model, tokenizer = load_model(ROOT / "data/society/reference")
+    (folder / "rows.jsonl").write_bytes(lines(*rows[::50]))  # stories and polls: long pairs and short ones
+    model, tokenizer = load_model(SOCIETY)
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
     model.half().save_pretrained(folder / "model")  # its head is tied
     tokenizer.save_pretrained(folder / "model")
@@ -102,19 +96,15 @@ def runs(tmp_path):
         """Of a kind, the word in its name."""
         defaults = {"max_steps": STEPS, "schedule": "constant", "log_every": 1, "eval_every": STEPS}
         defaults |= {"batch_size": 9, "micro_batch_tokens": 120, "save_every": 6, "warmup_steps": 3}
-        config = DPLConfig(
-            model=str(folder / "model"),
-            data=str(folder / "rows.jsonl"),
-            eval_data=str(folder / "rows.jsonl"),
-            out_dir=str(folder / f"{world}" / f"{name}-{parallel}"),
-            **(defaults | KINDS[name.split()[-1]] | flags),
-        )
+        defaults |= {"data": str(folder / "rows.jsonl"), "eval_data": str(folder / "rows.jsonl")}
+        defaults |= {"model": str(folder / "model"), "out_dir": str(folder / f"{world}/{name}-{parallel}")}
+        config = DPLConfig(**(defaults | KINDS[name.split()[-1]] | flags))
         config.parallel = parallel  # after the check for torchrun, which is not here yet
         return config
 
     made = {(kind, "ddp", 1): config(kind, "ddp", 1) for kind in KINDS}
     for one in made.values():
-        run(one)
+        run_dpl(one)
     kinds = list(product(KINDS, ("ddp", "fsdp")))
     some = {(kind, parallel, 2): config(kind, parallel, 2) for kind, parallel in kinds}
     some |= {(f"half {k}", p, 2): config(f"half {k}", p, 2, max_steps=STEPS // 2) for k, p in kinds}
@@ -146,7 +136,7 @@ def test_any_number_of_processes_trains_the_same_and_resumes_another_s_checkpoin
             shards = [f"state-{i}-of-2" for i in (0, 1)] if parallel == "fsdp" else ["state-0-of-1"]
             assert files == {"state.json", *(f"{shard}.safetensors" for shard in shards)}
             config = replace(copied(config, tmp_path / f"{kind}-{parallel}"), parallel="ddp")
-            run(config)
+            run_dpl(config)
         same(config, runs[kind, "ddp", 1])
 
 
@@ -167,7 +157,7 @@ def test_bad_input_ends_all_processes_in_one_line(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 2)
     # the file is good, but there is no writing below it: only rank 0 finds out
     data, out = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl" / "run"
-    model = ROOT / "data/society/reference"
+    model = ROOT / SOCIETY
     done = torchrun("train_dpl.py", "--model", model, "--data", data, "--out_dir", out)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(errors) == 1 and "rows.jsonl" in errors[0]
@@ -178,7 +168,7 @@ def test_bad_input_ends_all_processes_in_one_line(tmp_path):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_nodes_that_share_no_folder_are_told_so(tmp_path, parallel):
     """Two processes in folders of their own, and a relative --out_dir: FSDP fails to save, DDP to resume."""
-    data, society = first_pairs("test", 16, tmp_path / "rows.jsonl"), ROOT / "data/society/reference"
+    data, society = first_pairs("test", 16, tmp_path / "rows.jsonl"), ROOT / SOCIETY
     flags = {"data": data, "model": society, "out_dir": "run", "max_steps": 2, "parallel": parallel}
     words = ["train_dpl.py", *(f"--{name}={value}" for name, value in flags.items())]
     folders = [tmp_path / "0", tmp_path / "1"]

@@ -1,21 +1,15 @@
 """evaluate.py answers from rows to tables, and the templates of sample.py."""
 
-import json
 import math
-import sys
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, ROOT, lines, train_tokenizer
 from transformers import AutoModelForSequenceClassification
 
-import evaluate
-import sample as sample_file
-from common.files import InputError, fill
+from common.files import ROOT, InputError
 from common.rows import Sample, read_rows
-from hub import load_reward_model
 from metrics.answers import (
     Config,
     Problem,
@@ -28,6 +22,8 @@ from metrics.answers import (
     unique_answers,
 )
 from metrics.equality import gsm8k_answer, math_answer
+from scripts import call
+from tiny import lines, train_tokenizer
 
 EGGS = {"question": "Ann has 2 eggs and lays 3. How many?", "answer": "2 + 3 = 5, <<2+3=5>>5.\n#### 5"}
 CATS = {"question": "Bo has 1,000 cats and sells 400. How many?", "answer": "He keeps 600.\n#### 600"}
@@ -55,24 +51,6 @@ def test_read_problems(tmp_path):
         (ROOTS["problem"], "\\frac{1}{2}", math_answer)
     }
     assert [problem.level for problem in roots] == [5, 5, 5, 5, None, None, 111_111_111]
-
-
-@pytest.mark.parametrize(
-    ("row", "fragment"),
-    [
-        ({"answer": "#### 5"}, "'question'"),
-        (EGGS | {"question": " "}, "'question'"),
-        (EGGS | {"answer": "five"}, "'answer'"),
-        (EGGS | {"answer": 5}, "'answer'"),
-        ({"question": "Why?"}, "'answer'"),
-        (ROOTS | {"solution": "It is 5."}, "boxed"),
-        ({"problem": "Why?", "solution": None}, "'solution'"),
-    ],
-)
-def test_bad_problems_are_named(row, fragment, tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(lines(EGGS, row))
-    with pytest.raises(InputError, match=rf"a\.jsonl:2: .*{fragment}"):
-        read_problems(tmp_path / "a.jsonl")
 
 
 def match(tmp_path, questions, prompts):
@@ -207,24 +185,20 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def run(files, monkeypatch, capsys):
+def run(files, evaluated):
     """A function that runs evaluate.py answers; returns its results and what it printed."""
 
-    def run(*flags):
-        words = ["answers", "--problems", files / "problems.jsonl", "--out_file", files / "out.json"]
-        words += ["--samples", files / "dpo.jsonl", files / "dpl.jsonl", *flags]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-        evaluate.main()
-        return json.loads((files / "out.json").read_text())["results"], capsys.readouterr()
+    def run(*words, **flags):
+        flags |= {"problems": files / "problems.jsonl", "samples": [files / "dpo.jsonl", files / "dpl.jsonl"]}
+        result, printed = evaluated("answers", *words, **flags)
+        return result["results"], printed
 
     return run
 
 
 def test_answers_of_two_policies(files, run):
-    result, printed = run("--base_samples", files / "base.jsonl", "--picture", files / "picture.png")
-    assert {split: [*rows] for split, rows in result.items()} == {
-        split: ["dpo", "dpl"] for split in ("all", "easy", "hard")
-    }
+    result, printed = run(base_samples=files / "base.jsonl", picture=files / "picture.png")
+    assert [*result] == ["all", "easy", "hard"] and all([*rows] == ["dpo", "dpl"] for rows in result.values())
     dpo, dpl = result["all"].values()
     assert dpo["best-of-N"] == pytest.approx([1 / 3, 1 / 2, 1 / 2])  # 2 of 3 are right, and none of 3
     assert dpl["best-of-N"] == pytest.approx([1 / 3, 2 / 3, 1])  # 1 of 3, twice
@@ -244,23 +218,9 @@ def test_answers_of_two_policies(files, run):
     assert "all: 2 problems" in printed and "easy: 1 problems" in printed and "0.667 [" in printed
 
 
-@pytest.fixture(scope="module")
-def reward_folder(tiny_model_folder, tmp_path_factory):
-    """Folder of a random reward model whose tokenizer has a chat template."""
-    folder, tokenizer = tmp_path_factory.mktemp("reward"), train_tokenizer("bytes")
-    model, _ = load_reward_model(str(tiny_model_folder))
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        torch.nn.init.normal_(model.score.weight)
-    model.save_pretrained(folder)
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @torch.no_grad()
 def test_answers_chosen_by_a_reward_model(files, run, reward_folder):
-    result, printed = run("--reward_model", reward_folder)
+    result, printed = run(reward_model=reward_folder)
     model = AutoModelForSequenceClassification.from_pretrained(reward_folder).eval()
     tokenizer = train_tokenizer("bytes")
     rights = {"dpo": [[1, 1, 0], [0, 0, 0]], "dpl": [[0, 1, 0], [1, 0, 0]]}
@@ -272,100 +232,34 @@ def test_answers_chosen_by_a_reward_model(files, run, reward_folder):
             ids = [tokenizer(x["prompt"]).input_ids + tokenizer(x["completion"]).input_ids for x in texts]
             rewards = [model(torch.tensor([row + [tokenizer.eos_token_id]])).logits.item() for row in ids]
             assert max(rewards) - min(rewards) > 1e-3
-            expected.append(
-                [
-                    np.mean(
-                        [right[max(subset, key=rewards.__getitem__)] for subset in combinations(range(3), k)]
-                    )
-                    for k in (1, 2, 3)
-                ]
-            )
+            best = lambda subset: max(subset, key=rewards.__getitem__)  # noqa: B023, E731
+            subsets = [combinations(range(3), k) for k in (1, 2, 3)]
+            expected.append([np.mean([right[best(subset)] for subset in some]) for some in subsets])
         assert result["all"][name]["chosen by reward"] == pytest.approx(np.mean(expected, axis=0))
     assert "chosen by reward" in printed.out
 
 
 def test_an_empty_answer_has_a_reward_after_a_chat_template(run, reward_folder):
-    result, _ = run("--reward_model", reward_folder, "--chat")
+    result, _ = run("--chat", reward_model=reward_folder)
     assert 0 <= result["all"]["dpl"]["chosen by reward"][2] <= 1
-
-
-@pytest.mark.parametrize(
-    ("flags", "fragment"),
-    [
-        ({"--problems": None}, "--problems"),
-        ({"--samples": None}, "--samples"),
-        ({"--problems": "none.jsonl"}, "none.jsonl: no such file"),
-        ({"--problems": "dpo.jsonl"}, "dpo.jsonl:1: needs a 'question'"),
-        ({"--samples": "problems.jsonl"}, "problems.jsonl:1: needs string 'prompt'"),
-        ({"--samples": "stranger.jsonl"}, "stranger.jsonl: the prompt 'Who?' holds no question"),
-        ({"--samples": "eggs.jsonl cats.jsonl"}, "no problem in common"),
-        ({"--samples": "dpo.jsonl dpo.jsonl"}, "differ in name"),
-        ({"--base_samples": "none.jsonl"}, "none.jsonl: no such file"),
-        ({"--reward_model": "none"}, "--reward_model: "),
-        ({"--out_file": "dpo.jsonl"}, "dpo.jsonl: exists; --overwrite"),
-        ({"--picture": "old.png"}, "old.png: exists; --overwrite"),
-        ({"--picture": "picture.doc"}, "--picture"),
-    ],
-)
-def test_bad_flags_end_in_one_line(flags, fragment, files, refused, monkeypatch):
-    monkeypatch.chdir(files)
-    (files / "old.png").write_bytes(b"\x89PNG")
-    (files / "stranger.jsonl").write_bytes(lines({"prompt": "Who?", "completion": "I."}))
-    for name, problem in (("eggs", EGGS), ("cats", CATS)):
-        (files / f"{name}.jsonl").write_bytes(lines(*rows(problem, ["5"])))
-    flags = {"--problems": "problems.jsonl", "--samples": "dpo.jsonl dpl.jsonl"} | flags
-    words = [word for flag, value in flags.items() if value for word in (flag, *value.split())]
-    refused(evaluate, ["answers", *words], fragment)
 
 
 # ---- sample.py --prompt_template
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "math", None])
-def test_prompts_are_the_filled_template(name, tiny_model_folder, tmp_path, monkeypatch):
+def test_prompts_are_the_filled_template(name, tiny_model_folder, tmp_path):
     path = ROOT / f"data/prompts/{name}.txt" if name else tmp_path / "template.txt"
     if not name:
         path.write_text("\\boxed{answer} {{x}} {question}\nÉ {options}: {question}", encoding="utf-8")
     questions = [ROOTS["problem"], "What is {question} in \\frac{1}{2} \\\\ \\1 \\g<0>, {options}?"]
     (tmp_path / "rows.jsonl").write_bytes(lines({"problem": questions[0]}, {"question": questions[1]}))
-    flags = {
-        "model": tiny_model_folder,
-        "prompts": tmp_path / "rows.jsonl",
-        "out_file": tmp_path / "out.jsonl",
-    }
-    flags |= {"num_samples": 2, "max_new_tokens": 2, "prompt_template": path}
-    monkeypatch.setattr(sys, "argv", ["sample.py", *(f"--{k}={v}" for k, v in flags.items())])
-    sample_file.main()
+    files = {"prompts": tmp_path / "rows.jsonl", "out_file": tmp_path / "out.jsonl", "prompt_template": path}
+    call("sample.py", model=tiny_model_folder, **files, num_samples=2, max_new_tokens=2)
     before, *rest = path.read_text(encoding="utf-8").rstrip("\n").split("{question}")
     assert rest
     expected = [before + "".join(question + part for part in rest) for question in questions for _ in "12"]
     assert [row["prompt"] for _, row in read_rows(tmp_path / "out.jsonl")] == expected
-
-
-@pytest.mark.parametrize(
-    ("template", "row", "fragment"),
-    [
-        ("{problem}", EGGS, "template.txt: the placeholder {question} is missing"),
-        ("", EGGS, "template.txt: the placeholder {question} is missing"),
-        ("\xff {question}", EGGS, "template.txt: not UTF-8 text"),
-        (None, EGGS, "template.txt: no such file"),
-        ("{question}", {"prompt": "Who?"}, "rows.jsonl:2: needs a 'question' or a 'problem'"),
-        ("{question}", {"question": 5}, "rows.jsonl:2: needs a 'question' or a 'problem'"),
-        ("{question}", {"problem": " \n"}, "rows.jsonl:2: needs a 'question' or a 'problem'"),
-    ],
-)
-def test_bad_templates_end_in_one_line(template, row, fragment, refused, tiny_model_folder, tmp_path):
-    if template is not None:
-        (tmp_path / "template.txt").write_text(template, encoding="latin-1")
-    (tmp_path / "rows.jsonl").write_bytes(lines(ROOTS, row))
-    words = ["--model", tiny_model_folder, "--prompt_template", tmp_path / "template.txt"]
-    words += ["--out_file", tmp_path / "out.jsonl"]
-    refused(sample_file, [*words, "--prompts", tmp_path / "rows.jsonl"], fragment)
-    refused(sample_file, [*words, "--prompt", "Who?"], "--prompt_template")
-
-
-def test_fill_replaces_every_placeholder_once():
-    assert fill("{a}{b}{c}{a}", a="{b}", b="{a}\\1") == "{b}{a}\\1{c}{b}"
 
 
 def test_files_of_the_same_name_are_called_by_their_folders():

@@ -1,20 +1,17 @@
 """evaluate.py from files to tables: every number against a direct computation, and bad input in one line."""
 
-import json
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import numpy as np
 import pytest
 import torch
-from conftest import lines
+from judge_endpoint import serving
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import evaluate
 from common.rows import read_samples, transcript
-from hub import load_model, load_reward_model
+from hub import load_model
 from metrics import formulas
+from scripts import call, read_lines
+from tiny import lines
 
 PROMPTS = ("Best fruit?", "A café?", "My friend likes")
 TEXTS = (" The fig.", " A grey cat is the best fruit.", " Every baker sings about a café!", " Mud.")
@@ -35,35 +32,21 @@ def files(tmp_path):
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def reward_folder(tiny_model_folder, tmp_path_factory):
-    """Folder of a random reward model."""
-    folder = tmp_path_factory.mktemp("reward")
-    model, tokenizer = load_reward_model(str(tiny_model_folder))
-    torch.manual_seed(1)
-    torch.nn.init.normal_(model.score.weight)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def run(files, monkeypatch, capsys):
+def run(files, evaluated):
     """A function that runs a subcommand on the files; returns its metrics and what it printed."""
 
-    def run(command, *flags):
-        words = [command, "--samples", files / "samples.jsonl", "--out_file", files / "out.json", *flags]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-        evaluate.main()
-        return json.loads((files / "out.json").read_text())["metrics"], capsys.readouterr().out
+    def run(command, *words, **flags):
+        result, printed = evaluated(command, *words, samples=files / "samples.jsonl", **flags)
+        return result["metrics"], printed.out
 
     return run
 
 
 def groups_of(path):
+    """Texts by prompt."""
     groups = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+    for row in read_lines(path):
         groups.setdefault(row["prompt"], []).append(row["completion"])
     return groups
 
@@ -76,9 +59,7 @@ def mean_state(folder, text):
 
 
 def test_diversity_of_embeddings_equals_the_double_sum(files, run, tiny_model_folder):
-    result, printed = run(
-        "diversity", "--embedder", tiny_model_folder, "--baseline", files / "baseline.jsonl"
-    )
+    result, printed = run("diversity", embedder=tiny_model_folder, baseline=files / "baseline.jsonl")
     means = {}
     for name in ("samples", "baseline"):
         means[name] = {}
@@ -101,7 +82,7 @@ def test_diversity_of_embeddings_equals_the_double_sum(files, run, tiny_model_fo
 
 
 def test_lexical_metrics_of_texts_and_at_the_budget(files, run):
-    result, _ = run("diversity", "--budget", "2")
+    result, _ = run("diversity", budget=2)
     groups = groups_of(files / "samples.jsonl").values()
     expected = np.mean([formulas.distinct_n(texts, 2) for texts in groups])
     assert result["distinct-2"]["samples"]["mean"] == pytest.approx(expected)
@@ -129,8 +110,8 @@ def plain_rewards(folder, groups):
 
 
 def test_diversity_among_good_samples(files, run, reward_folder):
-    flags = ["--baseline", files / "baseline.jsonl", "--reward_model", reward_folder]
-    result, printed = run("diversity", *flags)
+    baseline = files / "baseline.jsonl"
+    result, printed = run("diversity", baseline=baseline, reward_model=reward_folder)
     rewards = {
         n: plain_rewards(reward_folder, groups_of(files / f"{n}.jsonl")) for n in ("samples", "baseline")
     }
@@ -149,13 +130,13 @@ def test_diversity_among_good_samples(files, run, reward_folder):
     expected = [formulas.self_bleu(texts) for texts in good if len(texts) > 1]
     row = result["self-BLEU (high: alike) | good"]["samples"]
     assert row["mean"] == pytest.approx(np.mean(expected)) and row["prompts"] == len(expected)
-    result, printed = run("diversity", *flags[2:], "--reward_threshold", "1e9", "--overwrite")
+    result, printed = run("diversity", "--overwrite", reward_model=reward_folder, reward_threshold=1e9)
     assert "self-BLEU (high: alike) | good" not in result  # no prompt has two good samples
 
 
 @torch.no_grad()
 def test_quality_is_mean_reward_and_cross_entropy(files, run, reward_folder, tiny_model_folder):
-    result, _ = run("quality", "--reward_model", reward_folder, "--reference", tiny_model_folder)
+    result, _ = run("quality", reward_model=reward_folder, reference=tiny_model_folder)
     groups = groups_of(files / "samples.jsonl")
     rewards = plain_rewards(reward_folder, groups)
     assert result["reward"]["samples"]["mean"] == pytest.approx(np.mean([*rewards.values()]), abs=1e-5)
@@ -180,8 +161,7 @@ def test_quality_is_mean_reward_and_cross_entropy(files, run, reward_folder, tin
 
 
 def test_win_rate_by_rewards(files, run, reward_folder):
-    flags = ["--baseline", files / "baseline.jsonl", "--reward_model", reward_folder]
-    result, _ = run("winrate", *flags)
+    result, _ = run("winrate", baseline=files / "baseline.jsonl", reward_model=reward_folder)
     groups = {n: groups_of(files / f"{n}.jsonl") for n in ("samples", "baseline")}
     rewards = {n: plain_rewards(reward_folder, group) for n, group in groups.items()}
     score, longer = [], []
@@ -202,99 +182,61 @@ def test_win_rate_by_rewards(files, run, reward_folder):
 # ---- judges
 
 
-class Judge(BaseHTTPRequestHandler):
+def answer(question):
     """Rates a pool by its number of different responses, and prefers the answer with more letters e."""
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path.endswith("embeddings"):
-            data = [
-                {"index": i, "embedding": [len(t), t.count("e"), 1.0]} for i, t in enumerate(body["input"])
-            ]
-            self.reply({"data": data})
-            return
-        question = body["messages"][0]["content"]
-        if "<response 1>" in question:
-            pool = [part.partition("</response")[0] for part in question.split("<response ")[1:]]
-            pool = {text.partition(">")[2].strip() for text in pool}
-            answer = f"Rating: {len(pool)}"
-        else:
-            a, b = (question.partition(f"[{x}]")[2].partition(f"[/{x}]")[0].count("e") for x in "AB")
-            answer = f"[[{'A' if a > b else 'B' if b > a else 'C'}]]"
-            answer = "I cannot say." if "Mud" in question else answer
-        self.server.count += 1
-        self.reply({"choices": [{"message": {"role": "assistant", "content": answer}}]})
-
-    def reply(self, value):
-        data = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
+    if "<response 1>" in question:
+        pool = [part.partition("</response")[0] for part in question.split("<response ")[1:]]
+        return f"Rating: {len({text.partition('>')[2].strip() for text in pool})}"
+    if "Mud" in question:
+        return "I cannot say."
+    a, b = (question.partition(f"[{x}]")[2].partition(f"[/{x}]")[0].count("e") for x in "AB")
+    return f"[[{'A' if a > b else 'B' if b > a else 'C'}]]"
 
 
 @pytest.fixture
 def endpoint(files, monkeypatch):
     """Flags of an endpoint on this machine, and its server."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    server.count = 0
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     prompts = files / "prompts"
     prompts.mkdir()
     for name in ("logical", "content", "surface_form", "perspective"):
         (prompts / f"{name}.txt").write_text(f"Rate the {name}.\n{{prompt}}\n{{responses}}")
     (prompts / "pairwise.txt").write_text("{prompt}\n[A]{answer_a}[/A]\n[B]{answer_b}[/B]")
-    flags = ["--endpoint", f"http://127.0.0.1:{server.server_port}/v1", "--cache", files / "cache.jsonl"]
-    yield [*flags, "--judge_prompts", prompts, "--judge_model", "m"], server
-    server.shutdown()
-    server.server_close()
+    flags = {"cache": files / "cache.jsonl", "judge_prompts": prompts, "judge_model": "m"}
+    with serving() as server:
+        server.answer = answer
+        yield flags | {"endpoint": server.url}, server
 
 
 def test_judged_diversity(files, run, endpoint):
     flags, server = endpoint
-    result, printed = run("judge", *flags, "--baseline", files / "baseline.jsonl")
+    result, printed = run("judge", **flags, baseline=files / "baseline.jsonl")
     assert result["content"]["samples"]["mean"] == 4
     assert result["logical"]["samples"]["mean"] == 3  # 5 - 2: in every pool of two, two different texts
     assert "content: 0 of 3 ratings missing" in printed
     baseline = np.mean([len({*texts}) for texts in groups_of(files / "baseline.jsonl").values()])
     assert result["perspective"]["baseline"]["mean"] == pytest.approx(baseline)
-    sent = server.count
+    sent = len(server.log)
     with pytest.raises(evaluate.InputError, match="--overwrite"):
-        run("judge", *flags)
-    run("judge", *flags, "--resume")
-    assert server.count == sent  # all answers were in the cache
+        run("judge", **flags)
+    run("judge", "--resume", **flags)
+    assert len(server.log) == sent  # all answers were in the cache
 
 
-def test_dry_run_asks_nothing(files, run, endpoint, monkeypatch, capsys):
+def test_dry_run_asks_nothing(files, endpoint, capsys):
     flags, server = endpoint
+    (files / "other.jsonl").write_bytes(lines(*sample_rows(PROMPTS, [t + "!" for t in TEXTS])))
+    flags |= {"samples": files / "samples.jsonl", "out_file": files / "out.json", "dry_run": True}
     for command, count in (("judge", 6 + 3 * 3), ("winrate", 24)):
-        words = [
-            "--samples",
-            files / "samples.jsonl",
-            "--baseline",
-            files / "other.jsonl",
-            *flags,
-            "--dry_run",
-        ]
-        (files / "other.jsonl").write_bytes(lines(*sample_rows(PROMPTS, [t + "!" for t in TEXTS])))
-        words = [
-            word
-            for word in words
-            if command == "winrate" or word not in ("--baseline", files / "other.jsonl")
-        ]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", command, *map(str, words)])
-        evaluate.main()
+        more = {"baseline": files / "other.jsonl"} if command == "winrate" else {}
+        call(evaluate, command, **flags, **more)
         assert f"{count} requests would be sent" in capsys.readouterr().out
-    assert server.count == 0 and not (files / "out.json").exists()
+    assert not server.log and not (files / "out.json").exists()
 
 
 def test_win_rate_by_a_judge(files, run, endpoint):
     flags, _ = endpoint
-    result, _ = run("winrate", *flags, "--baseline", files / "baseline.jsonl")
+    result, _ = run("winrate", **flags, baseline=files / "baseline.jsonl")
     ours, theirs = (groups_of(files / f"{name}.jsonl") for name in ("samples", "baseline"))
     by_prompt, missing = [], 0
     for prompt in PROMPTS:
@@ -312,67 +254,19 @@ def test_win_rate_by_a_judge(files, run, endpoint):
 
 def test_embeddings_from_an_endpoint(files, run, endpoint):
     flags, _ = endpoint
-    result, _ = run("diversity", "--embeddings_url", flags[1], "--embedder", "m")
+    result, _ = run("diversity", embeddings_url=flags["endpoint"], embedder="m")
     expected = []
     for texts in groups_of(files / "samples.jsonl").values():
         expected.append(formulas.cosine_diversity(np.array([[len(t), t.count("e"), 1.0] for t in texts])))
     assert result["cosine distance, eq. 44"]["samples"]["mean"] == pytest.approx(np.mean(expected))
 
 
-# ---- bad input
-
-MODELS = {
-    "quality": ["--reward_model", "{reward}"],
-    "winrate": ["--reward_model", "{reward}"],
-    "diversity": [],
-}
-NOBODY = ["--endpoint", "http://127.0.0.1:9/v1", "--retries", "0"]
-
-
-@pytest.mark.parametrize("command", ["society", "diversity", "quality", "judge", "winrate"])
-def test_bad_samples_end_in_one_line(command, files, refused, reward_folder):
-    flags = [word.format(reward=reward_folder) for word in MODELS.get(command, [])]
-    flags += ["--baseline", files / "baseline.jsonl"] if command == "winrate" else []
-    refused_by = lambda path, *texts: refused(evaluate, [command, "--samples", path, *flags], *texts)  # noqa: E731
-    refused_by(files / "none.jsonl", "none.jsonl", "no such file")
-    (files / "picture.jsonl").write_bytes(b"\x89PNG\r\n\x1a\n\x00")
-    refused_by(files / "picture.jsonl", "picture.jsonl:1", "not UTF-8")
-    (files / "pairs.jsonl").write_bytes(lines({"prompt": "a", "chosen": "b", "rejected": "c"}))
-    refused_by(files / "pairs.jsonl", "pairs.jsonl:1", "completion")
-    (files / "blank.jsonl").write_bytes(b"")
-    refused_by(files / "blank.jsonl", "empty")
-    if command != "society":  # there, an empty text is a malformed story
-        (files / "empty.jsonl").write_bytes(lines(*sample_rows(PROMPTS, TEXTS), *sample_rows(["B"], [" \n"])))
-        refused_by(files / "empty.jsonl", "empty.jsonl:13", "the text is empty")
-
-
-@pytest.mark.parametrize(
-    ("words", "fragment"),
-    [
-        (["praise"], "no such subcommand"),
-        (["quality"], "--reward_model"),
-        (["winrate"], "--baseline"),
-        (["diversity", "--embeddings_url", "http://127.0.0.1:9/v1"], "--embedder"),
-        (["diversity", "--embeddings_url", "http://127.0.0.1:9/v1", "--embedder", "m"], "127.0.0.1:9"),
-        (["diversity", "--reward_model", "x"], "--reward_threshold"),
-        (["diversity", "--embedder", "{files}/nowhere"], "--embedder"),
-        (["diversity", "--budget", "1"], "--budget 1"),
-        (["quality", "--reward_model", "{files}/nowhere"], "--reward_model"),
-        (["quality", "--reward_model", "{tiny}"], "without a reward head"),
-        (["quality", "--reference", "{files}/nowhere"], "--reference"),
-        (["quality", "--reference", "{tiny}", "--out_file", "{files}/samples.jsonl"], "--overwrite"),
-        (["diversity", "--baseline", "{files}/stranger.jsonl"], "no prompt in common"),
-        (["judge", *NOBODY, "--cache", "{files}/cache.jsonl"], "127.0.0.1:9"),
-        (["winrate", "--baseline", "{files}/baseline.jsonl", *NOBODY, "--cache", "{files}/c"], "127.0.0.1:9"),
-        (["judge", "--samples", "{files}/stranger.jsonl", *NOBODY], "1 samples"),
-    ],
-)
-def test_bad_flags_end_in_one_line(words, fragment, files, refused, tiny_model_folder):
-    (files / "stranger.jsonl").write_bytes(lines({"prompt": "Who?", "completion": "I."}))
-    words = [word.format(files=files, tiny=tiny_model_folder) for word in words]
-    if len(words) > 1 and "--samples" not in words:
-        words[1:1] = ["--samples", files / "samples.jsonl"]
-    refused(evaluate, words, fragment)
+def test_a_damaged_line_of_a_cache_is_what_a_killed_run_leaves(files, capsys):
+    """It is ignored, however deep its brackets are."""
+    (files / "cache.jsonl").write_text("[" * 100_000 + "\n")
+    flags = {"samples": files / "samples.jsonl", "baseline": files / "samples.jsonl"}
+    call(evaluate, "winrate", "--dry_run", **flags, cache=files / "cache.jsonl")
+    assert capsys.readouterr().out == "12 requests would be sent\n"
 
 
 def test_message_prompts_are_grouped_by_the_whole_conversation(tmp_path):

@@ -9,7 +9,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import first_pairs
 from scipy.stats import chisquare
 
 from common.files import InputError
@@ -18,6 +17,8 @@ from experiments import bandit, dispersion, doctor, lab, pareto, temperature
 from hub import load_model
 from metrics.formulas import entropy_bits
 from model import Stats
+from scripts import call
+from tiny import first_pairs
 from train_dpl import dpl_loss
 from train_mallows import mallows_phi_link, mallows_phi_loss
 
@@ -72,12 +73,10 @@ def test_entropy_of_a_hand_counted_sample():
     assert dispersion.entropy(np.array([2, 2])) == 0
 
 
-def test_dispersion_runs_and_its_estimate_follows_the_truth(tmp_path, monkeypatch):
+def test_dispersion_runs_and_its_estimate_follows_the_truth(tmp_path):
     out, picture = tmp_path / "dispersion.json", tmp_path / "dispersion.png"
     links = tmp_path / "links.png"
-    flags = ["--rankings", 2000, "--out_file", out, "--picture", picture, "--links", links]
-    monkeypatch.setattr("sys.argv", ["dispersion.py", *map(str, flags)])
-    dispersion.main()
+    call(dispersion, rankings=2000, out_file=out, picture=picture, links=links)
     results = json.loads(out.read_text())["mallows"]
     assert set(results) == {"5", "10", "100"}
     assert all(result["correlation"] > 0.98 for result in results.values())
@@ -167,10 +166,8 @@ def test_mallows_phi_earns_more_at_half_of_dpo_s_kl():
     assert reward > dpo_reward + 0.1 and kl < 0.55 * dpo_kl
 
 
-def test_bandit_runs_and_dpo_leaves_the_good_arms_first(tmp_path, monkeypatch):
-    folders = ["--out_dir", str(tmp_path / "out"), "--picture_dir", str(tmp_path / "pictures")]
-    monkeypatch.setattr("sys.argv", ["bandit.py", "--steps", "20000", *folders])
-    bandit.main()
+def test_bandit_runs_and_dpo_leaves_the_good_arms_first(tmp_path):
+    call(bandit, steps=20000, out_dir=tmp_path / "out", picture_dir=tmp_path / "pictures")
     result = json.loads((tmp_path / "out/metrics.json").read_text())
     assert result["steps"] == 20000
     dpo, phi = ({row["beta"]: row for row in rows} for rows in result["frontier"].values())
@@ -179,25 +176,23 @@ def test_bandit_runs_and_dpo_leaves_the_good_arms_first(tmp_path, monkeypatch):
     assert pictures == ["bandit_frontier.png", "bandit_training.png"]
 
 
-def test_bandit_refuses_too_few_steps(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["bandit.py", "--steps", "10"])
+def test_bandit_refuses_too_few_steps():
     with pytest.raises(InputError, match="--steps 10"):
-        bandit.main()
+        call(bandit, steps=10)
 
 
 # ---- the society: short runs of the scripts, in this process
 
 
-def test_doctor_runs(tmp_path, monkeypatch, capsys, in_process):
+def test_doctor_runs(tmp_path, monkeypatch, capsys):
     data = first_pairs("train", 32, tmp_path / "pairs.jsonl")
     short = ["--data", data, "--eval_data", data, "--batch_size", 16, "--max_steps", 1]
-    monkeypatch.setattr(lab, "run", in_process)
+    monkeypatch.setattr(lab, "run", call)
     monkeypatch.setattr(doctor, "OUT", tmp_path / "doctor")
     monkeypatch.setattr(doctor, "PICTURE", tmp_path / "doctor.png")
     monkeypatch.setattr(doctor, "SAMPLES", 20)
     monkeypatch.setattr(lab, "TRAIN_STORIES", [*lab.TRAIN_STORIES, *short])
-    monkeypatch.setattr("sys.argv", ["doctor.py"])
-    doctor.main()
+    call(doctor)
     table = capsys.readouterr().out.split("malformed\n")[-1].splitlines()
     assert [line.split()[0] for line in table[:5]] == ["reference", "DPO", "DPL", "DPL", "DPO"]
     assert (tmp_path / "doctor.png").read_bytes().startswith(b"\x89PNG")
@@ -209,14 +204,14 @@ def test_the_reference_s_exact_names_are_the_shipped_ones():
     assert doctor.exact_names(lab.REFERENCE) == pytest.approx(reference["name"], abs=1e-3)
 
 
-def test_dpl_is_more_diverse_than_dpo(tmp_path, in_process):
+def test_dpl_is_more_diverse_than_dpo(tmp_path):
     """After 40 steps of 32 pairs. The optima are 2.4 bits apart; over seeds 0 to 2 these were 0.8 to 1.2."""
     data = first_pairs("train", 1280, tmp_path / "pairs.jsonl")
     flags = ["@recipes/society.txt", "--data", data, "--lora_rank", 0, "--lr", 1e-3, "--batch_size", 32]
     bits = {}
     for alpha in (0.1, 0.4):
         out = tmp_path / f"alpha_{alpha}"
-        in_process("train_dpl.py", *flags, "--warmup_steps", 5, "--alpha", alpha, "--out_dir", out)
+        call("train_dpl.py", *flags, "--warmup_steps", 5, "--alpha", alpha, "--out_dir", out)
         bits[alpha] = entropy_bits(doctor.exact_names(out))
     assert bits[0.4] > bits[0.1] + 0.5
 
@@ -225,9 +220,7 @@ def test_temperature_runs(tmp_path, monkeypatch, capsys):
     for name in temperature.POLICIES:
         shutil.copytree(lab.REFERENCE, tmp_path / name)
     monkeypatch.setattr(temperature, "TEMPERATURES", np.array([1.0, 2.0]))
-    flags = ["--policies", tmp_path, "--samples", 30, "--out_file", tmp_path / "temperature.png"]
-    monkeypatch.setattr("sys.argv", ["temperature.py", *map(str, flags)])
-    temperature.main()
+    call(temperature, policies=tmp_path, samples=30, out_file=tmp_path / "temperature.png")
     printed = capsys.readouterr().out
     # token temperature 1 is global temperature 1, and the trained policy's DPL is here the reference itself
     assert len(re.findall(r"^1\.00  1\.00 .* 0\.0% +0\.0%$", printed, re.MULTILINE)) == 2
@@ -244,10 +237,9 @@ def test_completion_logp_is_pair_stats():
     assert logp.tolist() == pytest.approx(world["story_reference_logp"][::200], abs=1e-3)
 
 
-def test_temperature_names_the_policy_it_lacks(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["temperature.py", "--policies", str(tmp_path)])
+def test_temperature_names_the_policy_it_lacks(tmp_path):
     with pytest.raises(InputError, match=r"--policies: no folder .*dpo; experiments/doctor.py"):
-        temperature.main()
+        call(temperature, policies=tmp_path)
 
 
 # ---- diversity against quality
@@ -264,9 +256,8 @@ def test_pareto_of_the_reference_itself(tmp_path, monkeypatch, capsys):
     )
     for seed, ratio in itertools.product(range(2), (1, 4)):
         shutil.copytree(lab.REFERENCE, tmp_path / f"dpl{ratio}-seed{seed}")
-    flags = ["--seeds", 2, "--samples", 40, "--out_dir", tmp_path, "--out_file", tmp_path / "pareto.png"]
-    monkeypatch.setattr("sys.argv", ["pareto.py", *map(str, flags)])
-    pareto.main()
+    flags = {"seeds": 2, "samples": 40, "out_dir": tmp_path, "out_file": tmp_path / "pareto.png"}
+    call(pareto, **flags)
     world = json.loads(WORLD.read_text())
     logp = np.array(world["story_reference_logp"])
     p = np.exp(logp)
@@ -283,7 +274,7 @@ def test_pareto_of_the_reference_itself(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
     assert "cosine" in capsys.readouterr().out
     (tmp_path / "dpl4-seed1/model.safetensors").unlink()
-    pareto.main()  # both seeds are finished: nothing is loaded
+    call(pareto, **flags)  # both seeds are finished: nothing is loaded
 
 
 def test_the_lead_at_equal_diversity():

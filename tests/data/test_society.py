@@ -25,6 +25,8 @@ from data.society.truth import (
 )
 from hub import load_model
 from metrics.formulas import OTHER, entropy_bits, frequencies, total_variation
+from scripts import call
+from tiny import lines
 
 FOLDER = Path("data/society")
 
@@ -101,51 +103,33 @@ def test_society_counts_what_it_is_given(world):
     assert result["polls"][poll.strip()]["tv_shares"] == pytest.approx(0.45)
 
 
-def test_evaluate_prints_and_writes_its_result(world, tmp_path, monkeypatch, capsys):
+def test_evaluate_prints_and_writes_its_result(world, tmp_path, monkeypatch, evaluated):
     """By default, it reads what sample.py writes by default, and takes the alpha of train_dpl.py's."""
     texts = list_stories(world)
     texts[0] = texts[0].replace("Marchetti", "Marvist")
     rows = [{"prompt": world["story_prompt"], "completion": text} for text in texts]
     (tmp_path / "out/dpl").mkdir(parents=True)
-    (tmp_path / "out/dpl/samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "out/dpl/samples.jsonl").write_bytes(lines(*rows))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "society", "--out_file", "metrics.json"])
-    evaluate.main()
-    result = json.loads(Path("metrics.json").read_text())
+    result, printed = evaluated("society")
     assert result == compare_samples([(world["story_prompt"], text) for text in texts], world, 0.2, 0.1)
-    printed = capsys.readouterr().out
     name = result["stories"]["name"]
-    assert re.search(rf"^name +{name['tv_target']:.3f} +{name['tv_reference']:.3f} ", printed, re.MULTILINE)
-    assert f"name misspelt or missing {1 / len(rows):.1%}, malformed {1 / len(rows):.1%}" in printed
+    row = rf"^name +{name['tv_target']:.3f} +{name['tv_reference']:.3f} "
+    assert re.search(row, printed.out, re.MULTILINE)
+    assert f"name misspelt or missing {1 / len(rows):.1%}, malformed {1 / len(rows):.1%}" in printed.out
 
 
 @pytest.mark.parametrize("as_messages", [False, True])
 @pytest.mark.parametrize("format", ["messages", "alpaca_eval", "arena_hard"])
-def test_evaluate_reads_every_layout_of_export_py(world, tmp_path, monkeypatch, format, as_messages):
+def test_evaluate_reads_every_layout_of_export_py(world, tmp_path, evaluated, format, as_messages):
     prompt, texts = world["story_prompt"], list_stories(world)[::100]
     row = {"prompt": [{"role": "user", "content": prompt}] if as_messages else prompt, "tokens": 20}
-    path, out = (
-        tmp_path / "samples.jsonl",
-        tmp_path / ("out.json" if format == "alpaca_eval" else "out.jsonl"),
-    )
-    path.write_text("".join(json.dumps(row | {"completion": text}) + "\n" for text in texts))
-    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": prompt, "uid": "a1"}) + "\n")
-    flags = [
-        "--samples",
-        path,
-        "--format",
-        format,
-        "--out_file",
-        out,
-        "--prompts",
-        tmp_path / "prompts.jsonl",
-    ]
-    monkeypatch.setattr("sys.argv", ["export.py", *map(str, flags)])
-    export.main()
-    flags = ["--samples", out, "--out_file", tmp_path / "metrics.json"]
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "society", *map(str, flags)])
-    evaluate.main()
-    result = json.loads((tmp_path / "metrics.json").read_text())
+    path, suffix = tmp_path / "samples.jsonl", "json" if format == "alpaca_eval" else "jsonl"
+    out = tmp_path / f"exported.{suffix}"
+    path.write_bytes(lines(*(row | {"completion": text} for text in texts)))
+    (tmp_path / "prompts.jsonl").write_bytes(lines({"prompt": prompt, "uid": "a1"}))
+    call(export, samples=path, format=format, out_file=out, prompts=tmp_path / "prompts.jsonl")
+    result, _ = evaluated("society", samples=out)
     kept = texts if format == "messages" else texts[:1]  # their readers want one answer a prompt
     assert result == compare_samples([(prompt, text) for text in kept], world, 0.2, 0.1)
     if format == "arena_hard":

@@ -1,32 +1,30 @@
 """data/make_pairs.py: which pairs come of which rewards, and that training reads the sampled ids."""
 
-import json
 import math
-import sys
 
 import numpy as np
 import pytest
-from conftest import CHATML, lines, train_tokenizer
 from scipy.stats import binomtest
 
 from common.encode import encode_answers
 from common.rows import read_pairs
 from data import make_pairs
+from scripts import call, read_lines
+from tiny import CHATML, lines, train_tokenizer
 
 USER = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path):
     """A function that makes pairs of rows (prompt, text, reward) and returns what was written."""
 
     def make(rows, *flags):
         keys = ("prompt", "completion", "reward")
         (tmp_path / "samples.jsonl").write_bytes(lines(*(dict(zip(keys, row)) for row in rows)))
-        words = ["--samples", tmp_path / "samples.jsonl", "--out_file", tmp_path / "pairs.jsonl", *flags]
-        monkeypatch.setattr(sys, "argv", ["make_pairs.py", *map(str, words)])
-        make_pairs.main()
-        return [json.loads(line) for line in (tmp_path / "pairs.jsonl").open()]
+        files = {"samples": tmp_path / "samples.jsonl", "out_file": tmp_path / "pairs.jsonl"}
+        call(make_pairs, *flags, **files)
+        return read_lines(tmp_path / "pairs.jsonl")
 
     return make
 
@@ -54,24 +52,6 @@ def test_training_reads_the_sampled_ids(run, tmp_path):
     [row] = read_pairs(tmp_path / "pairs.jsonl")
     [ids] = encode_answers([row["prompt"]], [row["chosen"]], tokenizer)
     assert tokenizer.decode(ids[:-1]) == texts[0]
-
-
-@pytest.mark.parametrize(
-    ("rows", "flags", "fragment"),
-    [
-        ([("a", "x", None)], (), "samples.jsonl:1: needs a finite number 'reward'"),
-        ([("a", "x", math.nan)], (), "samples.jsonl:1: needs a finite number 'reward'"),
-        ([("a", "x", 1), ("a", "x", 2)], (), "no prompt has two different samples"),
-        ([("a", "x", 1)], ("--how", "best"), "--how best: must be one of best_worst, bradley_terry"),
-        ([("a", "x", 1)], ("--pairs", 0), "--pairs 0: must be at least 1"),
-    ],
-)
-def test_bad_input_is_one_line(refused, tmp_path, rows, flags, fragment):
-    keys = ("prompt", "completion", "reward")
-    (tmp_path / "samples.jsonl").write_bytes(lines(*(dict(zip(keys, row)) for row in rows)))
-    words = ["--samples", tmp_path / "samples.jsonl", "--out_file", tmp_path / "pairs.jsonl", *flags]
-    refused(make_pairs, words, fragment)
-    assert not (tmp_path / "pairs.jsonl").exists()
 
 
 def test_ties_make_no_pair():

@@ -13,33 +13,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, first_pairs
 from safetensors.torch import load_file, save_file
 
 import reference
 import sample
 import trainer
 from common import checkpoint
-from common.files import InputError, digest_tensors, lock, release_locks
+from common.files import ROOT, InputError, digest_tensors, lock, release_locks
 from hub import load_model
 from reference import reference_stats
+from scripts import SOCIETY, call, run_dpl, society_config
 from train_dpl import DPLConfig, objective
 from trainer import parse_run
-
-SOCIETY = ROOT / "data/society/reference"
 
 
 @pytest.fixture
 def config(tmp_path):
     """Three steps of four pairs, in a folder two levels down."""
-    data = first_pairs("test", 12, tmp_path / "rows.jsonl")
-    flags = {"model": str(SOCIETY), "data": str(data), "out_dir": str(tmp_path / "runs/run")}
-    flags |= {"batch_size": 4, "max_steps": 3, "warmup_steps": 1, "lr": 4e-3, "save_every": 1}
-    return DPLConfig(**flags)
+    flags = {"model": str(ROOT / SOCIETY), "out_dir": str(tmp_path / "runs/run"), "save_every": 1}
+    return society_config(tmp_path, 12, **flags, batch_size=4, max_steps=3, warmup_steps=1, lr=4e-3)
 
 
 def run(config, **options):
-    trainer.train(config, options.pop("objective", partial(objective, config=config)), **options)
+    """Train by DPL, and the adapter's bytes."""
+    run_dpl(config, **options)
     return (Path(config.out_dir) / "adapter_model.safetensors").read_bytes()
 
 
@@ -139,11 +136,10 @@ def test_a_lock_that_was_released_meanwhile_is_taken_anew(tmp_path, monkeypatch)
 def test_samples_have_one_writer(monkeypatch, tmp_path):
     out = tmp_path / "samples.jsonl"
     lock(tmp_path / ".samples.jsonl.lock")
-    flags = ["--model", SOCIETY, "--prompts", "data/society/prompts.jsonl", "--out_file", out]
-    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
     monkeypatch.setattr(sample, "sample_prompts", lambda *_: pytest.fail("samples beside another process"))
+    monkeypatch.setattr(sample, "main", sample.main.__wrapped__)  # the lock is this process's own
     with pytest.raises(InputError, match="writes there"):
-        sample.main.__wrapped__()
+        call(sample, model=SOCIETY, prompts="data/society/prompts.jsonl", out_file=out)
     release_locks()
     assert not list(tmp_path.iterdir())
 
@@ -222,4 +218,4 @@ def test_the_society_is_found_from_any_working_directory(monkeypatch, tmp_path):
     for words in ([f"@{ROOT / 'recipes/society.txt'}", "--max_steps", "1"], []):
         monkeypatch.setattr("sys.argv", ["train_dpl.py", *words])
         config = parse_run(DPLConfig, "")
-        assert (config.model, config.data) == (str(SOCIETY), str(ROOT / "data/society/train.jsonl.gz"))
+        assert (config.model, config.data) == (str(ROOT / SOCIETY), str(ROOT / "data/society/train.jsonl.gz"))

@@ -4,17 +4,14 @@ import copy
 import json
 import math
 import random
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, ROOT, lines, train_tokenizer
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import evaluate
-from common.files import InputError
+from common.files import ROOT, InputError
 from metrics.choices import (
     LETTERS,
     Question,
@@ -25,6 +22,7 @@ from metrics.choices import (
     summarize,
 )
 from metrics.formulas import expected_calibration_error
+from tiny import CHATML, GROUPED, lines, make, train_tokenizer
 
 TEMPLATE = "Choose {one}.\n{question}\n{options}\nYour choice ="
 QUESTIONS = [
@@ -62,18 +60,7 @@ def merge_letters(letters):
 @pytest.fixture(scope="module")
 def model():
     """A random Llama whose probabilities are far from uniform."""
-    config = LlamaConfig(
-        vocab_size=520,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
+    return make(LlamaConfig(**GROUPED | {"vocab_size": 520, "max_position_embeddings": 2048}))
 
 
 @torch.no_grad()
@@ -175,36 +162,6 @@ def test_the_order_of_options_depends_on_the_seed_and_not_on_the_name_of_the_fil
     assert read_questions(tmp_path / "b.jsonl", False, 0) == first
 
 
-@pytest.mark.parametrize(
-    ("change", "fragment"),
-    [
-        ({"question": None}, "'question'"),
-        ({"choices": None}, "'choices'"),
-        ({"choices": "3456"}, "'choices'"),
-        ({"choices": [3, 4, 5]}, "'choices'"),
-        ({"choices": ["4"], "answer": 0}, "2 to 10 'choices'"),
-        ({"choices": list("abcdefghijk")}, "2 to 10 'choices'"),
-        ({"answer": 4}, "'answer'"),
-        ({"answer": -1}, "'answer'"),
-        ({"answer": True}, "'answer'"),
-        ({"answer": "E"}, "'answer'"),
-        ({"answer": "?"}, "'answer'"),
-        ({"answer": "4 "}, "'answer'"),
-        ({"answer": None}, "'answer'"),
-    ],
-)
-def test_bad_rows_are_named(change, fragment):
-    with pytest.raises(InputError, match=f"^rows.jsonl:7: .*{fragment}"):
-        read(MMLU | change)
-
-
-@pytest.mark.parametrize("change", [{"Incorrect Answers": " ; "}, {"Question": None}, {"Best Answer": None}])
-def test_bad_rows_of_truthfulqa_are_named(change):
-    """A row of a .csv file with too few fields has None in the others."""
-    with pytest.raises(InputError, match=r"^rows\.jsonl:7: needs a 'Question'"):
-        read(TRUTHFUL | change)
-
-
 # ---- metrics
 
 
@@ -241,15 +198,13 @@ def test_summary_by_hand():
 
 
 @pytest.fixture
-def run(tiny_model_folder, tmp_path, monkeypatch, capsys):
+def run(tiny_model_folder, evaluated):
     """A function that runs evaluate.py choices; returns its metrics and what it printed."""
 
-    def run(*flags):
-        words = ["choices", "--models", tiny_model_folder, "--out_file", tmp_path / "out.json", *flags]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-        evaluate.main()
-        [metrics] = json.loads((tmp_path / "out.json").read_text())["metrics"].values()
-        return metrics, capsys.readouterr().out
+    def run(*words, **flags):
+        result, printed = evaluated("choices", *words, models=tiny_model_folder, **flags)
+        [metrics] = result["metrics"].values()
+        return metrics, printed.out
 
     return run
 
@@ -257,8 +212,8 @@ def run(tiny_model_folder, tmp_path, monkeypatch, capsys):
 def test_a_file_of_mmlu(run, tiny_model_folder, tmp_path):
     rows = [MMLU | {"question": f"{i} + {i}?", "answer": i % 4} for i in range(6)]
     (tmp_path / "mmlu.jsonl").write_bytes(lines(*rows))
-    flags = ["--questions", tmp_path / "mmlu.jsonl", "--picture", tmp_path / "picture.png"]
-    result, printed = run(*flags)
+    files = {"questions": tmp_path / "mmlu.jsonl", "picture": tmp_path / "picture.png"}
+    result, printed = run(**files)
     model, tokenizer = LlamaForCausalLM.from_pretrained(tiny_model_folder), train_tokenizer("bytes")
     template = (ROOT / "data/prompts/choices.txt").read_text().rstrip("\n")
     options = "A. 3\nB. 4\nC. 5\nD. 6"
@@ -270,7 +225,7 @@ def test_a_file_of_mmlu(run, tiny_model_folder, tmp_path):
     assert "6 questions" in printed and f"{result['accuracy']['mean']:.3f} [" in printed
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "template.txt").write_text("{options}\n{question}")
-    other, printed = run(*flags, "--overwrite", "--template", tmp_path / "template.txt", "--limit", 2)
+    other, printed = run("--overwrite", **files, template=tmp_path / "template.txt", limit=2)
     assert other["confidence"]["mean"] != result["confidence"]["mean"] and "2 questions" in printed
 
 
@@ -281,38 +236,7 @@ def test_a_csv_file_of_truthfulqa(run, tmp_path):
     [first, second] = read_questions(tmp_path / "truthful.csv", False, 0)
     assert first.text == "Figs, do they sing?" and first.options[first.right] == "No,\nnever"
     assert sorted(first.options) == ["At night", "No,\nnever", "Often", "Yes"] and len(second.options) == 2
-    result, printed = run("--questions", tmp_path / "truthful.csv")
+    result, printed = run(questions=tmp_path / "truthful.csv")
     assert 0.25 <= result["confidence"]["mean"] <= 1 and "2 questions" in printed
-    result, _ = run("--questions", tmp_path / "truthful.csv", "--overwrite", "--binary")
+    result, _ = run("--overwrite", "--binary", questions=tmp_path / "truthful.csv")
     assert 0.5 <= result["confidence"]["mean"] <= 1
-
-
-@pytest.mark.parametrize(
-    ("flags", "fragment"),
-    [
-        ({"--models": None}, "--models"),
-        ({"--questions": None}, "--questions"),
-        ({"--questions": "none.csv"}, "none.csv: no such file"),
-        ({"--questions": "notes.pdf"}, "notes.pdf: unknown format"),
-        ({"--questions": "pairs.jsonl"}, "pairs.jsonl:1: needs a 'question'"),
-        ({"--questions": "long.jsonl"}, "long.jsonl: a question has"),
-        ({"--models": "none"}, "none"),
-        ({"--limit": "-1"}, "--limit"),
-        ({"--template": "notes.pdf"}, "the placeholder {question} is missing"),
-        ({"--out_file": "mmlu.jsonl"}, "mmlu.jsonl: exists; --overwrite"),
-        ({"--picture": "old.png"}, "old.png: exists; --overwrite"),
-        ({"--picture": "picture.doc"}, "--picture"),
-        ({"--binary": ""}, "mmlu.jsonl:1: --binary"),
-        ({"--chat": ""}, "chat template"),
-    ],
-)
-def test_bad_flags_end_in_one_line(flags, fragment, refused, tiny_model_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "old.png").write_bytes(b"\x89PNG")
-    (tmp_path / "mmlu.jsonl").write_bytes(lines(MMLU))
-    (tmp_path / "long.jsonl").write_bytes(lines(MMLU | {"question": "Why? " * 2048}))
-    (tmp_path / "pairs.jsonl").write_bytes(lines({"prompt": "a", "chosen": "b", "rejected": "c"}))
-    (tmp_path / "notes.pdf").write_bytes(b"%PDF-1.7")
-    flags = {"--questions": "mmlu.jsonl", "--models": tiny_model_folder} | flags
-    words = [word for flag, value in flags.items() if value is not None for word in (flag, value) if word]
-    refused(evaluate, ["choices", *words], fragment)

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from conftest import train_tokenizer
 from safetensors.torch import save_file
 from transformers import (
     AutoTokenizer,
@@ -21,6 +20,7 @@ from transformers import (
 
 from common.files import InputError
 from metrics.embedding import embed
+from tiny import train_tokenizer
 
 TEXTS = ["The fig.", " A grey cat is the best fruit.", "Zoë sings about a café!", "x"]
 PLACE = "sentence_transformers.models."
