@@ -1,6 +1,6 @@
 """Evaluate models and the files that sample.py wrote. Each subcommand prints a table and can write JSON.
 
-    society     the embedded world's samples against its exact optimum (DPL paper, equation 35)
+    society     the embedded society's samples against its exact optimum (DPL paper, equation 35)
     diversity   how different the samples of a prompt are, by embeddings and by n-grams
     quality     reward under a reward model, and cross-entropy to the reference policy
     judge       diversity as a language model rates it (DPL paper, B.1)

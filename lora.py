@@ -234,8 +234,9 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
             raise InputError(
                 f"{path}: only plain LoRA adapters are read (no DoRA, rsLoRA, PiSSA, patterns ...)"
             )
-        is_rank = type(config["r"]) is int and config["r"] > 0  # true is an instance of int too
-        if not (is_rank and 0 < config["lora_alpha"] + 0.0 < math.inf):
+        rank, alpha = config["r"], config["lora_alpha"]
+        numbers = type(rank) is int and type(alpha) in (int, float)  # true is an instance of int too
+        if not (numbers and rank > 0 and 0 < alpha < math.inf):
             raise InputError(f"{path}: r must be a positive whole number and lora_alpha a positive number")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: not a LoRA adapter's configuration: {error!r}") from None

@@ -3,13 +3,16 @@
 A completion includes its end token (unless it was truncated), because a policy's probability of a text
 includes the decision to stop. encode.py makes the token ids.
 
-A micro-batch is one row. Prompt A B, chosen C D, rejected E F G become
+A micro-batch is one row. Prompt A B C, chosen D E, rejected F G H become
 
-    index      0  1  2  3  4      A completion's last token (D, G) is predicted but not fed.
-    ids        A  B  C  E  F      The hidden states at source predict the targets:
-    position   0  1  2  2  3      source  1  2  1  3  4
-    branch     0  0  1  2  2      target  C  D  E  F  G
-    example    0  0  0  0  0      counts  2  3               (two targets are chosen's, three rejected's)
+    index      0  1  2  3  4  5     A completion's last token (E, H) is predicted but not fed.
+    ids        A  B  C  D  F  G     The hidden states at source predict the targets:
+    position   0  1  2  3  3  4     source  2  3  2  4  5
+    branch     0  0  0  1  2  2     target  D  E  F  G  H
+    example    0  0  0  0  0  0     counts  2  3            (two targets are chosen's, three rejected's)
+
+A token attends to those tokens of its example, up to its own position, whose branch is 0 or its own: F sees
+A B C F, and not D (attention.py).
 """
 
 import json

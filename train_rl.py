@@ -15,7 +15,7 @@ importance weights and no clipping. Unlike the loss on pairs, J sees what the tw
     python train_rl.py --alpha 0.2                                          # the embedded society
     torchrun --nproc_per_node 8 train_rl.py --model MODEL --data prompts.jsonl --reward_model REWARD --chat
 
-The reward is a sequence classifier with one label, or a function of a script that calls train():
+The reward is a reward model (see train_reward.py), or a function of a script that calls train():
 reward(rows, texts) gets the row of --data and the text of each sample, and returns numbers.
 """
 
@@ -76,7 +76,7 @@ class RLConfig(TrainConfig):
     max_new_tokens: int = flag(256, "Longest text, in tokens.", "[1, inf)")
     alpha: float = flag(0.2, "Weight of the entropy; alpha / beta is the global temperature.", "(0, inf)")
     beta: float = flag(0.1, "Weight of the cross-entropy to the reference.", "[0, inf)")
-    reward_model: str | None = flag(None, "Folder or hub name of a sequence classifier with one label.")
+    reward_model: str | None = flag(None, "Folder or hub name of a decoder with a head 'score' of one label.")
     no_reward_if_cut: bool = flag(False, "A text without an end token has the reward 0.")
     sample_batch_size: int = flag(128, "Texts sampled at a time; fewer save memory.", "[1, inf)")
     log_samples: int = flag(50, "Steps between the files of samples/.", "[1, inf)")

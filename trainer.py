@@ -136,7 +136,7 @@ def parse_run(
 ) -> TrainConfig:
     """Read a training script's flags. Those of the run to resume have lower priority than the command line's.
 
-    `society` is a file of flags for the embedded world, for when neither --model nor --data is given.
+    `society` is a file of flags for the embedded society, for when neither --model nor --data is given.
     """
 
     def default_args(args: argparse.Namespace) -> list[str]:
@@ -161,17 +161,17 @@ def forward_backward(
     `reference` holds the reference's Stats of all `examples`. The gradient is that of the mean loss. Each
     process computes its share of the indices, in micro-batches of about `max_tokens` tokens; the means are
     over all processes. The result holds the objective's values, reward_accuracy, the policy's
-    log-probabilities and kl. kl is the mean of log pi_ref - log pi over the completions, in nats. It
-    estimates KL(pi_ref || pi) only if the reference sampled the completions. DPO's penalty is the reverse,
-    KL(pi || pi_ref). Raises InputError if a loss is NaN or infinite.
+    log-probabilities and kl. kl is the mean of log pi_ref - log pi over the completions of the data, in
+    nats. It estimates KL(pi_ref || pi) only if the reference sampled them. DPO's penalty is the reverse,
+    KL(pi || pi_ref), which needs texts of the policy. Raises InputError if a loss is NaN or infinite.
     """
     sums: defaultdict[str, Tensor | float] = defaultdict(float)
     batches = micro_batches(indices, examples, max_tokens, parallel.get_rank(), parallel.get_world_size())
     is_lora, losses = any(lora_layers(model)), []
     for batch in batches:
         if isinstance(model, FSDPModule):
-            # FSDP sums gradients over processes in every backward. For an adapter, once per step is enough.
-            # Without LoRA, each process would have to keep unsharded gradients of all weights until then
+            # FSDP sums gradients over processes (shard() sets this) in every backward; for an adapter, once
+            # per step is enough. Without LoRA, a process would keep whole gradients of all weights
             model.set_requires_gradient_sync(batch is batches[-1] or not is_lora)
         policy = pair_stats(model, pack([examples[index] for index in batch]), entropy)
         ref = None
@@ -197,7 +197,7 @@ def forward_backward(
     # checked once, after the last micro-batch: every look at a value makes the CPU wait for the GPU
     finite = torch.cat(losses).isfinite().tolist()
     if bad := [index for index, ok in zip(itertools.chain(*batches), finite, strict=True) if not ok]:
-        raise InputError(f"the loss is NaN or infinite on pairs {bad} (counted from 0); stopped")
+        raise InputError(f"the loss is NaN or infinite on examples {bad} (from 0, dropped ones not counted)")
     by_process = parallel.all_gather(torch.stack(list(sums.values())).tolist())
     totals = [sum(parts) for parts in zip(*by_process, strict=True)]
     return dict(zip(sums, totals, strict=True))
@@ -297,7 +297,7 @@ def train(
     start_run(config, out, plan)
     if prepare:
         objective = partial(objective, **prepare(model, tokenizer, examples, ref))
-    # calls the objective on random Stats, and finds out whether it uses policy.entropy
+    # again, now with prepare()'s arguments, and to find out whether it uses policy.entropy
     entropy = check_objective(objective, len(examples[0]) - 1, reference, device)
 
     def gradient(step: int, batch: list[int]) -> tuple[dict[str, float], int]:
@@ -354,7 +354,7 @@ def run_steps(
     hide = True if parallel.get_rank() > 0 else None  # None: tqdm shows its bar on a terminal only
     bar = tqdm(range(start, steps), out.name, steps, initial=start, unit="step", disable=hide)
     for step in bar:
-        row = {"step": step}  # a row of metrics.jsonl: the policy after `step` updates
+        row = {"step": step}  # a row of metrics.jsonl: the policy after `step` updates, before this step's
         evaluates = evaluate is not None and step % config.eval_every == 0
         if evaluates:
             row |= evaluate()

@@ -51,13 +51,21 @@ def make_results() -> dict[str, dict[str, Any]]:
 
     Rows at token temperature 1 also get "exact", the distribution of exact_names().
     """
-    prompt, results = lab.write_story_prompt(OUT), {}
+    results = {}
     for label, (name, folder, alpha, temperature) in ROWS.items():
         model = OUT / folder if folder else lab.REFERENCE
         samples, metrics = OUT / f"{name}.jsonl", OUT / f"{name}.json"
         if alpha:
             lab.train("train_dpl.py", model, *lab.TRAIN_STORIES, "--alpha", alpha)
-        flags = ["--model", model, "--prompts", prompt, "--out_file", samples, "--overwrite"]
+        flags = [
+            "--model",
+            model,
+            "--prompts",
+            "data/society/story.jsonl",
+            "--out_file",
+            samples,
+            "--overwrite",
+        ]
         flags += ["--num_samples", SAMPLES, "--max_new_tokens", 48, "--temperature", temperature]
         lab.run("sample.py", *flags)
         flags = ["--samples", samples, "--alpha", alpha or 0.1, "--out_file", metrics]

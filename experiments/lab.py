@@ -43,14 +43,6 @@ def read_world() -> dict[str, Any]:
     return json.loads(WORLD.read_text())
 
 
-def write_story_prompt(folder: Path) -> Path:
-    """A file in `folder` with the society's prompt for stories alone, to sample from."""
-    folder.mkdir(parents=True, exist_ok=True)
-    prompt = folder / "prompt.jsonl"
-    prompt.write_text((ROOT / "data/society/prompts.jsonl").read_text().splitlines(keepends=True)[0])
-    return prompt
-
-
 def run(script: str, *flags: object) -> None:
     """Run one of the project's scripts and print the command."""
     print("$ python", script, *(str(flag).removeprefix(f"{ROOT}/") for flag in flags), flush=True)

@@ -1,4 +1,4 @@
-"""Samples of the embedded world against its exact optimum (DPL paper, equation 35), slot by slot.
+"""Samples of the embedded society against its exact optimum (DPL paper, equation 35), slot by slot.
 
 The defaults continue from those of train_dpl.py and sample.py.
 

@@ -38,10 +38,9 @@ class SamplesConfig(Flags):
 def read_files(config: SamplesConfig) -> list[Groups]:
     """The samples and, if given, the baseline's: only those of prompts that are in both files.
 
-    Raises InputError if no prompt is, or if --out_file exists without --overwrite or --resume.
+    Raises InputError if no prompt is, or if --out_file exists without --overwrite.
     """
-    if not getattr(config, "resume", False):
-        require_new(config, "out_file")
+    require_new(config, "out_file")
     paths = [path for path in (config.samples, config.baseline) if path]
     files = [read_samples(path) for path in paths]
     shared = [prompt for prompt in files[0] if prompt in files[-1]]

@@ -208,7 +208,7 @@ def test_resume_after_a_kill_in_the_middle_of_a_metrics_row(config):
 def test_loss_that_is_not_finite_stops_the_run(refused, tiny_model_folder, data, tmp_path):
     flags = ["--model", tiny_model_folder, "--data", data, "--out_dir", tmp_path / "run", "--lr", "1e30"]
     flags += ["--warmup_steps", 0, "--max_steps", 5]
-    refused(train_dpl, flags, "step 1: the loss is NaN or infinite on pairs [")
+    refused(train_dpl, flags, "step 1: the loss is NaN or infinite on examples [")
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 

@@ -1,4 +1,4 @@
-"""Make the embedded world: a small society whose opinions are known exactly.
+"""Make the embedded society: a small world whose opinions are known exactly.
 
 *Stories* answer "Write a story about a doctor." Five slots (relation, name, complaint, gender, ending) are
 independent, their utilities add up, and raters choose between two stories by Plackett-Luce:
@@ -262,6 +262,7 @@ def write_world() -> None:
     for name, count in PAIRS.items():
         prompts = {"polls": list(POLLS), "debates": list(debates)}.get(name, [STORY_PROMPT])
         write_rows(HERE / f"{name}.jsonl.gz", make_pairs(model, tokenizer, world, prompts, count, rng))
+    write_rows(HERE / "story.jsonl", [{"prompt": STORY_PROMPT}])
     write_rows(HERE / "prompts.jsonl", [{"prompt": prompt} for prompt in [STORY_PROMPT, *POLLS]])
 
 

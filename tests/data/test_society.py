@@ -1,4 +1,4 @@
-"""The embedded world: its truth is exact, its files agree with it, and evaluate.py compares samples to it."""
+"""The society: its truth is exact, its files agree with it, and evaluate.py compares samples to it."""
 
 import functools
 import itertools

@@ -219,7 +219,7 @@ def test_judged_diversity(files, run, endpoint):
     sent = len(server.log)
     with pytest.raises(evaluate.InputError, match="--overwrite"):
         run("judge", **flags)
-    run("judge", "--resume", **flags)
+    run("judge", "--overwrite", **flags)
     assert len(server.log) == sent  # all answers were in the cache
 
 
