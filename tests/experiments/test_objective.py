@@ -1,4 +1,4 @@
-"""experiments/objective.py: exact distances, fitted utilities, and a run where every policy is the reference."""
+"""experiments/objective.py: exact distances, fitted utilities, and a run with copies of the reference."""
 
 import gzip
 import json
