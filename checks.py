@@ -37,7 +37,8 @@ def check_inputs(
         raise InputError(f"--model {config.model}: has no embedding for the tokenizer's id {largest}")
     longest = max(len(prompt) + max(map(len, answers)) - 1 for prompt, *answers in every)
     if longest > max_positions(model):
-        raise InputError(f"--max_length {config.max_length}: more positions than {config.model} has")
+        name = "max_new_tokens" if hasattr(config, "max_new_tokens") else "max_length"
+        raise InputError(f"--{name} {getattr(config, name)}: more positions than {config.model} has")
     processes = get_world_size()
     if processes > min(config.batch_size, len(examples), len(held_out) or processes):
         raise InputError(f"{processes} processes: --batch_size, --data and --eval_data need a pair for each")

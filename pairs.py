@@ -200,4 +200,4 @@ def describe(example: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, w
     names = Pair._fields if len(example) == 3 else ("prompt", "completion")
     texts = [json.dumps(tokenizer.decode(ids), ensure_ascii=False) for ids in example]
     texts = [t if len(t) <= width else f"{t[: width // 2]} ... {t[-width // 2 :]}" for t in texts]
-    return "\n".join(f"  {name:10} {text}" for name, text in zip(names, texts, strict=True))
+    return "\n".join(f"  {name:10} {text}" for name, text in zip(names, texts, strict=False))

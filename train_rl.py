@@ -9,8 +9,9 @@ et al., 2024):
     R_i = r_i - alpha log pi(y_i) + beta log pi_ref(y_i)                 (no gradient)
     grad J  =  E[ 1/K sum_i (R_i - mean_{j != i} R_j) grad log pi(y_i) ]
 
-alpha = beta is RLHF with its KL penalty. Each batch of texts serves one optimizer step, so there are no
-importance weights and no clipping. Unlike the loss on pairs, J sees what the two texts of a pair share.
+(The gradient of -alpha log pi(y_i) itself has mean 0.) alpha = beta is RLHF with its KL penalty. Each batch
+of texts serves one optimizer step, so there are no importance weights and no clipping. The loss on pairs sees
+differences of two texts only; J also sees what both have in common, such as how they end.
 
     python train_rl.py --alpha 0.2                                          # the embedded society
     torchrun --nproc_per_node 8 train_rl.py --model MODEL --data prompts.jsonl --reward_model REWARD --chat
@@ -42,7 +43,7 @@ from common.rows import last_turn, read_prompts
 from hub import export, load_model
 from lora import lora_disabled
 from model import Stats, set_forward
-from pairs import count_tokens, default_micro_batch_tokens
+from pairs import count_tokens, default_micro_batch_tokens, describe
 from reference import digest_model, score_completions
 from sample import completion_text, sample_completions
 from train_reward import load_scorer
@@ -59,9 +60,10 @@ from trainer import (
 Reward = Callable[[list[dict[str, Any]], list[str]], Sequence[float]]
 PHASES = "sampling", "reference", "reward", "gradient"  # of a step: metrics.jsonl has the seconds of each
 # The society's reward, in nats, of a text that is no story, opinion or answer. So low because J flattens the
-# reference: at alpha / beta = 4 the other texts of up to 48 tokens weigh e^165, all stories together e^6.5
+# reference: at alpha / beta = 4, the sum of pi_ref(y)^(1/4) over other texts of up to 48 tokens is e^165, and
+# over all stories e^6.5. This reward multiplies the former by exp(-100 / alpha) = e^-250
 MALFORMED = -100.0
-EVALUATION = 2**32  # in place of a step's number in the seeds of samples: no step has it
+EVALUATION = 2**32  # the "step" of held-out prompts, which seeds their samples: no step has this number
 
 
 @dataclass
@@ -77,7 +79,7 @@ class RLConfig(TrainConfig):
     alpha: float = flag(0.2, "Weight of the entropy; alpha / beta is the global temperature.", "(0, inf)")
     beta: float = flag(0.1, "Weight of the cross-entropy to the reference.", "[0, inf)")
     reward_model: str | None = flag(None, "Folder or hub name of a decoder with a head 'score' of one label.")
-    no_reward_if_cut: bool = flag(False, "A text without an end token has the reward 0.")
+    no_reward_if_cut: bool = flag(False, "A text without an end token has the reward 0: for rewards above 0.")
     sample_batch_size: int = flag(128, "Texts sampled at a time; fewer save memory.", "[1, inf)")
     log_samples: int = flag(50, "Steps between the files of samples/.", "[1, inf)")
     lora_dropout: float = flag(0.0, "0: the texts come from the policy without dropout.", "[0, 0]")
@@ -107,7 +109,10 @@ def objective(policy: Stats, known: Known) -> dict[str, Tensor]:
 def split_texts(
     prompts: list[list[int]], texts: list[list[int]], max_tokens: int
 ) -> list[tuple[list[int], ...]]:
-    """Rows (prompt, *texts): a prompt's texts in equal parts, as few as keep a row within `max_tokens`."""
+    """Rows (prompt, *texts): a prompt's texts in equal parts, as few as keep every row within `max_tokens`.
+
+    If one text is longer than that, rows of one text.
+    """
     k = len(texts) // len(prompts)
     for size in (size for size in range(k, 0, -1) if k % size == 0):
         rows = [(prompts[i // k], *texts[i : i + size]) for i in range(0, len(texts), size)]
@@ -168,7 +173,9 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
             encoded[path] = encode_prompts(prompts, tokenizer, [row.get("options") for row in rows[path]])
     with error_prefix(f"--model {config.model}"):
         ends = end_tokens(model, tokenizer, [row["prompt"] for row in rows[config.data]])
+    # as long as the texts may get
     longest = {path: [(ids, [0] * config.max_new_tokens) for ids in some] for path, some in encoded.items()}
+    print(f"the first prompt, as the model sees it:\n{describe(encoded[config.data][:1], tokenizer)}")
     digests = {"model": digest_model(model), "data": digest_json(encoded[config.data])}
     check_inputs(config, model, longest[config.data], longest.get(config.eval_data, []), digests)
     reference = model  # with its adapter off
@@ -204,7 +211,7 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
         parts = parallel.all_gather(list(zip(drawn, texts, given.tolist(), ref.tolist(), strict=True)))
         times.append(time.monotonic())
 
-        # every process knows all texts: back in the order of `indices`
+        # every process knows all texts: process i % world sampled prompt i as its (i // world)-th
         every = [parts[i % world][i // world * k + s] for i in range(len(indices)) for s in range(k)]
         drawn, texts, rewards, ref = zip(*every, strict=True)
         # float64: rewards of -100 cancel in the advantages
@@ -230,7 +237,7 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
             "sampled_tokens_per_second": count / seconds[0],
             **{f"seconds_{name}": value for name, value in zip(PHASES, seconds, strict=True)},
         }
-        if step % config.log_samples == 0 and rank == 0:
+        if step % config.log_samples == 0 and step != EVALUATION and rank == 0:
             with atomic_write(out / "samples" / f"{step:06d}.jsonl") as file:
                 for i, (text, value, end) in enumerate(zip(texts, rewards, finish, strict=True)):
                     prompt = rows[path][indices[i // k]]["prompt"]

@@ -58,7 +58,7 @@ def open_run(config: Any) -> Path:
     """
     for name in ("model", "data"):
         if getattr(config, name) is None:
-            raise InputError(f"--{name}: is missing; give --model and --data (neither: the embedded society)")
+            raise InputError(f"--{name}: is missing; give both --model and --data")
     for path in filter(None, (config.data, config.eval_data)):
         require_file(path)
     out = Path(config.out_dir)

@@ -68,7 +68,7 @@ def make_results() -> dict[str, dict[str, Any]]:
         ]
         flags += ["--num_samples", SAMPLES, "--max_new_tokens", 48, "--temperature", temperature]
         lab.run("sample.py", *flags)
-        flags = ["--samples", samples, "--alpha", alpha or 0.1, "--out_file", metrics]
+        flags = ["--samples", samples, "--alpha", alpha or 0.1, "--out_file", metrics, "--overwrite"]
         lab.run("evaluate.py", "society", *flags)
         results[label] = json.loads(metrics.read_text())
         if temperature == 1:

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 
 from common.files import write_json
-from common.flags import Flags, flag
+from common.flags import Flags, flag, require_new
 from common.rows import last_turn, read_rows, read_sample
 from data.society.truth import WORLD, compare_samples, print_comparison
 
@@ -22,10 +22,12 @@ class Config(Flags):
     alpha: float = flag(0.2, "The policy was trained with this alpha.", "(0, inf)")
     beta: float = flag(0.1, "The policy was trained with this beta.", "(0, inf)")
     out_file: str | None = flag(None, "Also write all results to this file, as JSON.")
+    overwrite: bool = flag(False, "Replace --out_file.")
 
 
 def run(config: Config) -> None:
     """Compare the samples with the best policy for alpha and beta."""
+    require_new(config, "out_file")
     samples = [read_sample(row, where) for where, row in read_rows(config.samples)]
     pairs = [(last_turn(sample.prompt), sample.text) for sample in samples]
     result = compare_samples(pairs, json.loads(WORLD.read_bytes()), config.alpha, config.beta)
