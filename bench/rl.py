@@ -1,10 +1,17 @@
 """A whole step of reinforcement learning, train_rl.py against TRL's RLOOTrainer with PEFT: tokens a second.
 
 Same model, prompts, number of samples K, LoRA layers, length limit and rule-based reward; temperature 1, no
-dropout, one optimizer step for each batch of texts, and both compute the reference's log-probabilities. TRL
-also computes the policy's without gradients; here the sampler has them. Each contender has its own process,
-and they take turns. The first step ("cold") is slower; the later ones count. As both draw their own texts,
-which end where they end, speed is completion tokens by the seconds of the step.
+dropout, one optimizer step for each batch of texts. The phases are nearly the same:
+
+    sampling    TRL also decodes the texts here; ours are decoded in "reward"
+    reference   its log-probabilities (ours once for equal texts). TRL also computes the policy's, without
+                gradients; here the sampler has them
+    gradient    forward and backward
+    update      the rest: clipping, optimizer
+
+Each contender has its own process, and they take turns. The first step of a process is slower and does not
+count. Both draw their own texts, which end where they end, so speed is completion tokens (with end tokens) by
+seconds of the step. Memory is the process's peak, with what its packages take.
 
     python bench/rl.py
     python bench/rl.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data hh.jsonl.gz --chat
@@ -29,13 +36,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from machine import CUDA, DEVICE, DTYPE, apart
 
 import train_rl
-from common.flags import Flags, flag, parse, run_command
+from common.flags import Flags, flag, parse, require, run_command
 from common.logs import peak_memory
 from common.rows import read_pairs
 from hub import load_model
 from train_rl import PHASES, RLConfig
 
-BETA, RANK = 0.1, 16
+BETA, RANK, LR = 0.1, 16, 1e-5
 
 
 @dataclass
@@ -43,14 +50,14 @@ class BenchConfig(Flags):
     """Flags of bench/rl.py."""
 
     model: str = flag("data/society/reference", "Folder or hub name of a model.")
-    data: str = flag("data/society/train.jsonl.gz", "Preference pairs, of which the prompts are used.")
+    data: str = flag("data/society/debates.jsonl.gz", "Preference pairs, of which the prompts are used.")
     chat: bool = flag(False, "Put prompts that are strings through the chat template.")
-    prompts: int = flag(4, "Prompts of a step: the first ones of --data that differ.")
+    prompts: int = flag(4, "Prompts of a step: the first ones of --data that differ.", "[1, inf)")
     num_samples: list[int] | None = flag(None, "K: texts of each prompt (default: 8 16).")
     max_new_tokens: int = flag(64, "Longest text, in tokens.")
-    sizes: list[int] | None = flag(None, "TRL: texts in a forward pass (default: 2 8).")
-    steps: int = flag(3, "Warm steps of each process; their median counts.")
-    rounds: int = flag(2, "Processes of each contender.")
+    sizes: list[int] | None = flag(None, "TRL: texts in a forward pass (default: 1 4 16).")
+    steps: int = flag(3, "Warm steps of each process; their median counts.", "[1, inf)")
+    rounds: int = flag(2, "Processes of each contender.", "[1, inf)")
 
 
 class Result(NamedTuple):
@@ -72,28 +79,43 @@ def read_distinct_prompts(config: BenchConfig) -> list[Any]:
     with contextlib.redirect_stdout(io.StringIO()):
         rows = read_pairs(config.data, config.chat)
     distinct = {json.dumps(row["prompt"]): row["prompt"] for row in rows}
+    require(
+        config, "prompts", len(distinct) >= config.prompts, f"at most {len(distinct)}: --data has no more"
+    )
     return list(distinct.values())[: config.prompts]
 
 
 def summarise(tokens: list[int], seconds: list[dict[str, float]], texts: int) -> Result:
-    """Drop the first step; `seconds` has the whole step's as "step"."""
+    """The result without the first step; `seconds` has the whole step's as "step"."""
     tokens, seconds = tokens[1:], seconds[1:]
     speed = [count / row["step"] for count, row in zip(tokens, seconds, strict=True)]
-    for row in seconds:
-        row["update"] = row.pop("step") - sum(row[name] for name in PHASES)
-    return Result(speed, seconds, float(np.mean(tokens)) / texts, peak_memory(DEVICE))
+    split = [row | {"update": row["step"] - sum(row[name] for name in PHASES)} for row in seconds]
+    return Result(speed, split, float(np.mean(tokens)) / texts, peak_memory(DEVICE))
 
 
-def ours(config: BenchConfig, k: int, _: int) -> Result:
+def ours(config: BenchConfig, seed: int, k: int, _: int) -> Result:
     """train_rl.py, and what it logs."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         data, out = Path(folder, "prompts.jsonl"), Path(folder, "out")
         prompts = read_distinct_prompts(config)
         data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-        names = ("model", "max_new_tokens")
-        same = {name: getattr(config, name) for name in names} | {"data": str(data), "out_dir": str(out)}
-        steps = {"batch_size": len(prompts), "num_samples": k, "max_steps": config.steps + 1, "log_every": 1}
-        flags = RLConfig(**same, **steps, alpha=BETA, beta=BETA, lora_rank=RANK)
+        flags = RLConfig(
+            model=config.model,
+            data=str(data),
+            out_dir=str(out),
+            alpha=BETA,
+            beta=BETA,
+            lora_rank=RANK,
+            lora_alpha=RANK,
+            lr=LR,
+            warmup_steps=0,
+            batch_size=len(prompts),
+            num_samples=k,
+            max_new_tokens=config.max_new_tokens,
+            max_steps=config.steps + 1,
+            log_every=1,
+            seed=seed,
+        )
         train_rl.train(flags, lambda _, texts: different_words(texts))
         rows = [json.loads(line) for line in (out / "metrics.jsonl").open()][: config.steps + 1]
     texts = len(prompts) * k
@@ -103,7 +125,7 @@ def ours(config: BenchConfig, k: int, _: int) -> Result:
     return summarise([round(row["tokens_per_text"] * texts) for row in rows], seconds, texts)
 
 
-def trl(config: BenchConfig, k: int, size: int) -> Result:
+def trl(config: BenchConfig, seed: int, k: int, size: int) -> Result:
     """TRL's trainer, with a clock around the methods that are the phases of a step."""
     from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig
@@ -112,13 +134,16 @@ def trl(config: BenchConfig, k: int, size: int) -> Result:
 
     tokens, seconds = [], []
 
-    @contextlib.contextmanager
-    def clock(name: str):
-        began = time.perf_counter()
-        yield
+    def now() -> float:
         if CUDA:
             torch.cuda.synchronize()
-        seconds[-1][name] += time.perf_counter() - began
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def clock(name: str):
+        began = now()
+        yield
+        seconds[-1][name] += now() - began
 
     class Clocked(RLOOTrainer):
         def _generate(self, prompts):
@@ -132,29 +157,29 @@ def trl(config: BenchConfig, k: int, size: int) -> Result:
                 return super()._calculate_rewards(*args)
 
         def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-            with clock("gradient" if torch.is_grad_enabled() else "reference"):
+            with contextlib.nullcontext() if torch.is_grad_enabled() else clock("reference"):
                 return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
-        def training_step(self, *args, **kwargs):
-            before = sum(seconds[-1][name] for name in PHASES)
-            began = time.perf_counter()
+        def training_step(self, *args, **kwargs):  # all phases; the first of a step samples
+            began, before = now(), sum(seconds[-1].values())
             loss = super().training_step(*args, **kwargs)
-            inside = sum(seconds[-1][name] for name in PHASES) - before
-            seconds[-1]["gradient"] += time.perf_counter() - began - inside
+            seconds[-1]["gradient"] += now() - began - (sum(seconds[-1].values()) - before)
             return loss
 
     class Steps(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            self.began = time.perf_counter()
+            self.began = now()
             seconds.append(dict.fromkeys(PHASES, 0.0))
 
         def on_step_end(self, *args, **kwargs):
-            seconds[-1]["step"] = time.perf_counter() - self.began
+            seconds[-1]["step"] = now() - self.began
 
     disable_progress_bars()
+    torch.set_flush_denormal(True)  # as train_rl.py does
     prompts = read_distinct_prompts(config)
     model, tokenizer = load_model(config.model, str(DEVICE), DTYPE)
     texts = len(prompts) * k
+    require(config, "sizes", texts % size == 0, f"divisors of {texts}, the texts of a step")
     with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(io.StringIO()):
         flags = RLOOConfig(
             output_dir=output,
@@ -164,6 +189,10 @@ def trl(config: BenchConfig, k: int, size: int) -> Result:
             per_device_train_batch_size=size,
             gradient_accumulation_steps=texts // size,
             max_steps=config.steps + 1,
+            learning_rate=LR,
+            lr_scheduler_type="constant",
+            disable_dropout=True,
+            seed=seed,
             use_cpu=not CUDA,
             bf16=CUDA,
             gradient_checkpointing=False,
@@ -186,21 +215,22 @@ def main() -> None:
     """Measure in turns, and print a row for each contender."""
     config = parse(BenchConfig, __doc__)
     names = (*PHASES, "update")
-    titles = ("tokens/s", "ratio", "peak GB", "tokens/text", *names)
-    print(f"{'':24}" + "".join(f"{title:>12}" for title in titles) + "   (seconds of a step)")
+    titles = ("tokens/s", "slower by", "peak GB", "tokens/text", *names)
+    print(f"{'':26}" + "".join(f"{title:>12}" for title in titles) + "   (seconds of a step)")
     for k in config.num_samples or (8, 16):
         contenders = {f"train_rl.py, K = {k}": (ours, 0)}
-        contenders |= {f"TRL, K = {k}, {n} at a time": (trl, n) for n in config.sizes or (2, 8)}
+        contenders |= {f"TRL, K = {k}, {n} at a time": (trl, n) for n in config.sizes or (1, 4, 16)}
         results: dict[str, list[Result]] = {name: [] for name in contenders}
-        for name in tqdm(list(contenders) * config.rounds, unit="process", disable=None):
+        turns = [(seed, name) for seed in range(config.rounds) for name in contenders]
+        for seed, name in tqdm(turns, unit="process", disable=None):
             contender, size = contenders[name]
-            results[name].append(apart(contender, config, k, size))
+            results[name].append(apart(contender, config, seed, k, size))
         speed = {name: np.median([x for run in runs for x in run.speed]) for name, runs in results.items()}
         for name, runs in results.items():
             memory, length = min(run.memory for run in runs), np.mean([run.length for run in runs])
             split = [np.median([row[phase] for run in runs for row in run.seconds]) for phase in names]
             line = f"{speed[name]:12.1f}{max(speed.values()) / speed[name]:12.2f}{memory:12.2f}{length:12.1f}"
-            print(f"{name:24}{line}" + "".join(f"{x:12.2f}" for x in split), flush=True)
+            print(f"{name:26}{line}" + "".join(f"{x:12.2f}" for x in split), flush=True)
 
 
 if __name__ == "__main__":
