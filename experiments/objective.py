@@ -180,11 +180,11 @@ def draw(config: ObjectiveConfig, results: dict[tuple, list[dict[str, float]]]) 
             path = Path(config.out_dir) / f"rl{ratio}-seed{seed}/metrics.jsonl"
             rows = [json.loads(line) for line in path.open()]
             y = [row["objective"] for row in rows]
-            axes[0].plot([row["step"] for row in rows], y, color=color, lw=0.9)
+            axes[0].plot([row["step"] for row in rows], y, ".", color=color, ms=3)
         best = highest_objective(BETA * ratio)
         axes[0].axhline(best, **lab.EXACT)
         axes[0].text(1, best, f" α/β = {ratio}", color=color, va="bottom", fontsize=8)
-    axes[0].set(xlabel="step", ylabel="J, nats: mean of the step's 128 texts")
+    axes[0].set(xlabel="step", ylabel="J, nats: mean of the step's 128 texts\n(one that is no story: −0.78)")
     axes[0].set_title("RL climbs to the highest J there is (grey)")
     for axis, panel, name in ((axes[1], "ratio", "story"), (axes[2], "rate", "malformed")):
         scale = 1 if name == "story" else 100
@@ -203,7 +203,7 @@ def draw(config: ObjectiveConfig, results: dict[tuple, list[dict[str, float]]]) 
     axes[1].set_title("RL ends nearer to the optimum than pairs")
     axes[2].set_xticks(RATES, [f"{x:g}" for x in RATES])
     axes[2].set(xlabel="learning rate, without a tight clip", ylabel="texts that are no story, %")
-    axes[2].set_title("RL does not forget how a text ends")
+    axes[2].set_title("Too fast, both forget what a story is, RL sooner")
     axes[1].legend()
     axes[2].legend()
     save_figure(figure, config.out_file)
