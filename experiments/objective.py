@@ -9,7 +9,7 @@ alpha / beta = 2.
 The two do not know the same: raters choose at random, so the pairs tell the utilities with an error. What it
 costs is the distance from the optimum for the utilities that fit the 24,000 choices best, without training.
 
-    python experiments/objective.py     # an hour on two cores; finished training runs are kept
+    python experiments/objective.py     # 80 minutes on two cores; finished training runs are kept
 """
 
 import gzip

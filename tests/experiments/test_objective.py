@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from common.files import ROOT
 from data.society.truth import list_stories, optimum
 from experiments import lab, objective
+from hub import load_model
 from scripts import call
 
 
@@ -57,6 +58,9 @@ def test_objective_runs(tmp_path, monkeypatch, capsys):
         shutil.copytree(lab.REFERENCE, folder)
         (folder / "metrics.jsonl").write_text('{"step": 0, "objective": -1}\n{"step": 5, "objective": 1}\n')
 
+    stories = list_stories(lab.read_world())
+    logp = objective.exact_logp(*load_model(lab.REFERENCE), lab.read_world()["story_prompt"], stories)
+    monkeypatch.setattr(objective, "exact_logp", lambda *_: logp)  # all eight policies are the reference
     monkeypatch.setattr(lab, "train", copy_reference)
     monkeypatch.chdir(tmp_path)
     call(objective, seeds=2)

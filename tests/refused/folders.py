@@ -203,7 +203,7 @@ ADAPTERS = {
         "adapter_config.json: ",
         "lora_alpha a positive number",
     ),
-    "alpha in words": (config(lora_alpha="8"), NOT_LORA),
+    "alpha in words": (config(lora_alpha="8"), "lora_alpha a positive number"),
     "itself as its base": (base("run"), *CIRCLE),
     "a base that is not there": (base("moved"), "--model ", "moved: cannot be loaded"),
     "a base with a NUL": (base("a\0b"), *CIRCLE),
