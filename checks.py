@@ -28,17 +28,24 @@ from pairs import pack
 
 
 def check_inputs(
-    config: Any, model: PreTrainedModel, examples: Sequence, held_out: Sequence, digests: dict
+    config: Any,
+    model: PreTrainedModel,
+    examples: Sequence,
+    held_out: Sequence,
+    digests: dict,
+    length: str = "max_length",
 ) -> None:
-    """Raise InputError unless model, data and number of processes fit together."""
+    """Raise InputError unless model, data and number of processes fit together.
+
+    `length` is the flag that limits the length of a text.
+    """
     every = [*examples, *held_out]
     largest = max(max(map(max, example)) for example in every)
     if largest >= model.get_input_embeddings().weight.shape[0]:
         raise InputError(f"--model {config.model}: has no embedding for the tokenizer's id {largest}")
     longest = max(len(prompt) + max(map(len, answers)) - 1 for prompt, *answers in every)
     if longest > max_positions(model):
-        name = "max_new_tokens" if hasattr(config, "max_new_tokens") else "max_length"
-        raise InputError(f"--{name} {getattr(config, name)}: more positions than {config.model} has")
+        raise InputError(f"--{length} {getattr(config, length)}: more positions than {config.model} has")
     processes = get_world_size()
     if processes > min(config.batch_size, len(examples), len(held_out) or processes):
         raise InputError(f"{processes} processes: --batch_size, --data and --eval_data need a pair for each")

@@ -102,7 +102,7 @@ def objective(policy: Stats, known: Known) -> dict[str, Tensor]:
     """A loss whose gradient is the estimate of -grad J, and KL(pi || pi_ref) in nats a text; (rows,) each."""
     return {
         "loss": -(known.advantage * policy.logp).mean(1),
-        "kl": (policy.logp - known.logp).mean(1),
+        "kl": (policy.logp - known.logp).mean(1),  # in place of forward_backward's, of the other sign
     }
 
 
@@ -177,7 +177,8 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
     longest = {path: [(ids, [0] * config.max_new_tokens) for ids in some] for path, some in encoded.items()}
     print(f"the first prompt, as the model sees it:\n{describe(encoded[config.data][:1], tokenizer)}")
     digests = {"model": digest_model(model), "data": digest_json(encoded[config.data])}
-    check_inputs(config, model, longest[config.data], longest.get(config.eval_data, []), digests)
+    some = longest[config.data], longest.get(config.eval_data, [])
+    check_inputs(config, model, *some, digests, length="max_new_tokens")
     reference = model  # with its adapter off
     if not config.lora_rank:
         reference = copy.deepcopy(model).requires_grad_(False)
@@ -194,6 +195,7 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
         mine = indices[rank::world]
         seeds = [[config.seed, step, i] for i in range(len(indices))][rank::world]
         model.eval()
+        # with an adapter the two are one model, and the second does nothing
         with parallel.unsharded(model), parallel.unsharded(reference), torch.no_grad():
             prompts, limits = [encoded[path][i] for i in mine], (config.max_new_tokens, ends)
             drawn = sample_completions(model, prompts, seeds, k, *limits, config.sample_batch_size)

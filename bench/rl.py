@@ -54,7 +54,7 @@ class BenchConfig(Flags):
     chat: bool = flag(False, "Put prompts that are strings through the chat template.")
     prompts: int = flag(4, "Prompts of a step: the first ones of --data that differ.", "[1, inf)")
     num_samples: list[int] | None = flag(None, "K: texts of each prompt (default: 8 16).")
-    max_new_tokens: int = flag(64, "Longest text, in tokens.")
+    max_new_tokens: int = flag(64, "Longest text, in tokens.", "[1, inf)")
     sizes: list[int] | None = flag(None, "TRL: texts in a forward pass (default: 1 4 16).")
     steps: int = flag(3, "Warm steps of each process; their median counts.", "[1, inf)")
     rounds: int = flag(2, "Processes of each contender.", "[1, inf)")
@@ -79,10 +79,9 @@ def read_distinct_prompts(config: BenchConfig) -> list[Any]:
     with contextlib.redirect_stdout(io.StringIO()):
         rows = read_pairs(config.data, config.chat)
     distinct = {json.dumps(row["prompt"]): row["prompt"] for row in rows}
-    require(
-        config, "prompts", len(distinct) >= config.prompts, f"at most {len(distinct)}: --data has no more"
-    )
-    return list(distinct.values())[: config.prompts]
+    prompts = list(distinct.values())
+    require(config, "prompts", len(prompts) >= config.prompts, f"at most the {len(prompts)} of --data")
+    return prompts[: config.prompts]
 
 
 def summarise(tokens: list[int], seconds: list[dict[str, float]], texts: int) -> Result:

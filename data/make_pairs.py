@@ -32,7 +32,7 @@ class PairsConfig(Flags):
     """Flags of data/make_pairs.py."""
 
     samples: str = flag("out/dpl/samples.jsonl", "File that sample.py wrote.")
-    reward_model: str | None = flag(None, "Folder or hub name of a sequence classifier with one label.")
+    reward_model: str | None = flag(None, "Folder or hub name of a decoder with a head 'score' of one label.")
     chat: bool = flag(False, "Put string prompts through the reward model's chat template.")
     how: str = flag("best_worst", "Which pairs.", ("best_worst", "bradley_terry"))
     pairs: int = flag(1, "For bradley_terry: pairs of a prompt.", "[1, inf)")

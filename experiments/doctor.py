@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.files import ROOT
 from common.flags import Help, run_command
-from data.society.make_world import exact_logp
-from data.society.truth import list_stories, slot_distributions
+from data.society.truth import slot_distributions
 from experiments import lab
-from hub import load_model
 from metrics.formulas import entropy_bits, total_variation
 from metrics.tables import save_figure
 
@@ -41,9 +38,7 @@ ROWS = {  # label: (name of its files, folder of the policy, alpha of the target
 def exact_names(folder: Path) -> dict[str, float]:
     """A policy's distribution of the doctor's name over the well-formed stories, without sampling."""
     world = lab.read_world()
-    model, tokenizer = load_model(folder)
-    logp = exact_logp(model, tokenizer, world["story_prompt"], list_stories(world))
-    return slot_distributions(np.exp(logp), world)["name"]
+    return slot_distributions(lab.story_probs(folder, world), world)["name"]
 
 
 def make_results() -> dict[str, dict[str, Any]]:
@@ -57,15 +52,8 @@ def make_results() -> dict[str, dict[str, Any]]:
         samples, metrics = OUT / f"{name}.jsonl", OUT / f"{name}.json"
         if alpha:
             lab.train("train_dpl.py", model, *lab.TRAIN_STORIES, "--alpha", alpha)
-        flags = [
-            "--model",
-            model,
-            "--prompts",
-            "data/society/story.jsonl",
-            "--out_file",
-            samples,
-            "--overwrite",
-        ]
+        flags = ["--model", model, "--prompts", "data/society/story.jsonl"]
+        flags += ["--out_file", samples, "--overwrite"]
         flags += ["--num_samples", SAMPLES, "--max_new_tokens", 48, "--temperature", temperature]
         lab.run("sample.py", *flags)
         flags = ["--samples", samples, "--alpha", alpha or 0.1, "--out_file", metrics, "--overwrite"]

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from common.encode import encode_answers, encode_prompts, end_tokens
 from common.files import ROOT, write_json
-from data.society.truth import WORLD
+from data.society.make_world import exact_logp
+from data.society.truth import WORLD, list_stories, utility
 from decode import Completion, next_token_probs
+from hub import load_model
 from sample import completion_text, sample
 
 REFERENCE = ROOT / "data/society/reference"
@@ -66,6 +68,16 @@ def write_arrays(path: Path, value: Any) -> None:
 
 
 # ---- texts
+
+
+def story_utilities(world: dict[str, Any]) -> np.ndarray:
+    """The raters' utility of every story, in nats, (1024,)."""
+    return np.array([utility(world["story_prompt"], story, world) for story in list_stories(world)])
+
+
+def story_probs(folder: Path, world: dict[str, Any]) -> np.ndarray:
+    """A policy's exact probability of every story, (1024,); what is missing to 1 is no story."""
+    return np.exp(exact_logp(*load_model(folder), world["story_prompt"], list_stories(world)))
 
 
 @torch.no_grad()

@@ -12,8 +12,6 @@ costs is the distance from the optimum for the utilities that fit the 24,000 cho
     python experiments/objective.py     # 80 minutes on two cores; finished training runs are kept
 """
 
-import gzip
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,24 +25,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.files import ROOT
 from common.flags import Flags, flag, parse, run_command
-from data.society.make_world import exact_logp
-from data.society.truth import list_stories, optimum, read_story, slot_distributions, utility
+from common.rows import read_rows
+from data.society.truth import list_stories, optimum, read_story, slot_distributions
 from experiments import lab
-from hub import load_model
 from metrics.formulas import total_variation
 from metrics.tables import mean_and_error, save_figure
 
 BETA, RATES = 0.1, (5e-4, 1e-3, 2e-3)
 RATIOS = {1: lab.BLUE, 2: lab.RED, 4: lab.ORANGE}  # alpha / beta: the color of its curves of J
-RL = [
-    "@recipes/society_rl.txt",
-    "--data",
-    "data/society/story.jsonl",
-    "--batch_size",
-    1,
-    "--num_samples",
-    128,
-]
+RL = ["@recipes/society_rl.txt", "--data", "data/society/story.jsonl"]
+RL += ["--batch_size", 1, "--num_samples", 128]
 CAREFUL, PLAIN = {"--lr": 5e-4, "--max_grad_norm": 0.05}, {"--max_grad_norm": 1.0}
 STYLES = {"pairs": ("s--", lab.ORANGE), "RL": ("o-", lab.BLUE)}
 
@@ -82,11 +72,6 @@ def train_policies(config: ObjectiveConfig) -> None:
             lab.train("train_dpl.py", folder, *lab.TRAIN_STORIES, *words)
 
 
-def story_utilities(world: dict) -> np.ndarray:
-    """The raters' utility of every story, in nats, (1024,)."""
-    return np.array([utility(world["story_prompt"], story, world) for story in list_stories(world)])
-
-
 def fitted_utilities(world: dict) -> np.ndarray:
     """The utilities, (1024,), under which the raters' choices are likeliest (Bradley-Terry).
 
@@ -102,8 +87,7 @@ def fitted_utilities(world: dict) -> np.ndarray:
                 row[columns.get((slot, value), columns[slot])] = 1
         return rows
 
-    with gzip.open(ROOT / "data/society/train.jsonl.gz") as file:
-        pairs = [json.loads(line) for line in file]
+    pairs = [pair for _, pair in read_rows(ROOT / "data/society/train.jsonl.gz")]
     difference = features([pair["chosen"] for pair in pairs]) - features([pair["rejected"] for pair in pairs])
     values = torch.zeros(difference.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([values], max_iter=1000, line_search_fn="strong_wolfe")
@@ -121,7 +105,7 @@ def fitted_utilities(world: dict) -> np.ndarray:
 def distances(p: np.ndarray, alpha: float) -> dict[str, float]:
     """How far stories of probabilities p (1024,) are from the optimum; what is missing to 1 is malformed."""
     world = lab.read_world()
-    target = optimum(np.array(world["story_reference_logp"]), story_utilities(world), alpha, BETA)
+    target = optimum(np.array(world["story_reference_logp"]), lab.story_utilities(world), alpha, BETA)
     names = (slot_distributions(x, world)["name"] for x in (p, target))
     other = 1 - p.sum()  # the optimum writes none
     return {
@@ -131,32 +115,23 @@ def distances(p: np.ndarray, alpha: float) -> dict[str, float]:
     }
 
 
-def policy_distances(folder: Path, alpha: float) -> dict[str, float]:
-    """distances() of a trained policy, from the probabilities of all stories, without sampling."""
-    world = lab.read_world()
-    logp = exact_logp(*load_model(folder), world["story_prompt"], list_stories(world))
-    return distances(np.exp(logp), alpha)
-
-
-def label_distances(alpha: float) -> dict[str, float]:
-    """distances() of the optimum for fitted_utilities()."""
-    world = lab.read_world()
-    logp = np.array(world["story_reference_logp"])
-    return distances(optimum(logp, fitted_utilities(world), alpha, BETA), alpha)
-
-
 def highest_objective(alpha: float) -> float:
     """J of its optimum, alpha log Z."""
     world = lab.read_world()
-    score = BETA / alpha * np.array(world["story_reference_logp"]) + story_utilities(world) / alpha
+    score = BETA / alpha * np.array(world["story_reference_logp"]) + lab.story_utilities(world) / alpha
     return float(alpha * np.logaddexp.reduce(score))
 
 
 def make_results(config: ObjectiveConfig) -> dict[tuple, list[dict[str, float]]]:
-    """Distances from the optimum, {(method, panel, x): a dict per seed}; "labels" is label_distances()."""
-    results = {("labels", "ratio", x): [label_distances(BETA * x)] for x in RATIOS}
+    """distances() of every run, {(method, panel, x): a dict per seed}; "labels": of the fitted optimum."""
+    world = lab.read_world()
+    logp, fitted = np.array(world["story_reference_logp"]), fitted_utilities(world)
+    results = {
+        ("labels", "ratio", x): [distances(optimum(logp, fitted, BETA * x, BETA), BETA * x)] for x in RATIOS
+    }
     for method, panel, x, _, folder, flags in list_runs(config):
-        results.setdefault((method, panel, x), []).append(policy_distances(folder, flags["--alpha"]))
+        p = lab.story_probs(folder, world)
+        results.setdefault((method, panel, x), []).append(distances(p, flags["--alpha"]))
     return results
 
 
@@ -177,8 +152,7 @@ def draw(config: ObjectiveConfig, results: dict[tuple, list[dict[str, float]]]) 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
     for ratio, color in RATIOS.items():
         for seed in range(config.seeds):
-            path = Path(config.out_dir) / f"rl{ratio}-seed{seed}/metrics.jsonl"
-            rows = [json.loads(line) for line in path.open()]
+            rows = [r for _, r in read_rows(Path(config.out_dir, f"rl{ratio}-seed{seed}/metrics.jsonl"))]
             y = [row["objective"] for row in rows]
             axes[0].plot([row["step"] for row in rows], y, ".", color=color, ms=3)
         best = highest_objective(BETA * ratio)

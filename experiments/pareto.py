@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.encode import encode_prompts
 from common.files import write_json
 from common.flags import Flags, flag, parse, run_command
-from data.society.truth import list_stories, optimum, utility
+from data.society.truth import list_stories, optimum
 from experiments import lab
 from hub import load_model
 from metrics.embedding import embed
@@ -99,7 +99,7 @@ def evaluate_policies(config: ParetoConfig, seed: int) -> dict[str, list[dict[st
     stories, prompt = list_stories(world), world["story_prompt"]
     reference, tokenizer = load_model(lab.REFERENCE)
     prompt_ids = encode_prompts([prompt], tokenizer)
-    rewards = np.array([utility(prompt, story, world) for story in stories])
+    rewards = lab.story_utilities(world)
     reference_logp = np.array(world["story_reference_logp"])
     directions = unit_vectors(embed(stories, str(lab.REFERENCE)))
 

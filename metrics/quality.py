@@ -31,7 +31,7 @@ from reference import score_completions
 class Config(SamplesConfig):
     """Flags of evaluate.py quality."""
 
-    reward_model: str | None = flag(None, "Folder or hub name of a sequence classifier with one label.")
+    reward_model: str | None = flag(None, "Folder or hub name of a decoder with a head 'score' of one label.")
     reference: str | None = flag(None, "Folder or hub name of the reference policy.")
 
     def __post_init__(self) -> None:

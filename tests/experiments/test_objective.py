@@ -11,13 +11,12 @@ from sklearn.linear_model import LogisticRegression
 from common.files import ROOT
 from data.society.truth import list_stories, optimum
 from experiments import lab, objective
-from hub import load_model
 from scripts import call
 
 
 def test_no_policy_has_a_higher_objective_than_the_optimum():
     world = lab.read_world()
-    reference, utility = np.array(world["story_reference_logp"]), objective.story_utilities(world)
+    reference, utility = np.array(world["story_reference_logp"]), lab.story_utilities(world)
 
     def value(p, alpha):
         return p @ (utility - alpha * np.log(p) + 0.1 * reference)
@@ -58,9 +57,8 @@ def test_objective_runs(tmp_path, monkeypatch, capsys):
         shutil.copytree(lab.REFERENCE, folder)
         (folder / "metrics.jsonl").write_text('{"step": 0, "objective": -1}\n{"step": 5, "objective": 1}\n')
 
-    stories = list_stories(lab.read_world())
-    logp = objective.exact_logp(*load_model(lab.REFERENCE), lab.read_world()["story_prompt"], stories)
-    monkeypatch.setattr(objective, "exact_logp", lambda *_: logp)  # all eight policies are the reference
+    probs = lab.story_probs(lab.REFERENCE, lab.read_world())
+    monkeypatch.setattr(lab, "story_probs", lambda *_: probs)  # all eight policies are the reference
     monkeypatch.setattr(lab, "train", copy_reference)
     monkeypatch.chdir(tmp_path)
     call(objective, seeds=2)

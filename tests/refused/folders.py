@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig
 
+from common.files import ROOT
 from tiny import CHATML, FIG, MUD, PAIR, PAIRS, USER, lines
 
 ROWS = {}
@@ -137,6 +138,11 @@ ROWS |= {
         {"model/config.json": {"max_position_embeddings": 8}}
         | {"pairs.jsonl": lines({**PAIR, "chosen": " The fig, the fig, the fig, the fig."})},
         "--max_length 512: more positions than",
+    ),
+    "fewer positions than a text": (
+        "train_rl", f"--data {ROOT}/data/society/story.jsonl --max_new_tokens 64",
+        {"model/config.json": {"max_position_embeddings": 16}},
+        "--max_new_tokens 64: more positions than",
     ),
     "a token that the model lacks": (
         "train_dpl", "", {"model": add_token, "pairs.jsonl": lines(PAIR, {**PAIR, "prompt": "<new>"})},
