@@ -52,8 +52,13 @@ def run(script: str, *flags: object) -> None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether all weights of a policy were trained into `folder`."""
-    return (folder / "config.json").is_file()
+    """Whether a policy was trained into `folder`: all weights, or an adapter."""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+def flag_words(flags: dict[str, object]) -> list[object]:
+    """{"--lr": 1e-3, "--chat": True} as words of a command line."""
+    return [word for name, value in flags.items() for word in ((name,) if value is True else (name, value))]
 
 
 def train(script: str, folder: Path, *flags: object) -> None:

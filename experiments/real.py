@@ -1,0 +1,268 @@
+"""A real language model: does DPL do on open text what it says?
+
+A small chat model writes a sentence about a person. Raters choose between two of its sentences
+(Bradley-Terry); the utility of a sentence is a sum over what it says (VALUES): who it is about, whether the
+person has a name, how it begins, how long it is, and whether it repeats a word. Policies are trained on these
+choices (train_dpl.py) or on the utility itself (train_rl.py) and sampled.
+
+The reference is the model at token temperature 0.6, near which such models are used: its last norm's weight
+is divided by 0.6. At temperature 1 most of what SmolLM2-135M writes is broken.
+
+The truth. For alpha = beta, the optimum is pi_ref exp(u / beta) / Z: the reference's own sentences, weighted
+by exp(u / beta). For alpha > beta, the weights have pi_ref^(beta / alpha - 1) in them too, and a few unlikely
+sentences outweigh all others. Then the reference, cut by min-p, is sampled at the global temperature
+alpha / beta (sequential Monte Carlo), and weighted by exp(u / alpha). The effective sample size (sum w)^2 /
+sum w^2 tells how many sentences such a mean rests on.
+
+Another population chooses between a sentence about her and one about him: 62% want her, 38% him.
+
+    python experiments/real.py --model SMOLLM2 --embedder MINILM       # 8 hours on two cores
+    python experiments/real.py --model SMOLLM2 --embedder MINILM --pairs 500 --out_dir out/short
+
+What is finished is kept: the command goes on where it was stopped. experiments/real_settings.py tries what
+helps DPL on pairs.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train_dpl
+import train_rl
+from common.flags import parse, run_command
+from common.rows import read_prompts, read_rows
+from experiments import lab
+from experiments.real_texts import (
+    BETA,
+    VALUES,
+    RealConfig,
+    distances,
+    half_utility,
+    known_words,
+    measure,
+    over_prompts,
+    print_table,
+    slug,
+    utility,
+    write_pairs,
+    write_prompts,
+    write_reference,
+    write_texts,
+)
+from metrics.tables import save_figure
+from train_dpl import DPLConfig
+from trainer import train
+
+POPULATIONS = {"one": utility, "halves": half_utility}
+MANY = "reference, many"  # the texts for pairs and truth
+RATIOS = (1, 1.5, 2, 4)  # alpha / beta
+POLICIES = {  # name: (method, population, alpha, beta)
+    **{f"DPL, α/β = {x}" if x > 1 else "DPO": ("pairs", "one", x * BETA, BETA) for x in RATIOS},
+    **{f"RL, α/β = {x}": ("rl", "one", x * BETA, BETA) for x in RATIOS},
+    **{f"DPO, β = {x * BETA:g}": ("pairs", "one", x * BETA, x * BETA) for x in RATIOS[1:]},
+    "halves: DPO": ("pairs", "halves", BETA, BETA),
+    "halves: DPL, α/β = 4": ("pairs", "halves", 4 * BETA, BETA),
+}
+SEEDS = ("DPO", "DPL, α/β = 2", "RL, α/β = 2")  # trained with every seed, the others with one
+CUTS = {  # other ways to sample the reference ("") or DPO
+    "reference": ("", {}),
+    **{f"DPO, t = {t}": ("DPO", {"temperature": t}) for t in (1.25, 1.5, 2)},
+    **{f"DPO, min-p, t = {t}": ("DPO", {"temperature": t, "min_p": 0.1}) for t in (1.5, 2, 3)},
+    **{f"DPO, top-p, t = {t}": ("DPO", {"temperature": t, "top_p": 0.9}) for t in (1.25, 1.5, 2)},
+    **{f"DPO, global t = {t}": ("DPO", {"global_temperature": t, "min_p": 0.01}) for t in RATIOS[1:]},
+}
+TRAIN = {"--batch_size": 32, "--lr": 2e-4, "--warmup_steps": 10, "--schedule": "linear", "--eval_every": 25}
+RL = {"--num_samples": 8, "--lr": 2e-4, "--warmup_steps": 10, "--schedule": "linear", "--eval_every": 10**6}
+
+
+# ---- policies
+
+
+def list_runs(config: RealConfig) -> list[tuple[str, int, Path]]:
+    """(name, seed, folder) of every policy."""
+    seeds = {name: range(config.seeds if name in SEEDS else 1) for name in POLICIES}
+    return [(n, s, Path(config.out_dir, f"{slug(n)}-seed{s}")) for n, some in seeds.items() for s in some]
+
+
+def train_policy(
+    config: RealConfig,
+    folder: Path,
+    method: str,
+    data: Path | tuple[Path, Path],
+    flags: dict[str, object],
+    objective: Callable[..., dict[str, Tensor]] = train_dpl.objective,
+) -> None:
+    """Train a policy unless `folder` has it: "pairs" on files to train on and held out, "rl" on prompts."""
+    if lab.is_finished(folder):
+        return
+    flags = {"--model": Path(config.out_dir, "reference"), "--out_dir": folder, "--beta": BETA} | flags
+    if method == "pairs":
+        flags = TRAIN | dict(zip(("--data", "--eval_data"), data, strict=True)) | flags
+    else:
+        count = sum(1 for _ in read_rows(data))
+        flags = (
+            RL | {"--data": data, "--batch_size": count, "--max_new_tokens": config.max_new_tokens} | flags
+        )
+    words = [*map(str, lab.flag_words(flags)), "--resume"]
+    if method == "pairs":
+        run = parse(DPLConfig, None, words)
+        train(run, partial(objective, config=run))
+    else:
+        train_rl.train(parse(train_rl.RLConfig, None, words), reward)
+
+
+def reward(rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
+    """The raters' utility, as train_rl.py asks for it."""
+    return [utility(text) for text in texts]
+
+
+def make_results(config: RealConfig) -> dict[str, list[list[dict[str, float]]]]:
+    """Train and sample what is missing; returns measure() of each policy's prompts, (seeds, prompts).
+
+    "optimum, α/β = x" is the known optimum, "halves: optimum, ..." that of the other population.
+    """
+    path = write_prompts(config)
+    prompts, folder = [row["prompt"] for row in read_prompts(path)], write_reference(config)
+    plain = write_texts(config, MANY, folder, prompts, config.reference_samples, seed=99)
+    pairs = {name: write_pairs(config, name, prompts, plain, u) for name, u in POPULATIONS.items()}
+    for name, seed, run in tqdm(list_runs(config), desc="policies", unit="run", disable=None):
+        method, population, alpha, beta = POLICIES[name]
+        flags = {"--alpha": f"{alpha:g}", "--beta": f"{beta:g}", "--seed": seed}
+        flags |= {"--max_steps": config.rl_steps} if method == "rl" else {}
+        train_policy(config, run, method, path if method == "rl" else pairs[population], flags)
+    known = known_words(plain)
+
+    results = {}
+    for x in RATIOS:
+        options = {"global_temperature": x, "min_p": 0.01, "seed": 98}
+        name, count = f"reference, global t = {x}", config.reference_samples
+        texts = plain if x == 1 else write_texts(config, name, folder, prompts, count, **options)
+        for population, u in POPULATIONS.items():
+            label = f"optimum, α/β = {x}" if population == "one" else f"halves: optimum, α/β = {x}"
+            tilts = [np.nan_to_num([u(row["text"]) for row in rows]) / (x * BETA) for rows in texts]
+            results[label] = [[measure(r, known, t) for r, t in zip(texts, tilts, strict=True)]]
+    runs = [(name, seed, folder, {}) for name, seed, folder in list_runs(config)]
+    for name, (base, options) in CUTS.items():
+        runs += [(name, s, f, options) for n, s, f in list_runs(config) if n == base]
+        runs += [(name, 0, folder, options)] if not base else []
+    for name, seed, policy, options in runs:
+        texts = write_texts(config, name, policy, prompts, config.samples, seed, **options)
+        values = [measure(rows, known) for rows in texts]
+        if config.embedder:
+            for row, value in zip(values, distances(texts, config.embedder), strict=True):
+                row["distance"] = value
+        results.setdefault(name, []).append(values)
+    return results
+
+
+# ---- tables and pictures
+
+CURVES = {  # of the picture: (policies, style, color)
+    "DPL on pairs": (["DPO", *(f"DPL, α/β = {x}" for x in RATIOS[1:])], "o-", lab.BLUE),
+    "RL": ([f"RL, α/β = {x}" for x in RATIOS], "D-", lab.RED),
+    "DPO with β = α": (["DPO", *(f"DPO, β = {x * BETA:g}" for x in RATIOS[1:])], "s--", lab.ORANGE),
+    **{
+        f"DPO, {way}": (["DPO", *(name for name in CUTS if name.startswith(f"DPO, {way}"))], style, color)
+        for way, style, color in (
+            ("t", "x:", lab.ORANGE),
+            ("min-p", "^:", lab.RED),
+            ("top-p", "v:", lab.SKY),
+            ("global t", "P:", lab.BLUE),
+        )
+    },
+    "reference": (["reference"], "*", "black"),
+}
+
+
+def print_texts(config: RealConfig) -> None:
+    """Print the first five texts of each policy, of the first prompt, as Markdown."""
+    for name in ("reference", *POLICIES):
+        path = Path(config.out_dir, "texts", f"{slug(name)}-seed0.json")
+        print(f"\n**{name}**\n")
+        for row in json.loads(path.read_text())[0][:5]:
+            print(f"- {' '.join(row['text'].split())}{'' if row['finish'] == 'eos' else ' [cut]'}")
+
+
+def draw(results: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
+    """Draw quality against diversity; bars are standard errors over prompts."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 5))
+    labels = {
+        "features": "entropy of what a text says, bits",
+        "distance": "mean cosine distance of two texts",
+        "entropy": "entropy of texts, nats",
+        "utility": "expected utility, nats",
+        "new_words": "words that the reference never wrote, share",
+    }
+    panels = [("features", "utility"), ("distance", "utility"), ("entropy", "new_words")]
+    for axis, keys in zip(axes, panels, strict=True):
+        for label, (names, style, color) in CURVES.items():
+            (x, dx), (y, dy) = (np.array([over_prompts(results[n], key) for n in names]).T for key in keys)
+            axis.errorbar(x, y, dy, dx, fmt=style, color=color, label=label, lw=1.2, elinewidth=0.6)
+        axis.set(xlabel=labels[keys[0]], ylabel=labels[keys[1]])
+    best = [[over_prompts(results[f"optimum, α/β = {x}"], key)[0] for x in RATIOS] for key in panels[0]]
+    axes[0].plot(*best, **lab.EXACT, label="optimum")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_who(results: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
+    """Draw who the first prompt's person is, a bar per policy, for both populations."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=(3, 2))
+    for axis, is_half in zip(axes, (False, True), strict=True):
+        chosen = [
+            n
+            for n in results
+            if n == "reference" or (n.startswith("halves") if is_half else n[:7] == "optimum")
+        ]
+        chosen += [] if is_half else [n for n in POLICIES if not n.startswith("halves")]
+        for y, name in enumerate(chosen):
+            shares = {who: 100 * np.mean([run[0][who] for run in results[name]]) for who in VALUES["who"]}
+            lab.stack(axis, y, 0.7, shares, 9)
+        axis.set_yticks(range(len(chosen)), [name.removeprefix("halves: ") for name in chosen])
+        axis.invert_yaxis()
+        axis.set(xlim=(0, 100), xlabel="share of texts, %")
+    save_figure(figure, path)
+
+
+def draw_runs(config: RealConfig, path: Path) -> None:
+    """Draw the held-out loss of runs on pairs, and J of runs by RL, against steps."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    keys = {"pairs": "eval_loss", "rl": "objective"}
+    for name, seed, folder in list_runs(config):
+        method, population, *_ = POLICIES[name]
+        if population == "one" and seed == 0:
+            rows = [row for _, row in read_rows(folder / "metrics.jsonl") if keys[method] in row]
+            axis = axes[list(keys).index(method)]
+            axis.plot([row["step"] for row in rows], [row[keys[method]] for row in rows], label=name)
+    for axis, label in zip(axes, ("held-out loss, nats", "J, nats: mean of a step's texts"), strict=True):
+        axis.set(xlabel="optimizer step", ylabel=label)
+        axis.legend()
+    save_figure(figure, path)
+
+
+def main() -> None:
+    """Train and sample what is missing, print the table and the texts, draw the pictures."""
+    config = parse(RealConfig, __doc__)
+    config.out_dir = str(Path(config.out_dir).resolve())
+    results = make_results(config)
+    lab.write_arrays(Path(config.out_dir, "results.json"), results)
+    print_table(results)
+    print_texts(config)
+    path = Path(config.out_file)
+    draw(results, path)
+    draw_who(results, path.with_name(f"{path.stem}_who{path.suffix}"))
+    draw_runs(config, path.with_name(f"{path.stem}_runs{path.suffix}"))
+
+
+if __name__ == "__main__":
+    run_command(main)

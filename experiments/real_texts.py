@@ -1,0 +1,307 @@
+"""What experiments/real.py and real_settings.py share: a real reference, raters, texts, and what is measured.
+
+A small chat model writes a sentence about a person. Raters choose between two of its sentences
+(Bradley-Terry); the utility of a sentence is a sum over what it says (VALUES): who it is about, whether the
+person has a name, how it begins, how long it is, and whether it repeats a word.
+
+The reference is the model at token temperature 0.6, near which such models are used: its last norm's weight
+is divided by 0.6. At temperature 1 most of what SmolLM2-135M writes is broken.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.encode import encode_prompts
+from common.files import InputError, atomic_write, write_json
+from common.flags import Flags, flag
+from common.rows import message
+from experiments import lab
+from hub import load_model
+from metrics.embedding import embed
+from metrics.formulas import cosine_diversity, entropy_bits, words
+from metrics.tables import mean_and_error
+from reference import score_completions
+
+BETA = 0.2
+TOPICS = ("doctor", "teacher", "farmer", "scientist", "musician", "painter", "pilot", "writer")
+SYSTEM = "You write for small children, with simple words."
+VALUES = {  # what raters like, in nats: a feature of a text and its values
+    "who": {"she": 0.6, "he": 0.0, "nobody": 0.0},
+    "name": {"named": 0.4, "unnamed": 0.0},
+    "opening": {"The": 0.4, "A": 0.0, "other": 0.0},
+    "length": {"short": 0.4, "long": 0.0},
+    "repeats": {"nothing": 0.4, "a word": 0.0},
+}
+HALVES = {"she": 0.62, "he": 0.38}  # of another population: which of the two they choose
+Rows = list[dict[str, Any]]  # texts of one prompt, of write_texts()
+
+
+@dataclass
+class RealConfig(Flags):
+    """Flags of experiments/real.py."""
+
+    model: str = flag("HuggingFaceTB/SmolLM2-135M-Instruct", "Folder or hub name of a chat model.")
+    temperature: float = flag(0.6, "Token temperature of the reference; 1 is the model as it is.", "(0, inf)")
+    prompts: str | None = flag(None, "Rows with a 'prompt' (default: sentences about eight people).")
+    embedder: str | None = flag(None, "Folder or hub name of a sentence encoder (default: no distances).")
+    pairs: int = flag(4000, "Choices of the raters.", "[20, inf)")
+    reference_samples: int = flag(500, "Texts of the reference per prompt, for pairs and truth.", "[2, inf)")
+    samples: int = flag(64, "Texts of a policy per prompt, to measure it.", "[2, inf)")
+    rl_steps: int = flag(100, "Optimizer steps of train_rl.py, of 8 texts per prompt.", "[1, inf)")
+    seeds: int = flag(2, "Training runs of the policies in SEEDS.", "[1, inf)")
+    max_new_tokens: int = flag(64, "Longest text, in tokens.", "[1, inf)")
+    out_dir: str = flag("out/real", "Folder of everything.")
+    out_file: str = flag(
+        "assets/real.png", "The picture; NAME_who.png and NAME_runs.png are drawn beside it."
+    )
+
+
+# ---- texts and raters
+
+
+def features(text: str) -> dict[str, str]:
+    """What a text says: for each feature of VALUES, one of its values."""
+    who = re.search(r"\b(?:(she|hers?|herself)|(?:he|his|him|himself))\b", text, re.I)
+    start, some = text.split(maxsplit=1)[:1], words(text)
+    long_words = [word for word in some if len(word) >= 5]
+    return {
+        "who": "nobody" if not who else "she" if who[1] else "he",
+        "name": "named" if re.search(r"(?:Dr|Mrs?|Ms)\. [A-Z]|[a-z,] [A-Z][a-z]", text) else "unnamed",
+        "opening": start[0] if start and start[0] in VALUES["opening"] else "other",
+        "length": "short" if len(some) <= 14 else "long",
+        "repeats": "nothing" if len(set(long_words)) == len(long_words) else "a word",
+    }
+
+
+def utility(text: str) -> float:
+    """The raters' utility of a text, in nats."""
+    return sum(VALUES[name][value] for name, value in features(text).items())
+
+
+def half_utility(text: str) -> float:
+    """log of the share of the other population that wants this "who"; nats, nan for nobody."""
+    return math.log(HALVES.get(features(text)["who"], math.nan))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write JSON lines, atomically."""
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_prompts(config: RealConfig) -> Path:
+    """The file of prompts; written into --out_dir unless it is given."""
+    if config.prompts:
+        return Path(config.prompts).resolve()
+    path = Path(config.out_dir, "prompts.jsonl")
+    asks = [f"Write one short sentence about a {topic}." for topic in TOPICS]
+    turns = [[("system", SYSTEM), ("user", ask)] for ask in asks]
+    write_rows(path, [{"prompt": [{"role": r, "content": c} for r, c in some]} for some in turns])
+    return path
+
+
+def write_reference(config: RealConfig) -> Path:
+    """The folder of the reference: the model, with its logits divided by --temperature."""
+    folder = Path(config.out_dir, "reference").resolve()
+    if not lab.is_finished(folder):
+        model, tokenizer = load_model(config.model)
+        norm = getattr(model.base_model, "norm", None)  # its output is what the head multiplies
+        if getattr(norm, "bias", None) is not None or norm is None:
+            raise InputError(
+                f"--model {config.model}: has no last norm without bias to divide by a temperature"
+            )
+        with torch.no_grad():
+            norm.weight /= config.temperature
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+    return folder
+
+
+def write_pairs(
+    config: RealConfig,
+    name: str,
+    prompts: list[Any],
+    texts: list[Rows],
+    u: Callable[[str], float] = utility,
+    keep: Callable[[dict, dict], bool] = lambda a, b: True,
+) -> tuple[Path, Path]:
+    """Choices of raters with utility `u` between two of a prompt's texts: a file to train on, one held out.
+
+    The texts have ended, and differ in utility. `keep` says of two rows of write_texts() whether they may be
+    a pair. An eighth more pairs than --pairs is held out.
+    """
+    rng, pools, pairs = np.random.default_rng(0), [], []
+    for rows in texts:
+        ended = [row for row in rows if row["finish"] == "eos" and row["text"].strip()]
+        rated = [row | {"utility": u(row["text"])} for row in ended]
+        pools.append([row for row in rated if not math.isnan(row["utility"])])
+    count = config.pairs + config.pairs // 8
+    for _ in range(100 * count):
+        n = rng.integers(len(prompts))
+        if len(pools[n]) < 2:
+            continue
+        a, b = (pools[n][i] for i in rng.integers(len(pools[n]), size=2))
+        if a["utility"] == b["utility"] or not keep(a, b):
+            continue
+        if rng.random() > 1 / (1 + math.exp(b["utility"] - a["utility"])):
+            a, b = b, a
+        chosen, rejected = a["text"], b["text"]
+        if not isinstance(prompts[n], str):
+            chosen, rejected = message("assistant", chosen), message("assistant", rejected)
+        pairs.append({"prompt": prompts[n], "chosen": chosen, "rejected": rejected})
+        if len(pairs) == count:
+            break
+    else:
+        raise InputError(
+            f"pairs of {name!r}: hardly any two texts may be compared: give more --reference_samples"
+        )
+    paths = tuple(Path(config.out_dir, f"{name}_{part}.jsonl") for part in ("train", "held_out"))
+    for path, some in zip(paths, (pairs[: config.pairs], pairs[config.pairs :]), strict=True):
+        write_rows(path, some)
+    return paths
+
+
+# ---- sampling
+
+
+load_once = cache(load_model)
+
+
+def slug(name: str) -> str:
+    """A policy's name in the name of a file."""
+    return re.sub(r"[^a-z0-9.]+", "_", name.lower().replace("α/β = ", "").replace("β = ", "beta"))
+
+
+@torch.no_grad()
+def write_texts(
+    config: RealConfig,
+    name: str,
+    folder: str | Path,
+    prompts: list[Any],
+    count: int,
+    seed: int = 0,
+    **options: Any,
+) -> list[Rows]:
+    """Texts of a policy, of each prompt `count`: sampled, or read from --out_dir. `options`: of sample().
+
+    sampled_logp is the log-probability with which a text was sampled, ref_logp that of the reference; nats.
+    """
+    path = Path(config.out_dir, "texts", f"{slug(name)}-seed{seed}.json")
+    saved = json.loads(path.read_text()) if path.is_file() else []
+    if [len(rows) for rows in saved] == [count] * len(prompts):
+        return saved
+    reference = load_once(Path(config.out_dir, "reference"))[0]
+    model, tokenizer = load_model(folder)
+    result = []
+    for n, prompt in enumerate(tqdm(prompts, desc=name, unit="prompt", disable=None)):
+        limits = count, config.max_new_tokens
+        drawn, texts = lab.sample_texts(model, tokenizer, prompt, *limits, seed=1000 * n + seed, **options)
+        ids = encode_prompts([prompt], tokenizer) * count
+        ref = score_completions(reference, ids, [c.tokens for c in drawn])
+        result.append(
+            [
+                {"text": text, "sampled_logp": c.sampled_logp, "ref_logp": float(logp), "finish": c.finish}
+                for text, c, logp in zip(texts, drawn, ref, strict=True)
+            ]
+        )
+    write_json(path, result)
+    return result
+
+
+# ---- what is measured
+
+
+def feature_shares(rows: Rows, w: np.ndarray) -> dict[str, dict[str, float]]:
+    """The share of each feature's values, from texts with weights w that sum to 1."""
+    shares = {name: dict.fromkeys(values, 0.0) for name, values in VALUES.items()}
+    for row, weight in zip(rows, w, strict=True):
+        for name, value in features(row["text"]).items():
+            shares[name][value] += float(weight)
+    return shares
+
+
+def known_words(texts: list[Rows]) -> set[str]:
+    """All words of texts."""
+    return {word for rows in texts for row in rows for word in words(row["text"])}
+
+
+def measure(rows: Rows, known_words: set[str], tilt: np.ndarray | None = None) -> dict[str, float]:
+    """One prompt's values of a policy. `tilt` (texts,) in nats: weigh the texts by exp(tilt).
+
+    "features" is the sum of the features' entropies in bits; "new_words" the share of words that no sample of
+    the reference has; "openings" how many of the first three words differ, as a share; entropies in nats.
+    """
+    tilt = np.zeros(len(rows)) if tilt is None else tilt
+    log_z = np.logaddexp.reduce(tilt) - math.log(len(rows))
+    w = np.exp(tilt - log_z) / len(rows)
+    shares, texts = feature_shares(rows, w), [row["text"] for row in rows]
+    logp, ref = (np.array([row[key] for row in rows]) for key in ("sampled_logp", "ref_logp"))
+    split = [words(text) for text in texts]
+    new = sum(word not in known_words for some in split for word in some)
+    return {
+        "utility": float(w @ [utility(text) for text in texts]),
+        "features": sum(entropy_bits(share) for share in shares.values()),
+        "entropy": float(-w @ (logp + tilt - log_z)),
+        "cross_entropy": float(-w @ ref),
+        "words": float(w @ [len(some) for some in split]),
+        "new_words": math.nan if tilt.any() else new / max(1, sum(map(len, split))),
+        "openings": math.nan if tilt.any() else len({tuple(some[:3]) for some in split}) / len(texts),
+        "cut": float(w @ [row["finish"] != "eos" for row in rows]),
+        "effective": 1 / float(np.square(w).sum()),
+        **shares["who"],
+    }
+
+
+def distances(texts: list[Rows], embedder: str) -> list[float]:
+    """The mean cosine distance of two different texts of a prompt, (prompts,)."""
+    groups = [[row["text"] for row in rows if row["text"].strip()] for rows in texts]
+    vectors = embed([text for group in groups for text in group], embedder)
+    parts = np.split(vectors, np.cumsum([len(group) for group in groups])[:-1])
+    return [cosine_diversity(part, distinct=True) for part in parts]
+
+
+# ---- table
+
+COLUMNS = {  # of the table: (title, factor, digits)
+    "J": ("J, nats", 1, 2),
+    "utility": ("utility, nats", 1, 2),
+    "features": ("features, bits", 1, 2),
+    "distance": ("distance", 1, 3),
+    "openings": ("openings, %", 100, 0),
+    "entropy": ("entropy, nats", 1, 1),
+    "cross_entropy": ("cross-entropy", 1, 1),
+    "words": ("words", 1, 1),
+    "new_words": ("new words, %", 100, 1),
+    "cut": ("cut, %", 100, 1),
+    "she": ("she, %", 100, 0),
+    "he": ("he, %", 100, 0),
+    "effective": ("effective", 1, 0),
+}
+
+
+def over_prompts(runs: list[list[dict[str, float]]], name: str) -> tuple[float, float]:
+    """A value's mean over seeds and prompts, and its standard error over prompts."""
+    values = [[row.get(name, math.nan) for row in prompts] for prompts in runs]
+    mean, error = mean_and_error(np.mean(values, axis=0))
+    return float(mean), float(error)
+
+
+def print_table(results: dict[str, list[list[dict[str, float]]]]) -> None:
+    """Print every policy's values: means over prompts and seeds, with standard errors over prompts."""
+    print(f"\n{'':28}" + "".join(f"{title:>17}" for title, _, _ in COLUMNS.values()))
+    for name, runs in results.items():
+        line = f"{name:28}"
+        for column, (_, factor, digits) in COLUMNS.items():
+            mean, error = (factor * value for value in over_prompts(runs, column))
+            line += f"{mean:.{digits}f} ± {error:.{digits}f}".replace("nan ± nan", "-").rjust(17)
+        print(line)

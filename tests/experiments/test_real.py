@@ -1,0 +1,160 @@
+"""experiments/real.py: features, the reference's temperature, the known optimum, and a short run."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from common.files import InputError
+from common.rows import read_pairs
+from data.society.truth import list_stories, optimum
+from experiments import lab, real, real_settings, real_texts
+from experiments.real_texts import RealConfig, features, measure, utility
+from hub import load_model
+from model import Stats
+from scripts import SOCIETY, call
+from train_dpl import DPLConfig
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The doctor helps her patients.", "she unnamed The short nothing"),
+        ("Dr. Emily Patel is kind, and he listens to children.", "he named other short nothing"),
+        ("A theme, other than hers, that them she.", "she unnamed A short nothing"),
+        ("There is the theatre.", "nobody unnamed other short nothing"),
+        ("A pilot named Maya flies.", "nobody named A short nothing"),
+        ("A gentle, gentle farmer; he and she.", "he unnamed A short a word"),
+        ("The " + "one two six ten " * 4, "nobody unnamed The long nothing"),
+        ("", "nobody unnamed other short nothing"),
+    ],
+)
+def test_features(text, expected):
+    assert " ".join(features(text).values()) == expected
+
+
+def test_the_reference_is_the_model_at_a_token_temperature(tmp_path):
+    folder = real_texts.write_reference(RealConfig(model=SOCIETY, temperature=0.5, out_dir=str(tmp_path)))
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        ours, base = (load_model(path)[0](ids).logits for path in (folder, SOCIETY))
+    torch.testing.assert_close(ours, base / 0.5)
+
+
+def test_a_reference_whose_last_norm_has_a_bias_is_refused(tmp_path, monkeypatch):
+    model, tokenizer = load_model(SOCIETY)
+    model.base_model.norm = torch.nn.LayerNorm(128)
+    monkeypatch.setattr(real_texts, "load_model", lambda _: (model, tokenizer))
+    with pytest.raises(InputError, match="last norm"):
+        real_texts.write_reference(RealConfig(model=SOCIETY, out_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("ratio", (1, 2))
+def test_weighted_texts_are_those_of_the_optimum(tmp_path, ratio):
+    """The society's stories can be listed, so their optimum is known."""
+    world = lab.read_world()
+    config = RealConfig(model=SOCIETY, temperature=1.0, out_dir=str(tmp_path), max_new_tokens=32)
+    folder = real_texts.write_reference(config)
+    options = {"global_temperature": ratio, "min_p": 0.01} if ratio > 1 else {}
+    [rows] = real_texts.write_texts(config, "many", folder, [world["story_prompt"]], 1500, **options)
+    alpha = ratio * real_texts.BETA
+    found = measure(rows, set(), np.array([utility(row["text"]) for row in rows]) / alpha)
+    stories = list_stories(world)
+    u = np.array([utility(story) for story in stories])
+    exact = optimum(np.array(world["story_reference_logp"]), u, alpha, real_texts.BETA)
+    for who in ("she", "he"):
+        share = exact @ [features(story)["who"] == who for story in stories]
+        error = math.sqrt(share * (1 - share) / found["effective"])
+        assert found[who] == pytest.approx(share, abs=4 * error + 0.02)  # min-p and misspelt names: 0.02
+    assert found["utility"] == pytest.approx(exact @ u, abs=0.03)
+    nats = -exact @ np.log(exact)
+    assert found["entropy"] == pytest.approx(nats, abs=0.3)
+    assert found["effective"] < len(rows)
+
+
+def test_raters_choose_by_their_utilities(tmp_path):
+    texts = [
+        "The cat saw her.",
+        "The cat saw him.",
+        "A cat saw her.",
+        "A cat saw a dog.",
+        "A cat saw him and Tom.",
+    ]
+    rows = [{"text": text, "finish": "eos"} for text in (*texts, "", "A cat saw her."[:-1])]
+    rows += [{"text": "The cut cat saw her", "finish": "length"}]
+    config = RealConfig(pairs=4000, out_dir=str(tmp_path))
+    for name, u in real.POPULATIONS.items():
+        pairs, held_out = map(read_pairs, real_texts.write_pairs(config, name, ["Write."], [rows], u))
+        assert len(pairs) == 4000 and len(held_out) == 500
+        assert {text for pair in pairs for text in (pair["chosen"], pair["rejected"])} <= {
+            *texts,
+            "A cat saw her",
+        }
+        wins = {}
+        for pair in pairs:
+            gain = round(u(pair["chosen"]) - u(pair["rejected"]), 3)
+            assert gain
+            wins.setdefault(abs(gain), []).append(gain > 0)
+        for gain, won in wins.items():
+            expected = 1 / (1 + math.exp(-gain))
+            assert np.mean(won) == pytest.approx(expected, abs=4 * math.sqrt(0.25 / len(won)))
+    assert np.mean(won) == pytest.approx(0.62, abs=0.04)  # of "halves"
+    with pytest.raises(InputError, match="may be compared"):
+        config.pairs = 20
+        real_texts.write_pairs(config, "none", ["Write."], [rows], keep=lambda a, b: False)
+
+
+def test_real_runs(tmp_path, monkeypatch, capsys):
+    kept = ("DPO", "RL, α/β = 2", "halves: DPO")
+    for name in ("POLICIES", "CUTS"):
+        whole = getattr(real, name)
+        monkeypatch.setattr(
+            real, name, {k: whole[k] for k in (*kept, "reference", "DPO, top-p, t = 2") if k in whole}
+        )
+    monkeypatch.setattr(real, "CURVES", {"DPO": (["DPO", "DPO, top-p, t = 2"], "o", "red")})
+    flags = {"model": SOCIETY, "prompts": "data/society/story.jsonl", "embedder": SOCIETY, "seeds": 1}
+    flags |= {"pairs": 24, "reference_samples": 64, "samples": 8, "rl_steps": 1, "max_new_tokens": 24}
+    out, picture = tmp_path / "real", tmp_path / "real.png"
+    call(real, **flags, out_dir=out, out_file=picture)
+    table = capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert set(results) >= {*kept, "reference", "DPO, top-p, t = 2", "optimum, α/β = 4"}
+    assert f"{results['DPO'][0][0]['utility']:.2f} ± 0.00" in table
+    for name in ("real.png", "real_who.png", "real_runs.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    # again: nothing is trained or sampled
+    before = {path: path.stat().st_mtime_ns for path in (out / "texts").iterdir()}
+    call(real, **flags, out_dir=out, out_file=picture)
+    assert {path: path.stat().st_mtime_ns for path in (out / "texts").iterdir()} == before
+
+
+def test_settings_run(tmp_path, monkeypatch, capsys):
+    kept = ("DPO", "DPL", "warm start", "length_normalize", "similar length", "off policy", "RL")
+    settings = {name: value for name, value in real_settings.SETTINGS.items() if name in kept}
+    monkeypatch.setattr(real_settings, "SETTINGS", settings)
+    flags = {"model": SOCIETY, "prompts": "data/society/story.jsonl", "out_dir": tmp_path / "real"}
+    flags |= {"pairs": 64, "reference_samples": 64, "samples": 8, "max_new_tokens": 24}
+    call(real_settings, **flags, out_file=tmp_path / "settings.png")
+    table = capsys.readouterr().out
+    results = json.loads((tmp_path / "real/settings.json").read_text())
+    assert list(results) == list(kept)
+    for name, [[row]] in results.items():
+        alpha = 0.2 if name == "DPO" else 0.4
+        assert row["J"] == pytest.approx(row["utility"] + alpha * row["entropy"] - 0.2 * row["cross_entropy"])
+        assert f"{row['J']:.2f} ± 0.00" in table
+    assert (tmp_path / "settings.png").stat().st_size > 10_000
+
+
+def test_a_warm_start_ends_at_dpl():
+    config = DPLConfig(model=SOCIETY, data="x", alpha=0.4, beta=0.1, batch_size=2)
+    objective = real_settings.warm_objective(2)
+    policy = Stats(torch.tensor([[-3.0, -9.0]], requires_grad=True), torch.ones(1, 2))
+    held_out = Stats(policy.logp.detach(), policy.length)  # does not count
+    reference = Stats(torch.tensor([[-4.0, -5.0]]), torch.ones(1, 2))
+    margins = []
+    for stats in (policy, held_out, held_out, policy, policy, policy, policy, policy):
+        margins.append(objective(stats, reference, config=config)["reward_margin"].item())
+    # alpha is 0.1, 0.25, 0.4: times 6, less 0.1 times 1
+    assert margins == pytest.approx([0.5] * 4 + [1.4] * 2 + [2.3] * 2)
