@@ -5,18 +5,16 @@
         probs = next_token_probs(batch.logits)
         batch.append(gumbel_max(probs, exponential_noise(rng, *probs.shape)), probs)
 
-A step feeds the newest token of every unfinished completion. Its query attends to the keys of its prompt and
-to the keys of its own completion, under one softmax:
+A step feeds the newest token of every unfinished completion (its attention: kv_cache.py). Completions end at
+different times. The place of one that has ended goes to the next in line, so that a step is always full:
 
-    scores  =  [ q @ K_prompt^T  |  q @ K_completion^T ]
-
-All completions of a prompt share K_prompt and V_prompt, so a step reads them once per prompt. An ordinary KV
-cache stores and reads a copy for every completion; with long prompts that is most of a step's memory traffic.
-(Hydragen, Juravsky et al. 2024, splits attention so too.) Completions get their memory at the start.
+    step           1  2  3  4  5  6  7  8
+    place 0        a  a  a  a  a  a  d  d         a, b, c, ... completions, in order
+    place 1        b  b  b  e  e  e  e  e
+    place 2        c  c  c  c  c  f  f  f
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,17 +26,19 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
-from attention import compile_once, dense, dense_masks, require_attention, use_packed_attention
+from attention import compile_once, require_attention, use_packed_attention
 from checks import probe_ids, refused
 from common.files import InputError
 from common.parallel import to_device
+from kv_cache import SharedPromptCache, keep_in_place
 from model import head_logits
-from pairs import Packed, pack
+from pairs import pack
 
 FINISH = ("", "eos", "stop", "length")  # Completion.finish by code; "" while it is active
 ACTIVE, EOS, STOP, LENGTH = range(4)  # the codes: indices into FINISH
 NUCLEUS = 1024  # tokens that top_p sorts first: sorting a large vocabulary takes as long as a small model
 BLOCK = 128  # tokens per block in gumbel_max
+STATE = "tokens", "scores", "length", "finish", "ancestor"  # of a Batch: tensors with a row per completion
 PREFILL = 2048  # prompt tokens per forward pass
 
 
@@ -105,138 +105,11 @@ def gumbel_max(probs: Tensor, noise: np.ndarray) -> Tensor:
     return block * BLOCK + (chosen / token_noise).argmax(-1)
 
 
-class SharedPromptCache:
-    """KV cache of prompts, each stored once, and of the completions that continue them.
-
-    `layers` has an entry for each attention call of a forward pass: the prompts' keys and values, each
-    (prompts, kv heads, longest prompt, head size), then the completions' keys and values, each (batch,
-    kv heads, max_new_tokens, head size), of which the first `length` tokens are filled. `masks` holds a mask
-    for each window, which layers share; `calls` counts the attention calls of the forward pass.
-    """
-
-    def __init__(
-        self, prompt_lengths: Tensor, prompt_index: Tensor, max_new_tokens: int, device: torch.device
-    ):
-        """prompt_lengths (prompts,). Completion i continues prompt prompt_index[i]; every prompt has one."""
-        self.prompt_lengths, self.max_new_tokens, self.device = prompt_lengths, max_new_tokens, device
-        self.layers: list[list[Tensor]] = []
-        self.length, self.calls, self.masks = 0, 0, {}
-        self.set_prompts(prompt_index)
-
-    def prefill(
-        self, packed: Packed, first: int, _: nn.Module, *qkv: Tensor, window: int | None, **options: Any
-    ) -> Tensor:
-        """Attention within packed prompts; stores keys and values as those of prompts first, first + 1, ...
-
-        q, k, v and the result are (1, heads or kv heads, T, head size).
-        """
-        q, k, v = qkv
-        if self.calls == len(self.layers):
-            prompts, batch = len(self.prompt_lengths), len(self.prompt_index)
-            layer = [x.new_zeros(prompts, x.shape[1], self.longest, x.shape[-1]) for x in (k, v)]
-            layer += [x.new_empty(batch, x.shape[1], self.max_new_tokens, x.shape[-1]) for x in (k, v)]
-            self.layers.append(layer)
-        for stored, new in zip(self.layers[self.calls], (k, v), strict=False):
-            for prompt, part in enumerate(new[0].split(packed.lengths, 1), first):
-                stored[prompt, :, : part.shape[1]] = part
-        self.calls += 1
-        if window not in self.masks:
-            self.masks[window] = [mask.to(self.device) for mask in dense_masks(packed, window)]
-        return dense(q, k, v, self.masks[window], **options)
-
-    def attend(
-        self, _: nn.Module, *qkv: Tensor, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
-        """Attention of each completion's newest token to all tokens up to it; stores its key and value.
-
-        q, k, v and the result are (batch, heads or kv heads, 1, head size).
-        """
-        q, k, v = qkv
-        prompt_k, prompt_v, own_k, own_v = self.filled[self.calls]
-        self.calls += 1
-        own_k[:, :, -1], own_v[:, :, -1] = k[:, :, 0], v[:, :, 0]
-        if window is not None:
-            own_k, own_v = own_k[:, :, -window:], own_v[:, :, -window:]
-        q = (q * scale).reshape(len(k), k.shape[1], -1, q.shape[-1])  # query heads grouped by their kv head
-        scores = torch.cat([self.prompt_matmul(q, prompt_k.mT), q @ own_k.mT], -1)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        longest = prompt_k.shape[2]
-        if (mask := self.masks[window]) is not None:
-            scores[..., :longest].masked_fill_(mask, -math.inf)
-        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-        out = self.prompt_matmul(weights[..., :longest], prompt_v) + weights[..., longest:] @ own_v
-        return out.reshape(len(k), -1, 1, v.shape[-1])
-
-    def prompt_matmul(self, x: Tensor, y: Tensor) -> Tensor:
-        """x[i] @ y[prompt_index[i]] with one product per prompt: (batch, kv heads, group, b).
-
-        x is (batch, kv heads, group, a) and y (prompts, kv heads, a, b).
-        """
-        (_, kv_heads, group, a), (prompts, _, _, b) = x.shape, y.shape
-        x = x.view(prompts, -1, kv_heads, group, a) if self.grid is None else x[self.grid]
-        x = x.transpose(1, 2).reshape(prompts, kv_heads, -1, a) @ y
-        x = x.view(prompts, kv_heads, -1, group, b).transpose(1, 2).reshape(-1, kv_heads, group, b)
-        return x if self.grid is None else x[self.slots]
-
-    def prompt_mask(self, window: int | None) -> Tensor | None:
-        """True at padding and at prompt tokens outside the window, (batch, 1, 1, longest prompt); or None."""
-        lengths, position = self.prompt_lengths[self.prompt_index][:, None], torch.arange(self.longest)
-        mask = position >= lengths
-        if window is not None:
-            mask |= lengths + self.length - position >= window
-        return mask[:, None, None].to(self.device) if mask.any() else None
-
-    def reindex(self, indices: Tensor) -> None:
-        """Reindex the batch: new completion i is old completion indices[i]."""
-        changed = (indices != torch.arange(len(indices))).nonzero()[:, 0]
-        source, target = indices[changed].to(self.device), changed.to(self.device)
-        for layer in self.layers:
-            for x in layer[2:]:
-                x[target, :, : self.length] = x[source, :, : self.length]
-        self.set_prompts(self.prompt_index[indices])
-
-    def set_prompts(self, prompt_index: Tensor) -> None:
-        """Completion i now continues prompt prompt_index[i]. Prompts without a completion are dropped.
-
-        prompt_matmul makes one product per prompt, so completions get slots of a grid, a row for each prompt:
-
-            completion   0  1  2  3  4           grid   0  2  3    completions of prompt 0
-            its prompt   0  1  0  0  1                  1  4  -    completions of prompt 1
-            its slot     0  3  1  2  4                             (- is 0: what comes of it is not read)
-
-        `grid` is None if the batch fills it in order.
-        """
-        present, self.prompt_index = prompt_index.unique(return_inverse=True)
-        if len(present) < len(self.prompt_lengths):
-            self.prompt_lengths = self.prompt_lengths[present]
-            for layer in self.layers:
-                layer[:2] = [x[present.to(self.device), :, : self.prompt_lengths.max()] for x in layer[:2]]
-        self.longest = int(self.prompt_lengths.max())
-        column = F.one_hot(self.prompt_index).cumsum(0).gather(1, self.prompt_index[:, None])[:, 0] - 1
-        width = int(column.max()) + 1
-        slots, self.grid = self.prompt_index * width + column, None
-        if not torch.equal(slots, torch.arange(len(self.prompt_lengths) * width)):
-            grid = torch.zeros(len(self.prompt_lengths) * width, dtype=torch.long)
-            grid[slots] = torch.arange(len(slots))
-            self.grid, self.slots = grid.view(-1, width).to(self.device), slots.to(self.device)
-
-    def start_step(self) -> None:
-        """Slice the layers up to the newest token, and make the masks, for the attend() calls of a step.
-
-        attend() takes all sizes from tensors: torch.compile would compile an int attribute as a constant, and
-        so again for every step.
-        """
-        self.calls, batch, end = 0, len(self.prompt_index), self.length + 1
-        self.filled = [(k, v, *(x[:batch, :, :end] for x in own)) for k, v, *own in self.layers]
-        self.masks = {window: self.prompt_mask(window) for window in self.masks}
-
-
 class Batch:
     """Completions that grow by a token at a time. The unfinished ones have batch indices [0, active).
 
-    `logits` (active, vocab), float32, are those of the next token. `ancestor` (batch,) is the initial batch
-    index of each completion; a copy made by reindex() has that of its original.
+    `logits` (active, vocab), float32, are those of the next token. `ancestor` (batch,) is the number of each
+    completion, in the order in which they were started; a copy made by reindex() has that of its original.
     """
 
     def __init__(
@@ -256,19 +129,51 @@ class Batch:
         """
         self.model, self.device = model, model.get_input_embeddings().weight.device
         self.eos = torch.tensor([] if eos_token_id is None else eos_token_id).flatten()
-        self.has_stop, self.active = has_stop, len(prompt_index)
+        self.has_stop, self.active, self.started = has_stop, 0, 0
         self.step_model = compile_once(model, dynamic=True) if compile else model
-        self.tokens = torch.zeros(self.active, max_new_tokens, dtype=torch.long)
-        self.scores = torch.zeros(self.active, 2, dtype=torch.float64)  # Completion's logp and sampled_logp
-        self.length, self.finish = torch.zeros(2, self.active, dtype=torch.long)
-        self.ancestor = torch.arange(self.active)
-        lengths, prompt_index = torch.tensor([len(ids) for ids in prompts]), torch.tensor(prompt_index)
-        self.cache = SharedPromptCache(lengths, prompt_index, max_new_tokens, self.device)
+        self.tokens = torch.zeros(0, max_new_tokens, dtype=torch.long)
+        self.scores = torch.zeros(0, 2, dtype=torch.float64)  # Completion's logp and sampled_logp
+        self.length, self.finish, self.ancestor = torch.zeros(3, 0, dtype=torch.long)
+        self.cache = SharedPromptCache(len(prompt_index), max_new_tokens, self.device)
+        self.logits = self.last_logits = torch.zeros(0, device=self.device)
         with refused(f"{type(model).__name__} cannot be sampled"):
-            self.logits = self.prefill(prompts)[prompt_index.to(self.device)]
+            self.start(prompts, prompt_index)
 
-    def prefill(self, prompts: list[list[int]]) -> Tensor:
-        """Compute the prompts, packed end to end without padding; returns logits (prompts, vocab)."""
+    def start(self, prompts: list[list[int]], prompt_index: Sequence[int]) -> None:
+        """Start completions of prompts[prompt_index[i]]; -1 is the last prompt of the call before.
+
+        At most as many as take_finished() has removed.
+        """
+        cache, first, new = self.cache, len(self.cache.prompt_lengths), self.last_logits[:0]
+        if prompts:
+            cache.add_prompts(list(map(len, prompts)))
+            new = self.prefill(prompts, first)
+        index, n = torch.tensor(prompt_index), len(prompt_index)
+        logits = torch.cat([new, self.last_logits])  # index -1 is the last one
+        slots = torch.cat([torch.arange(first, first + len(prompts)), cache.last])
+        self.logits = torch.cat([self.logits, logits[index.to(self.device)]])
+        if prompts:
+            self.last_logits, cache.last = new[-1:], slots[len(prompts) - 1 : len(prompts)]
+        cache.lengths = F.pad(cache.lengths, (0, n))
+        cache.set_prompts(torch.cat([cache.prompt_index, slots[index]]))
+        self.ancestor = torch.cat([self.ancestor, torch.arange(self.started, self.started + n)])
+        self.tokens, self.scores = (F.pad(x, (0, 0, 0, n)) for x in (self.tokens, self.scores))
+        self.length, self.finish = (F.pad(x, (0, n)) for x in (self.length, self.finish))
+        self.active, self.started = self.active + n, self.started + n
+
+    def take_finished(self) -> dict[int, Completion]:
+        """Remove the completions that have ended; returns them by their number (see `ancestor`)."""
+        numbers = self.ancestor[self.active :].tolist()
+        finished = dict(zip(numbers, self.completions(range(self.active, len(self.finish))), strict=True))
+        for name in STATE:
+            setattr(self, name, getattr(self, name)[: self.active])
+        return finished
+
+    def prefill(self, prompts: list[list[int]], start: int) -> Tensor:
+        """Compute prompts, packed end to end without padding, as those of the cache from `start` on.
+
+        Returns logits (prompts, vocab).
+        """
         if not getattr(self.model, "can_decode", False):
             check_decoding(self.model)
         use_packed_attention(self.model)
@@ -279,7 +184,7 @@ class Batch:
         for first in range(0, len(prompts), size):
             packed = pack([[prompt] for prompt in prompts[first : first + size]])
             last = torch.tensor(packed.lengths, device=self.device).cumsum(0) - 1
-            attend = partial(self.cache.prefill, packed, first)
+            attend = partial(self.cache.prefill, packed, start + first)
             self.cache.calls, self.cache.masks = 0, {}
             logits.append(self.forward(self.model, packed.ids[None], packed.position[None], last, attend))
         require_attention(self.model, self.cache.calls)
@@ -315,31 +220,34 @@ class Batch:
         Computes the next logits. Moves finished completions behind the active ones and returns the new order,
         as reindex() does. Raises InputError if log-probabilities are NaN.
         """
-        n, step, column = self.active, self.cache.length, token[:, None]
+        n, column = self.active, token[:, None]
         logp = -F.cross_entropy(self.logits, token, reduction="none")
         # the one copy of a step that the CPU waits for; float32 holds any token id
         rows = torch.stack([logp, probs.gather(1, column)[:, 0].log(), token], 1).cpu()
         if rows.isnan().any():
             raise InputError("the model's log-probabilities are NaN")
         self.scores[:n] += rows[:, :2]
-        self.tokens[:n, step] = rows[:, 2].long()
-        self.length[:n] = step + 1
-        finish = torch.isin(self.tokens[:n, step], self.eos) * EOS
+        newest = rows[:, 2].long()
+        self.tokens[torch.arange(n), self.length[:n]] = newest
+        self.length[:n] += 1
+        finish = torch.isin(newest, self.eos) * EOS
         if self.has_stop:
             for i in (finish == ACTIVE).nonzero()[:, 0].tolist():
-                finish[i] = STOP * self.has_stop(self.tokens[i, : step + 1].tolist())
-        if step + 1 == self.tokens.shape[1]:
-            finish[finish == ACTIVE] = LENGTH
+                finish[i] = STOP * self.has_stop(self.tokens[i, : self.length[i]].tolist())
+        finish[(finish == ACTIVE) & (self.length[:n] == self.tokens.shape[1])] = LENGTH
         self.finish[:n] = finish
         order = torch.arange(len(self.finish))
         if finish.any():
             order = self.reindex(order.tolist())
         if self.active:
-            position = self.cache.prompt_lengths[self.cache.prompt_index] + step
-            ids = self.tokens[: self.active, step]
+            ids, length = (
+                self.tokens[torch.arange(self.active), self.length[: self.active] - 1],
+                self.cache.lengths,
+            )
+            position = self.cache.prompt_lengths[self.cache.prompt_index] + length
             self.cache.start_step()
             self.logits = self.forward(self.step_model, ids[:, None], position[:, None], 1, self.cache.attend)
-            self.cache.length += 1
+            self.cache.lengths = length + 1
         return order
 
     def reindex(self, indices: list[int]) -> Tensor:
@@ -350,12 +258,11 @@ class Batch:
         active = (self.finish == ACTIVE).tolist()
         first = keep_in_place([i for i in indices if active[i]])
         order = torch.tensor(first + [i for i in indices if not active[i]])
-        for name in ("tokens", "scores", "length", "finish", "ancestor"):
+        for name in STATE:
             setattr(self, name, getattr(self, name)[order])
         self.active = len(first)
         self.logits = self.logits[order[: self.active].to(self.device)]
-        if self.active:
-            self.cache.reindex(order[: self.active])
+        self.cache.reindex(order[: self.active])
         return order
 
     def completions(self, indices: Sequence[int]) -> list[Completion]:
@@ -383,10 +290,3 @@ def check_decoding(model: PreTrainedModel) -> None:
     except Exception:
         model.can_decode = False  # so that the next batch is refused too
         raise
-
-
-def keep_in_place(indices: list[int]) -> list[int]:
-    """Permute `indices` so that result[i] == i wherever possible: reindexing by it copies the fewest rows."""
-    present = set(indices)
-    others = list((Counter(indices) - Counter(range(len(indices)))).elements())
-    return [i if i in present else others.pop() for i in range(len(indices))]

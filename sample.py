@@ -58,26 +58,6 @@ from hub import load_model
 MAY_CHANGE = {"out_file", "overwrite", "resume"}  # flags that may change when a run is resumed
 
 
-def sample_batch(
-    batch: Batch, rngs: Sequence[np.random.Generator], **sampling_params: float
-) -> list[Completion]:
-    """Sample all completions of a batch, number i with random numbers of rngs[i], and return them in order.
-
-    `sampling_params` are those of next_token_probs.
-    """
-
-    def stream(rng: np.random.Generator) -> Iterator[np.ndarray]:
-        while True:  # 16 steps a call: for 128 samples, a call for each step takes as long as a GPU's step
-            yield from exponential_noise(rng, 16, batch.logits.shape[-1])
-
-    streams = [stream(rng) for rng in rngs]
-    while batch.active:
-        probs = next_token_probs(batch.logits, **sampling_params)
-        noise = np.stack([next(streams[i]) for i in batch.ancestor[: batch.active].tolist()])
-        batch.append(gumbel_max(probs, noise), probs)
-    return batch.completions(batch.ancestor.argsort().tolist())
-
-
 def sample_completions(
     model: PreTrainedModel,
     prompts: Sequence[list[int]],
@@ -89,21 +69,43 @@ def sample_completions(
     has_stop: Callable[[list[int]], bool] | None = None,
     compile: bool = False,
     **sampling_params: float,
-) -> list[Completion]:
-    """`num_samples` completions of each prompt, prompt by prompt, `batch_size` at a time.
+) -> Iterator[list[Completion]]:
+    """Yields each prompt's `num_samples` completions, `batch_size` of which are sampled at a time.
 
-    Sample s of prompt i has the random numbers of the seed [*seeds[i], s].
+    Sample s of prompt i has the random numbers of the seed [*seeds[i], s]. The place of one that has ended
+    goes to the next in line. `sampling_params` are those of next_token_probs.
     """
-    samples = [(i, s) for i in range(len(prompts)) for s in range(num_samples)]
-    result: list[Completion] = []
-    for first in range(0, len(samples), batch_size):
-        part = samples[first : first + batch_size]
-        used = sorted({i for i, _ in part})
-        ids, index = [prompts[i] for i in used], [used.index(i) for i, _ in part]
-        batch = Batch(model, ids, index, max_new_tokens, eos_token_id, has_stop, compile)
-        rngs = [np.random.default_rng([*seeds[i], s]) for i, s in part]
-        result += sample_batch(batch, rngs, **sampling_params)
-    return result
+    owner = [i for i in range(len(prompts)) for _ in range(num_samples)]  # of each sample, its prompt
+
+    def line_up(first: int, count: int) -> tuple[list[list[int]], list[int]]:
+        """Batch.start's arguments for samples first, first + 1, ..."""
+        part = owner[first : first + count]
+        start = owner[first - 1] + 1 if first else 0  # the prompts before are in the batch
+        return [list(prompts[i]) for i in range(start, part[-1] + 1)], [i - start for i in part]
+
+    def stream(number: int) -> Iterator[np.ndarray]:
+        rng = np.random.default_rng([*seeds[owner[number]], number % num_samples])
+        while True:  # 16 steps a call: for 128 samples, a call for each step takes as long as a GPU's step
+            yield from exponential_noise(rng, 16, batch.logits.shape[-1])
+
+    batch, streams, done = None, {}, {}
+    for i in range(len(prompts)):
+        mine = range(i * num_samples, (i + 1) * num_samples)
+        while not all(number in done for number in mine):
+            if batch is None:
+                limits = max_new_tokens, eos_token_id, has_stop, compile
+                batch = Batch(model, *line_up(0, batch_size), *limits)
+            free = min(batch_size - batch.active, len(owner) - batch.started)
+            if free and (free >= batch_size / 16 or not batch.active):  # several at a time: they share a pass
+                batch.start(*line_up(batch.started, free))
+            probs, numbers = next_token_probs(batch.logits, **sampling_params), batch.ancestor.tolist()
+            streams |= {number: stream(number) for number in numbers if number not in streams}
+            batch.append(gumbel_max(probs, np.stack([next(streams[number]) for number in numbers])), probs)
+            finished = batch.take_finished()
+            done |= finished
+            for number in finished:
+                del streams[number]
+        yield [done.pop(number) for number in mine]
 
 
 def completion_text(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -184,8 +186,10 @@ def sample(
         rng = np.random.default_rng(seed)
         return sample_global_batch(batch, num_samples, global_temperature, rng, **sampling_params)[0]
     limits = max_new_tokens, eos_token_id
-    return sample_completions(
-        model, [prompt_ids], [[seed]], num_samples, *limits, num_samples, **sampling_params
+    return next(
+        sample_completions(
+            model, [prompt_ids], [[seed]], num_samples, *limits, num_samples, **sampling_params
+        )
     )
 
 
@@ -251,9 +255,9 @@ def sample_prompts(
     indices: Sequence[int],
     ends: list[int],
     config: SampleConfig,
-) -> list[tuple[str, dict[str, Any]]]:
-    """Sample the prompts encoded[indices]; returns (text, statistics) of every sample, prompt by prompt."""
-    stop, result = config.stop or [], []
+) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """Sample the prompts encoded[indices]; yields (text, statistics) of the samples of each."""
+    stop = config.stop or []
     params = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     span = max((len(s.encode()) for s in stop), default=0) + 1  # most tokens that a stop string may touch
 
@@ -263,25 +267,24 @@ def sample_prompts(
 
     limits, options = (config.max_new_tokens, ends), (has_stop if stop else None, config.compile)
 
-    def add_results(completions: list[Completion], **extra: float) -> None:
-        for c in completions:
-            text = completion_text(c, tokenizer)
-            if c.finish == "stop":
-                text = text[: min((text.find(s) for s in stop if s in text), default=None)]
-            stats = {"tokens": len(c.tokens), "logp": c.logp, "sampled_logp": c.sampled_logp} | extra
-            result.append((text, {name: round(x, 4) for name, x in stats.items()} | {"finish": c.finish}))
+    def describe(c: Completion, **extra: float) -> tuple[str, dict[str, Any]]:
+        text = completion_text(c, tokenizer)
+        if c.finish == "stop":
+            text = text[: min((text.find(s) for s in stop if s in text), default=None)]
+        stats = {"tokens": len(c.tokens), "logp": c.logp, "sampled_logp": c.sampled_logp} | extra
+        return text, {name: round(x, 4) for name, x in stats.items()} | {"finish": c.finish}
 
     if tau := config.global_temperature:
         for n in indices:
             batch = Batch(model, [encoded[n]], [0] * config.particles, *limits, *options)
             rng = np.random.default_rng([config.seed, n])
             completions, ess, log_z = sample_global_batch(batch, config.num_samples, tau, rng, **params)
-            add_results(completions, ess=ess, log_z=log_z)
-        return result
+            yield [describe(c, ess=ess, log_z=log_z) for c in completions]
+        return
     prompts, seeds = [encoded[n] for n in indices], [[config.seed, n] for n in indices]
     each = prompts, seeds, config.num_samples
-    add_results(sample_completions(model, *each, *limits, config.batch_size, *options, **params))
-    return result
+    for completions in sample_completions(model, *each, *limits, config.batch_size, *options, **params):
+        yield list(map(describe, completions))
 
 
 def lines_to_keep(out: Path, config: SampleConfig, digest: str) -> list[bytes]:
@@ -332,17 +335,13 @@ def main() -> None:
         check_new()  # another process may have written it meanwhile
 
     count, total = config.num_samples, config.num_samples * len(rows)
-    chunk = max(1, config.batch_size // count)  # prompts that a process samples at a time
     digest = digest_json(encoded)
     lines = lines_to_keep(out, config, digest) if is_writer else []
-    done = all_gather(len(lines) // count)[0]  # prompts
-    # resume at the start of a chunk: the batches, and so the rounding, are those of an uninterrupted run
-    done = len(rows) if done >= len(rows) else done // chunk * chunk
+    done, rank, world = all_gather(len(lines) // count)[0], get_rank(), get_world_size()  # done: prompts
+    results = sample_prompts(model, tokenizer, encoded, range(done + rank, len(rows), world), ends, config)
     bar = tqdm(total=len(rows), initial=done, unit="prompt", disable=None if is_writer else True)
-    for first in range(done, len(rows), chunk * get_world_size()):
-        start = first + get_rank() * chunk
-        indices = range(start, min(start + chunk, len(rows)))
-        parts = all_gather(sample_prompts(model, tokenizer, encoded, indices, ends, config))
+    for first in range(done, len(rows), world):
+        parts = all_gather(next(results, []))
         if is_writer and first == done:  # not earlier: a run that fails at once leaves the old file as it was
             with atomic_write(out, "wb") as file:
                 file.writelines(lines[: done * count])

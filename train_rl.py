@@ -21,6 +21,7 @@ reward(rows, texts) gets the row of --data and the text of each sample, and retu
 """
 
 import copy
+import itertools
 import json
 import math
 import time
@@ -198,7 +199,8 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
         # with an adapter the two are one model, and the second does nothing
         with parallel.unsharded(model), parallel.unsharded(reference), torch.no_grad():
             prompts, limits = [encoded[path][i] for i in mine], (config.max_new_tokens, ends)
-            drawn = sample_completions(model, prompts, seeds, k, *limits, config.sample_batch_size)
+            by_prompt = sample_completions(model, prompts, seeds, k, *limits, config.sample_batch_size)
+            drawn = list(itertools.chain.from_iterable(by_prompt))
             times.append(time.monotonic())
             asked, tokens = [i for i in mine for _ in range(k)], [c.tokens for c in drawn]
             with lora_disabled(reference):

@@ -56,11 +56,10 @@ from checks import own_values, packing_gap, probe_pairs
 from common.files import InputError
 from common.flags import Flags, flag, parse, run_command
 from common.logs import flops_per_token, peak_memory
-from decode import Batch
 from lora import add_lora, lora_layers
 from model import pair_stats
 from pairs import Pair, pack
-from sample import sample_batch
+from sample import sample_completions
 
 SIZES = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512}
@@ -288,8 +287,8 @@ def sample_7b(contender: str, samples: int) -> str:
             flags |= {"do_sample": True, "top_k": 0, "pad_token_id": 0, "cache_implementation": "static"}
             model.generate(ids, attention_mask=torch.ones_like(ids), **flags)
             return
-        batch = Batch(model, ids.tolist(), [0] * samples, new, None, compile=contender.endswith("--compile"))
-        sample_batch(batch, [np.random.default_rng(i) for i in range(samples)])
+        compile = contender.endswith("--compile")
+        list(sample_completions(model, ids.tolist(), [[0]], samples, new, None, samples, compile=compile))
 
     run()
     rate = samples * new / min(clock(run) for _ in range(2))

@@ -13,7 +13,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -23,9 +22,8 @@ from machine import CUDA, DEVICE, DTYPE, apart, clock, rates
 
 from common.flags import Flags, flag, parse, run_command
 from common.logs import peak_memory
-from decode import Batch
 from hub import load_model
-from sample import sample_batch
+from sample import sample_completions
 
 CONTENDERS = ("generate", "static", "sample.py")
 
@@ -56,10 +54,8 @@ def benchmark(contender: str, config: BenchConfig, num_samples: int, prompts: in
 
     def run(new_tokens: int) -> None:
         if contender == "sample.py":
-            prompt_index = [prompt for prompt in range(prompts) for _ in range(num_samples)]
-            rngs = [np.random.default_rng(i) for i in range(len(prompt_index))]
-            batch = Batch(model, ids.tolist(), prompt_index, new_tokens, None, compile=config.compile)
-            sample_batch(batch, rngs)
+            seeds, limits = [[i] for i in range(prompts)], (new_tokens, None, prompts * num_samples)
+            list(sample_completions(model, ids.tolist(), seeds, num_samples, *limits, compile=config.compile))
             return
         flags = {"cache_implementation": "static"} if contender == "static" else {}
         flags |= {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}

@@ -1,21 +1,19 @@
 """sample.py --compile: the samples are those without it, and the code is compiled for all steps at once."""
 
 import copy
+import itertools
 from functools import cache, partial
 
-import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 import decode
 from common.files import InputError
-from decode import Batch
-from sample import sample_batch
+from sample import sample_completions
 from tiny import CONFIGS, make
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [9, 4], [7, 7, 30]]  # of unequal length: shorter ones are masked
-INDEX = [0, 1, 1, 2, 0, 1, 1]  # unequal numbers of completions, out of order
 ENDS = list(range(0, 97, 9))  # so many end tokens that completions leave the batch at different steps
 
 
@@ -32,8 +30,8 @@ def backend(monkeypatch):
 
 
 def sample(model, compiled):
-    batch = Batch(model, PROMPTS, INDEX, 24, ENDS, compile=compiled)
-    return sample_batch(batch, [np.random.default_rng(i) for i in range(len(INDEX))])
+    by_prompt = sample_completions(model, PROMPTS, [[0], [1], [2]], 4, 24, ENDS, 5, compile=compiled)
+    return list(itertools.chain(*by_prompt))
 
 
 def test_samples_are_those_without_compile(backend):

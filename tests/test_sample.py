@@ -23,7 +23,7 @@ from decode import Batch, exponential_noise, gumbel_max, keep_in_place
 from hub import load_model
 from model import pair_stats
 from pairs import pack
-from sample import next_token_probs, sample, sample_batch, sample_global_batch
+from sample import next_token_probs, sample, sample_completions, sample_global_batch
 from scripts import SOCIETY, call, run_script
 from tiny import CHATML, CONFIGS, NOT_PACKABLE, REASONS, TWICE, lines, make
 
@@ -64,7 +64,7 @@ GREEDY = {name: CONFIGS[name] for name in GREEDY} | TWICE
 
 @pytest.mark.parametrize("config", GREEDY.values(), ids=GREEDY)
 def test_greedy_equals_generate(config):
-    """One prompt, then one batch of prompts of different lengths whose completions end at different steps."""
+    """One prompt, then prompts of different lengths whose completions end at different steps."""
     model, long = make(config), list(range(5, 25))
     prompts = [long, long[:7], long[3:], long[:1]]
     alone, options = [], {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
@@ -73,15 +73,15 @@ def test_greedy_equals_generate(config):
     for completion in sample(model, long, 3, 30, None, temperature=0):
         assert completion.tokens == alone[0]
     ends = [alone[1][4], alone[3][11]]
-    prompt_index = [0, 1, 1, 2, 3, 0]
-    with patch.object(decode, "PREFILL", 50):  # two prompts per forward pass
-        batch = Batch(model, prompts, prompt_index, 30, ends)
-    completions = sample_batch(batch, [np.random.default_rng(i) for i in range(6)], temperature=0)
-    for prompt, completion in zip(prompt_index, completions, strict=True):
-        tokens = alone[prompt]
-        length = min((tokens.index(end) + 1 for end in ends if end in tokens), default=30)
-        assert completion.tokens == tokens[:length]
-        assert completion.finish == ("eos" if tokens[length - 1] in ends else "length")
+    prompts, alone, seeds = prompts * 2, alone * 2, [[i] for i in range(8)]
+    for batch_size in (2, 5, 16):  # places of ended completions go to others of this prompt, or of the next
+        with patch.object(decode, "PREFILL", 50):  # two prompts per forward pass
+            drawn = sample_completions(model, prompts, seeds, 2, 30, ends, batch_size, temperature=0)
+            for tokens, completions in zip(alone, drawn, strict=True):
+                length = min((tokens.index(end) + 1 for end in ends if end in tokens), default=30)
+                assert [c.tokens for c in completions] == [tokens[:length]] * 2
+                finish = "eos" if tokens[length - 1] in ends else "length"
+                assert [c.finish for c in completions] == [finish] * 2
 
 
 @pytest.mark.parametrize("name", NOT_PACKABLE)
@@ -97,6 +97,29 @@ def test_the_cache_stores_a_prompt_once():
     model = make(CONFIGS["llama"])
     batch = Batch(model, [list(range(5, 25))], [0] * 64, 30, None)
     assert {tuple(x.shape) for layer in batch.cache.layers for x in layer[:2]} == {(1, 2, 20, 8)}
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, 60])
+def test_a_step_is_full_until_the_last_are_sampled(num_samples):
+    model, sizes, batches = make(CONFIGS["llama"]), [], []
+
+    class Spy(Batch):
+        def append(self, token, probs):
+            batches.append(self)
+            sizes.append(self.active)
+            return super().append(token, probs)
+
+    prompts = [[5 + i % 40, 7] * (1 + i % 5) for i in range(60 // num_samples)]
+    with patch("sample.Batch", Spy):
+        seeds = [[i] for i in range(len(prompts))]
+        by_prompt = list(sample_completions(model, prompts, seeds, num_samples, 40, list(range(8)), 8))
+    lengths = [len(c.tokens) for completions in by_prompt for c in completions]
+    assert len(lengths) == 60 and sum(sizes) == sum(lengths) and len(set(lengths)) > 10
+    while_some_wait = sizes[: len(sizes) - max(lengths)]
+    assert len(while_some_wait) > 40 and min(while_some_wait) == 8
+    assert (
+        len(batches[0].cache.layers[0][0]) <= 8 + 1 + 8 // num_samples
+    )  # prompts whose turn is over make room
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=10))
@@ -143,14 +166,13 @@ def test_frequencies_and_log_probabilities_are_the_model_s(enumerated):
 
 
 def test_log_probabilities_equal_pair_stats_where_windows_slide():
-    model, prompts, prompt_index = make(CONFIGS["gemma3"]), [list(range(5, 25)), [7, 8, 9]], [0, 1] * 4
-    completions = sample_batch(
-        Batch(model, prompts, prompt_index, 20, 2), [np.random.default_rng(i) for i in range(8)]
-    )
-    examples = [(prompts[i], c.tokens) for i, c in zip(prompt_index, completions, strict=True)]
-    with torch.no_grad():
-        logp = pair_stats(model, pack(examples)).logp
-    assert [c.logp for c in completions] == pytest.approx(logp[:, 0].tolist(), abs=1e-3)
+    model, prompts = make(CONFIGS["gemma3"]), [list(range(5, 25)), [7, 8, 9], [9, 8]]
+    by_prompt = list(sample_completions(model, prompts, [[0], [1], [2]], 4, 20, list(range(8)), 5))
+    assert len({len(c.tokens) for completions in by_prompt for c in completions}) > 3
+    for prompt, completions in zip(prompts, by_prompt, strict=True):
+        with torch.no_grad():
+            logp = pair_stats(model, pack([(prompt, c.tokens) for c in completions])).logp
+        assert [c.logp for c in completions] == pytest.approx(logp[:, 0].tolist(), abs=1e-3)
 
 
 def test_sampled_logp_follows_the_sampling_parameters():
@@ -269,16 +291,23 @@ def read(data):
     return [json.loads(line) for line in data.splitlines()]
 
 
+def same(a, b):
+    """Whether rows are the same, but for the rounding of log-probabilities."""
+    return len(a) == len(b) and all(
+        {k: v if "logp" not in k else pytest.approx(v, abs=3e-4) for k, v in x.items()} == y
+        for x, y in zip(a, b, strict=True)
+    )
+
+
 def test_the_same_samples_for_any_batch_and_number_of_processes(run, sharp_model_folder, tmp_path):
     rows = {size: read(run("--batch_size", size, "--overwrite")) for size in (1, 7, 64)}
     assert [row["prompt"] for row in rows[1]] == [p for p in PROMPTS * 2 for _ in range(3)]
-    for key in ("completion", "tokens", "finish"):
-        assert [r[key] for r in rows[1]] == [r[key] for r in rows[7]] == [r[key] for r in rows[64]]
+    assert same(rows[1], rows[7]) and same(rows[1], rows[64])
     assert len({row["completion"] for row in rows[1]}) > 20
     words = command(sharp_model_folder, tmp_path, "two.jsonl")
     codes, *_ = run_script(2, "sample.py", *words, "--batch_size", 7)
     assert codes == [0, 0]
-    assert (tmp_path / "two.jsonl").read_bytes() == run("--batch_size", 7, "--overwrite")
+    assert same(read((tmp_path / "two.jsonl").read_bytes()), rows[7])
 
 
 def test_one_process_failing_ends_all_with_its_message(run, sharp_model_folder, tmp_path):
@@ -298,9 +327,10 @@ def test_resume_ends_with_the_same_file(run, tmp_path, flags):
     out = tmp_path / "out.jsonl"
     for cut in (0, 10, len(whole) // 3, len(whole) - 5):
         out.write_bytes(whole[:cut])
-        assert run(*flags, "--batch_size", 6, "--resume") == whole
+        assert same(read(run(*flags, "--batch_size", 6, "--resume")), read(whole))
         names = {path.name for path in tmp_path.iterdir()}
         assert names == {"out.jsonl", "out.jsonl.flags.json", "prompts.jsonl"}
+    whole = out.read_bytes()
     assert run(*flags, "--batch_size", 6, "--resume") == whole
 
 
