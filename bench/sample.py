@@ -7,25 +7,42 @@ operations per weight; a step reads the weights, the keys and values of each pro
 completions so far.
 
     python bench/sample.py --model data/society/reference --num_samples 1 64
+
+With --natural, answers to the first prompts of --data end where they end, at the latest after --new_tokens.
+`generate` gets as many prompts at a time as fill a batch, padded on the left; "continuous" is transformers'
+continuous batching. "fill" is the mean share of a batch's places that a step computes a needed token for.
+The bound is the speed of sample.py's full steps.
+
+    python bench/sample.py --natural --model MODEL --data hh.jsonl.gz --chat --num_samples 16 --new_tokens 256
 """
 
+import itertools
+import math
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from machine import CUDA, DEVICE, DTYPE, apart, clock, rates
 
+from common.encode import encode_prompts, end_tokens
 from common.flags import Flags, flag, parse, run_command
 from common.logs import peak_memory
+from common.rows import read_pairs
+from decode import Batch
 from hub import load_model
 from sample import sample_completions
 
 CONTENDERS = ("generate", "static", "sample.py")
+NATURAL = ("generate", "continuous", "sample.py")
 
 
 @dataclass
@@ -39,6 +56,10 @@ class BenchConfig(Flags):
     new_tokens: int = flag(64, "Tokens of each completion.")
     compile: bool = flag(False, "Compile our decoding step; the time of compiling is not counted.")
     repeats: int = flag(2, "Measurements of each contender; the best counts.")
+    natural: bool = flag(False, "Completions end by themselves.")
+    data: str = flag("data/society/debates.jsonl.gz", "For --natural: pairs, of which the prompts are used.")
+    chat: bool = flag(False, "For --natural: put prompts that are strings through the chat template.")
+    prompts: int = flag(32, "For --natural: prompts, the first that differ.", "[1, inf)")
 
 
 def load(path: str) -> PreTrainedModel:
@@ -88,9 +109,89 @@ def bounds(config: BenchConfig, cases: dict[int, int]) -> dict[int, tuple[float,
     return result
 
 
+def read_encoded(
+    config: BenchConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[int]]:
+    """The token ids of the prompts, and the end tokens."""
+    rows = [row["prompt"] for row in read_pairs(config.data, config.chat)]
+    prompts = [prompt for i, prompt in enumerate(rows) if prompt not in rows[:i]][: config.prompts]
+    return encode_prompts(prompts, tokenizer), end_tokens(load(config.model), tokenizer, prompts)
+
+
+@torch.no_grad()
+def natural(contender: str, config: BenchConfig, num_samples: int) -> dict[str, float]:
+    """Tokens per second, fill, GB and tokens of one contender; of sample.py also the speed of full steps."""
+    model, tokenizer = load_model(config.model, str(DEVICE), DTYPE)
+    encoded, ends = read_encoded(config, tokenizer)
+    steps: list[tuple[float, int]] = []  # seconds and the completions that got a token
+    flags = GenerationConfig(max_new_tokens=config.new_tokens, eos_token_id=ends, pad_token_id=ends[0])
+    flags.update(do_sample=True, top_k=0, num_return_sequences=num_samples)
+
+    def ours(prompts: list[list[int]]) -> list[int]:
+        seeds, limits = [[i] for i in range(len(prompts))], (config.new_tokens, ends, config.batch_size)
+        drawn = sample_completions(model, prompts, seeds, num_samples, *limits)
+        return [len(c.tokens) for completions in drawn for c in completions]
+
+    def generate(prompts: list[list[int]]) -> list[int]:
+        lengths, size = [], max(1, config.batch_size // num_samples)
+        for some in (prompts[i : i + size] for i in range(0, len(prompts), size)):
+            longest = max(map(len, some))
+            ids = torch.tensor(
+                [[ends[0]] * (longest - len(prompt)) + prompt for prompt in some], device=DEVICE
+            )
+            mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in some])
+            tokens = model.generate(ids, attention_mask=mask.to(DEVICE), generation_config=flags)[:, longest:]
+            is_end = torch.isin(tokens, torch.tensor(ends, device=DEVICE))
+            ended = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1]).tolist()
+            lengths += ended
+            steps.extend((0.0, sum(n > i for n in ended)) for i in range(tokens.shape[1]))
+        return lengths
+
+    def continuous(prompts: list[list[int]]) -> list[int]:
+        outputs = model.generate_batch(prompts, generation_config=flags)
+        return [len(output.generated_tokens) for output in outputs.values()]
+
+    append = Batch.append
+
+    def timed(batch: Batch, *args: Tensor) -> Tensor:
+        active = batch.active
+        steps.append((time.perf_counter(), active))
+        return append(batch, *args)
+
+    with patch.object(Batch, "append", timed):
+        run = {"sample.py": ours, "generate": generate, "continuous": continuous}[contender]
+        run(encoded[:1])
+        steps.clear()
+        began = time.perf_counter()
+        lengths = run(encoded)
+        seconds = time.perf_counter() - began
+    result = {
+        "rate": sum(lengths) / seconds,
+        "memory": peak_memory(DEVICE),
+        "tokens": sum(lengths) / len(lengths),
+    }
+    result["fill"] = float(np.mean([n for _, n in steps])) / config.batch_size if steps else math.nan
+    full = [after - now for (now, n), (after, _) in itertools.pairwise(steps) if n == config.batch_size]
+    result["bound"] = config.batch_size / np.median(full) if contender == "sample.py" and full else math.nan
+    return result
+
+
+def main_natural(config: BenchConfig) -> None:
+    """Measure completions that end by themselves, and print a line for each contender."""
+    for n in config.num_samples or (16,):
+        print(f"{config.model}: {config.prompts} prompts, {n} samples, at most {config.new_tokens} tokens")
+        print(f"{'':12} {'tok/s':>8} {'full steps':>10} {'fill, %':>8} {'GB':>6} {'tokens a text':>14}")
+        for contender in NATURAL * config.repeats:
+            r = apart(natural, contender, config, n)
+            row = f"{contender:12} {r['rate']:8.1f} {r['bound']:10.1f} {100 * r['fill']:8.1f}"
+            print(f"{row} {r['memory']:6.2f} {r['tokens']:14.1f}".replace("nan", "  -"), flush=True)
+
+
 def main() -> None:
     """Measure and print a line for each number of samples."""
     config = parse(BenchConfig, __doc__)
+    if config.natural:
+        return main_natural(config)
     cases = {n: max(1, min(4, config.batch_size // n)) for n in config.num_samples or (1, 16, 64, 128)}
     limits = apart(bounds, config, cases)
     print(f"{config.model}: {config.prompt_tokens} prompt tokens, {config.new_tokens} new ones")
