@@ -4,14 +4,15 @@
     while batch.active:
         probs = next_token_probs(batch.logits)
         batch.append(gumbel_max(probs, exponential_noise(rng, *probs.shape)), probs)
+        finished = batch.take_finished()      # and batch.start(...) gives their places to others
 
 A step feeds the newest token of every unfinished completion (its attention: kv_cache.py). Completions end at
-different times. The place of one that has ended goes to the next in line, so that a step is always full:
+different times. The place of one that has ended can go to the next in line, so that steps stay full:
 
     step           1  2  3  4  5  6  7  8
-    place 0        a  a  a  a  a  a  d  d         a, b, c, ... completions, in order
-    place 1        b  b  b  e  e  e  e  e
-    place 2        c  c  c  c  c  f  f  f
+    place 0        a  a  a  a  a  a  f  f         a, b, c, ... completions, in order
+    place 1        b  b  b  d  d  d  d  d
+    place 2        c  c  c  c  c  e  e  e
 """
 
 import math
@@ -121,8 +122,9 @@ class Batch:
         eos_token_id: int | list[int] | None,
         has_stop: Callable[[list[int]], bool] | None = None,
         compile: bool = False,
+        keep_last: bool = False,
     ):
-        """Prefill the prompts (token ids). Completion i continues prompts[prompt_index[i]].
+        """Prefill the prompts (token ids). Completion i continues prompts[prompt_index[i]]; see also start().
 
         It ends at an end token, when has_stop(its tokens) is true, or after max_new_tokens. With `compile`,
         the decoding steps run under torch.compile. Raises InputError if check_decoding refuses the model.
@@ -137,24 +139,23 @@ class Batch:
         self.cache = SharedPromptCache(len(prompt_index), max_new_tokens, self.device)
         self.logits = self.last_logits = torch.zeros(0, device=self.device)
         with refused(f"{type(model).__name__} cannot be sampled"):
-            self.start(prompts, prompt_index)
+            self.start(prompts, prompt_index, keep_last)
 
-    def start(self, prompts: list[list[int]], prompt_index: Sequence[int]) -> None:
-        """Start completions of prompts[prompt_index[i]]; -1 is the last prompt of the call before.
+    def start(self, prompts: list[list[int]], prompt_index: Sequence[int], keep_last: bool = False) -> None:
+        """Start completions of prompts[prompt_index[i]], after take_finished() has made room for them.
 
-        At most as many as take_finished() has removed.
+        With `keep_last`, more completions of the last prompt follow: it is kept, and in the next call -1 is
+        its index.
         """
-        cache, first, new = self.cache, len(self.cache.prompt_lengths), self.last_logits[:0]
+        cache, first = self.cache, len(self.cache.prompt_lengths)
+        kept, slots = [self.last_logits], torch.cat([torch.arange(first, first + len(prompts)), cache.last])
         if prompts:
             cache.add_prompts(list(map(len, prompts)))
-            new = self.prefill(prompts, first)
-        index, n = torch.tensor(prompt_index), len(prompt_index)
-        logits = torch.cat([new, self.last_logits])  # index -1 is the last one
-        slots = torch.cat([torch.arange(first, first + len(prompts)), cache.last])
+            kept.insert(0, self.prefill(prompts, first))
+        logits, index, n = torch.cat(kept), torch.tensor(prompt_index), len(prompt_index)
         self.logits = torch.cat([self.logits, logits[index.to(self.device)]])
-        if prompts:
-            self.last_logits, cache.last = new[-1:], slots[len(prompts) - 1 : len(prompts)]
-        cache.lengths = F.pad(cache.lengths, (0, n))
+        last = [len(prompts) - 1] if keep_last else []  # -1 if there are no new ones
+        self.last_logits, cache.last = logits[last], slots[last]
         cache.set_prompts(torch.cat([cache.prompt_index, slots[index]]))
         self.ancestor = torch.cat([self.ancestor, torch.arange(self.started, self.started + n)])
         self.tokens, self.scores = (F.pad(x, (0, 0, 0, n)) for x in (self.tokens, self.scores))
@@ -169,8 +170,8 @@ class Batch:
             setattr(self, name, getattr(self, name)[: self.active])
         return finished
 
-    def prefill(self, prompts: list[list[int]], start: int) -> Tensor:
-        """Compute prompts, packed end to end without padding, as those of the cache from `start` on.
+    def prefill(self, prompts: list[list[int]], slot: int) -> Tensor:
+        """Compute prompts, packed end to end without padding, as the cache's prompts slot, slot + 1, ...
 
         Returns logits (prompts, vocab).
         """
@@ -184,7 +185,7 @@ class Batch:
         for first in range(0, len(prompts), size):
             packed = pack([[prompt] for prompt in prompts[first : first + size]])
             last = torch.tensor(packed.lengths, device=self.device).cumsum(0) - 1
-            attend = partial(self.cache.prefill, packed, start + first)
+            attend = partial(self.cache.prefill, packed, slot + first)
             self.cache.calls, self.cache.masks = 0, {}
             logits.append(self.forward(self.model, packed.ids[None], packed.position[None], last, attend))
         require_attention(self.model, self.cache.calls)
@@ -240,14 +241,10 @@ class Batch:
         if finish.any():
             order = self.reindex(order.tolist())
         if self.active:
-            ids, length = (
-                self.tokens[torch.arange(self.active), self.length[: self.active] - 1],
-                self.cache.lengths,
-            )
+            ids, length = newest[order[: self.active]], self.length[: self.active] - 1
             position = self.cache.prompt_lengths[self.cache.prompt_index] + length
-            self.cache.start_step()
+            self.cache.start_step(length)
             self.logits = self.forward(self.step_model, ids[:, None], position[:, None], 1, self.cache.attend)
-            self.cache.lengths = length + 1
         return order
 
     def reindex(self, indices: list[int]) -> Tensor:
@@ -267,9 +264,12 @@ class Batch:
 
     def completions(self, indices: Sequence[int]) -> list[Completion]:
         """The completions with these batch indices."""
-        tokens = [ids[:n] for ids, n in zip(self.tokens.tolist(), self.length.tolist(), strict=True)]
-        scores, finish = self.scores.tolist(), [FINISH[code] for code in self.finish.tolist()]
-        return [Completion(tokens[i], *scores[i], finish[i]) for i in indices]
+        return [
+            Completion(
+                self.tokens[i, : self.length[i]].tolist(), *self.scores[i].tolist(), FINISH[self.finish[i]]
+            )
+            for i in indices
+        ]
 
 
 @torch.no_grad()

@@ -24,19 +24,19 @@ from pairs import Packed
 
 
 class SharedPromptCache:
-    """KV cache of prompts, each stored once, and of the completions that continue them.
+    """The keys and values of a Batch.
 
     `layers` has an entry for each attention call of a forward pass: the prompts' keys and values, each
     (prompts or more, kv heads, longest prompt or more, head size), then the completions', each (batch,
-    kv heads, max_new_tokens, head size). Of completion i, the first lengths[i] tokens are filled.
-    `masks` holds a mask for each window, which layers share; `calls` counts the attention calls of the
-    forward pass.
+    kv heads, max_new_tokens, head size). `masks` holds a mask for each window, which layers share; `calls`
+    counts the attention calls of the forward pass. `last`, one prompt's index or none, is a prompt that is
+    kept without a completion: others may follow.
     """
 
     def __init__(self, batch: int, max_new_tokens: int, device: torch.device):
         self.batch, self.max_new_tokens, self.device = batch, max_new_tokens, device
         self.layers: list[list[Tensor]] = []
-        self.prompt_lengths, self.prompt_index, self.lengths, self.last = torch.zeros(4, 0, dtype=torch.long)
+        self.prompt_lengths, self.prompt_index, self.last = torch.zeros(3, 0, dtype=torch.long)
         self.calls, self.masks = 0, {}
 
     def add_prompts(self, lengths: list[int]) -> None:
@@ -100,32 +100,33 @@ class SharedPromptCache:
         x = x.view(prompts, kv_heads, -1, group, b).transpose(1, 2).reshape(-1, kv_heads, group, b)
         return x if self.grid is None else x[self.slots]
 
-    def mask(self, window: int | None) -> Tensor | None:
+    def mask(self, window: int | None, lengths: Tensor) -> Tensor | None:
         """True at padding and outside the window, (batch, 1, 1, tokens of prompt and completion); or None."""
-        prompt_lengths = self.prompt_lengths[self.prompt_index][:, None]
-        prompt, own = torch.arange(self.longest), torch.arange(int(self.lengths.max()) + 1)
-        masks = [prompt >= prompt_lengths, own > self.lengths[:, None]]
+        prompt_lengths, lengths = self.prompt_lengths[self.prompt_index][:, None], lengths[:, None]
+        prompt, own = torch.arange(self.longest), torch.arange(int(lengths.max()) + 1)
+        masks = [prompt >= prompt_lengths, own > lengths]
         if window is not None:
-            masks[0] |= prompt_lengths + self.lengths[:, None] - prompt >= window
-            masks[1] |= self.lengths[:, None] - own >= window
+            masks[0] |= prompt_lengths + lengths - prompt >= window
+            masks[1] |= lengths - own >= window
         mask = torch.cat(masks, 1)
-        return mask[:, None, None].to(self.device) if mask.any() else None
+        return to_device(mask[:, None, None], self.device) if mask.any() else None
 
     def reindex(self, indices: Tensor) -> None:
         """Reindex the batch: new completion i is old completion indices[i]."""
+        self.move([x for layer in self.layers for x in layer[2:]], indices)
+        self.set_prompts(self.prompt_index[indices])
+
+    def move(self, tensors: list[Tensor], indices: Tensor) -> None:
+        """Row i becomes what was row indices[i]."""
         changed = (indices != torch.arange(len(indices))).nonzero()[:, 0]
         source, target = indices[changed].to(self.device), changed.to(self.device)
-        longest = int(self.lengths.max())
-        for layer in self.layers:
-            for x in layer[2:]:
-                x[target, :, :longest] = x[source, :, :longest]
-        self.lengths = self.lengths[indices]
-        self.set_prompts(self.prompt_index[indices])
+        for x in tensors if len(changed) else []:
+            x[target] = x[source]
 
     def set_prompts(self, prompt_index: Tensor) -> None:
         """Completion i now continues prompt prompt_index[i].
 
-        Prompts without a completion are dropped, but for the last one, which may get more.
+        Prompts without a completion are dropped, but for `last`.
 
         prompt_matmul makes one product per prompt, so completions get slots of a grid, a row for each prompt:
 
@@ -136,10 +137,10 @@ class SharedPromptCache:
         `grid` is None if the batch fills it in order.
         """
         # new prompt p is old prompt kept[p]
-        kept = keep_in_place(torch.cat([prompt_index, self.last]).unique().tolist())
-        for target, source in enumerate(kept):
-            for x in (x for layer in self.layers for x in layer[:2] if source != target):
-                x[target] = x[source]
+        kept = torch.tensor(
+            keep_in_place(torch.cat([prompt_index, self.last]).unique().tolist()), dtype=torch.long
+        )
+        self.move([x for layer in self.layers for x in layer[:2]], kept)
         new_index = torch.zeros(len(self.prompt_lengths), dtype=torch.long)
         new_index[kept] = torch.arange(len(kept))
         self.prompt_index, self.last = new_index[prompt_index], new_index[self.last]
@@ -155,19 +156,19 @@ class SharedPromptCache:
             grid[slots] = torch.arange(len(slots))
             self.grid, self.slots = grid.view(-1, width).to(self.device), slots.to(self.device)
 
-    def start_step(self) -> None:
-        """Slice the layers up to the newest token, and make the masks, for the attend() calls of a step.
+    def start_step(self, lengths: Tensor) -> None:
+        """Slice the layers up to the longest completion, and make masks, for the attend() calls of a step.
 
-        attend() takes all sizes from tensors: torch.compile would compile an int attribute as a constant, and
-        so again for every step.
+        Completion i has lengths[i] tokens here; its newest one comes behind them. attend() takes all sizes
+        from tensors: torch.compile would compile an int attribute as a constant, and so again for every step.
         """
-        self.calls, n, end = 0, len(self.prompt_index), int(self.lengths.max()) + 1
-        self.rows, self.ends = torch.arange(n, device=self.device), to_device(self.lengths, self.device)
+        self.calls, n, end = 0, len(lengths), int(lengths.max()) + 1
+        self.rows, self.ends = torch.arange(n, device=self.device), to_device(lengths, self.device)
         prompts = slice(len(self.prompt_lengths)), slice(None), slice(self.longest)
         self.filled = [
             (*(x[prompts] for x in layer[:2]), *(x[:n, :, :end] for x in layer[2:])) for layer in self.layers
         ]
-        self.masks = {window: self.mask(window) for window in self.masks}
+        self.masks = {window: self.mask(window, lengths) for window in self.masks}
 
 
 def grow(x: Tensor, prompts: int, longest: int) -> Tensor:

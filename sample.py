@@ -70,33 +70,35 @@ def sample_completions(
     compile: bool = False,
     **sampling_params: float,
 ) -> Iterator[list[Completion]]:
-    """Yields each prompt's `num_samples` completions, `batch_size` of which are sampled at a time.
+    """Yields the `num_samples` completions of each prompt, in order; `batch_size` are sampled at a time.
 
-    Sample s of prompt i has the random numbers of the seed [*seeds[i], s]. The place of one that has ended
-    goes to the next in line. `sampling_params` are those of next_token_probs.
+    The place of one that has ended goes to the next in line, of this prompt or of the next. Sample s of
+    prompt i has the random numbers of the seed [*seeds[i], s]. `sampling_params` are those of
+    next_token_probs.
     """
+    if not prompts:
+        return
     owner = [i for i in range(len(prompts)) for _ in range(num_samples)]  # of each sample, its prompt
 
-    def line_up(first: int, count: int) -> tuple[list[list[int]], list[int]]:
+    def line_up(first: int, count: int) -> tuple[list[list[int]], list[int], bool]:
         """Batch.start's arguments for samples first, first + 1, ..."""
-        part = owner[first : first + count]
-        start = owner[first - 1] + 1 if first else 0  # the prompts before are in the batch
-        return [list(prompts[i]) for i in range(start, part[-1] + 1)], [i - start for i in part]
+        part, after = owner[first : first + count], owner[first + count : first + count + 1]
+        new = owner[first - 1] + 1 if first else 0  # prompts before it have been started
+        return [list(ids) for ids in prompts[new : part[-1] + 1]], [i - new for i in part], part[-1:] == after
 
     def stream(number: int) -> Iterator[np.ndarray]:
         rng = np.random.default_rng([*seeds[owner[number]], number % num_samples])
         while True:  # 16 steps a call: for 128 samples, a call for each step takes as long as a GPU's step
             yield from exponential_noise(rng, 16, batch.logits.shape[-1])
 
-    batch, streams, done = None, {}, {}
+    *first, keep_last = line_up(0, batch_size)
+    batch = Batch(model, *first, max_new_tokens, eos_token_id, has_stop, compile, keep_last)
+    streams, done = {}, {}
     for i in range(len(prompts)):
         mine = range(i * num_samples, (i + 1) * num_samples)
         while not all(number in done for number in mine):
-            if batch is None:
-                limits = max_new_tokens, eos_token_id, has_stop, compile
-                batch = Batch(model, *line_up(0, batch_size), *limits)
-            free = min(batch_size - batch.active, len(owner) - batch.started)
-            if free and (free >= batch_size / 16 or not batch.active):  # several at a time: they share a pass
+            free = batch_size - batch.active
+            if batch.started < len(owner) and free >= batch_size / 16:  # several at a time: they share a pass
                 batch.start(*line_up(batch.started, free))
             probs, numbers = next_token_probs(batch.logits, **sampling_params), batch.ancestor.tolist()
             streams |= {number: stream(number) for number in numbers if number not in streams}
@@ -214,7 +216,7 @@ class SampleConfig(Flags):
     min_p: float = flag(0.0, "Keep tokens with at least min_p times the largest probability.", "[0, 1]")
     global_temperature: float | None = flag(None, "Of whole texts; above 1, add --min_p 0.01.", "[1e-6, inf)")
     particles: int = flag(128, "Particles per prompt, for --global_temperature.")
-    batch_size: int = flag(128, "Completions per batch; a smaller one saves memory.", "[1, inf)")
+    batch_size: int = flag(128, "Completions sampled at a time; fewer save memory.", "[1, inf)")
     compile: bool = flag(False, "Compile the decoding step: minutes at the start, then faster steps.")
     seed: int = flag(0, "Seed of all random numbers.", "[0, inf)")
 
@@ -339,14 +341,19 @@ def main() -> None:
     lines = lines_to_keep(out, config, digest) if is_writer else []
     done, rank, world = all_gather(len(lines) // count)[0], get_rank(), get_world_size()  # done: prompts
     results = sample_prompts(model, tokenizer, encoded, range(done + rank, len(rows), world), ends, config)
+    # processes wait for each other at every gather, and a prompt takes one longer than another
+    chunk = 1 if world == 1 else 4 * max(1, config.batch_size // count)
     bar = tqdm(total=len(rows), initial=done, unit="prompt", disable=None if is_writer else True)
-    for first in range(done, len(rows), world):
-        parts = all_gather(next(results, []))
+    for first in range(done, len(rows), world * chunk):
+        parts = all_gather(list(itertools.islice(results, chunk)))
         if is_writer and first == done:  # not earlier: a run that fails at once leaves the old file as it was
             with atomic_write(out, "wb") as file:
                 file.writelines(lines[: done * count])
             write_json(f"{out}.flags.json", {"config": asdict(config), "prompts": digest})
-        samples = list(itertools.chain(*parts))
+        by_prompt = itertools.chain(
+            *itertools.zip_longest(*parts, fillvalue=[])
+        )  # prompts were dealt in turn
+        samples = list(itertools.chain(*by_prompt))
         if is_writer:
             with out.open("a", encoding="utf-8") as file:
                 for i, (text, stats) in enumerate(samples, first * count):

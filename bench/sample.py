@@ -27,7 +27,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -109,20 +109,14 @@ def bounds(config: BenchConfig, cases: dict[int, int]) -> dict[int, tuple[float,
     return result
 
 
-def read_encoded(
-    config: BenchConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], list[int]]:
-    """The token ids of the prompts, and the end tokens."""
-    rows = [row["prompt"] for row in read_pairs(config.data, config.chat)]
-    prompts = [prompt for i, prompt in enumerate(rows) if prompt not in rows[:i]][: config.prompts]
-    return encode_prompts(prompts, tokenizer), end_tokens(load(config.model), tokenizer, prompts)
-
-
 @torch.no_grad()
 def natural(contender: str, config: BenchConfig, num_samples: int) -> dict[str, float]:
     """Tokens per second, fill, GB and tokens of one contender; of sample.py also the speed of full steps."""
     model, tokenizer = load_model(config.model, str(DEVICE), DTYPE)
-    encoded, ends = read_encoded(config, tokenizer)
+    rows = [row["prompt"] for row in read_pairs(config.data, config.chat)]
+    new = (prompt for i, prompt in enumerate(rows) if prompt not in rows[:i])
+    prompts = list(itertools.islice(new, config.prompts))
+    encoded, ends = encode_prompts(prompts, tokenizer), end_tokens(model, tokenizer, prompts)
     steps: list[tuple[float, int]] = []  # seconds and the completions that got a token
     flags = GenerationConfig(max_new_tokens=config.new_tokens, eos_token_id=ends, pad_token_id=ends[0])
     flags.update(do_sample=True, top_k=0, num_return_sequences=num_samples)
@@ -180,7 +174,7 @@ def main_natural(config: BenchConfig) -> None:
     """Measure completions that end by themselves, and print a line for each contender."""
     for n in config.num_samples or (16,):
         print(f"{config.model}: {config.prompts} prompts, {n} samples, at most {config.new_tokens} tokens")
-        print(f"{'':12} {'tok/s':>8} {'full steps':>10} {'fill, %':>8} {'GB':>6} {'tokens a text':>14}")
+        print(f"{'':12} {'tok/s':>8} {'bound':>10} {'fill, %':>8} {'GB':>6} {'tokens a text':>14}")
         for contender in NATURAL * config.repeats:
             r = apart(natural, contender, config, n)
             row = f"{contender:12} {r['rate']:8.1f} {r['bound']:10.1f} {100 * r['fill']:8.1f}"
