@@ -1,29 +1,30 @@
 """A real language model: does DPL do on open text what it says?
 
-A small chat model writes a sentence about a person. Raters choose between two of its sentences
-(Bradley-Terry); the utility of a sentence is a sum over what it says (VALUES): who it is about, whether the
-person has a name, how it begins, how long it is, and whether it repeats a word. Policies are trained on these
-choices (train_dpl.py) or on the utility itself (train_rl.py) and sampled.
-
-The reference is the model at token temperature 0.6, near which such models are used: its last norm's weight
-is divided by 0.6. At temperature 1 most of what SmolLM2-135M writes is broken.
+SmolLM2-135M, at token temperature 0.6, writes a sentence about a person (real_texts.py has the prompts and
+the raters). Policies are trained on 4,000 choices between its sentences (train_dpl.py), or on the raters'
+utility itself (train_rl.py, which so knows more: choices are random), and sampled. DPO is also trained with
+beta = alpha, the other way to stay diverse, and sampled hotter.
 
 The truth. For alpha = beta, the optimum is pi_ref exp(u / beta) / Z: the reference's own sentences, weighted
-by exp(u / beta). For alpha > beta, the weights have pi_ref^(beta / alpha - 1) in them too, and a few unlikely
-sentences outweigh all others. Then the reference, cut by min-p, is sampled at the global temperature
-alpha / beta (sequential Monte Carlo), and weighted by exp(u / alpha). The effective sample size (sum w)^2 /
-sum w^2 tells how many sentences such a mean rests on.
+by exp(u / beta). A policy's KL to it is (the highest J - its own J) / alpha. For alpha > beta, the weights
+have pi_ref^(beta / alpha - 1) in them too, and a few unlikely sentences outweigh all others, above all long
+ones: each further token multiplies the number of texts. The reference cut by min-p, sampled at the global
+temperature alpha / beta (sequential Monte Carlo) and weighted by exp(u / alpha), shows it. "effective texts"
+says how few sentences such a row rests on, and J may be higher without the cut.
 
-Another population chooses between a sentence about her and one about him: 62% want her, 38% him.
+Another population chooses between a sentence about her and one about him: 62% want her, 38% him. Nothing says
+how it likes one about nobody.
 
-    python experiments/real.py --model SMOLLM2 --embedder MINILM       # 8 hours on two cores
-    python experiments/real.py --model SMOLLM2 --embedder MINILM --pairs 500 --out_dir out/short
+    python experiments/real.py --model SMOLLM2 --embedder MINILM       # 9 hours on two cores
+    python experiments/real.py --model SMOLLM2 --pairs 500 --rl_steps 20 --out_dir out/short --out_file x.png
 
-What is finished is kept: the command goes on where it was stopped. experiments/real_settings.py tries what
-helps DPL on pairs.
+What is finished is kept: the same command goes on where it was stopped. real_settings.py tries what helps
+DPL on pairs.
 """
 
+import gc
 import json
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -44,12 +45,18 @@ from common.rows import read_prompts, read_rows
 from experiments import lab
 from experiments.real_texts import (
     BETA,
+    HALVES,
+    LEARNING,
+    MANY,
+    RATIOS,
     VALUES,
     RealConfig,
+    Results,
     distances,
     half_utility,
     known_words,
     measure,
+    open_folder,
     over_prompts,
     print_table,
     slug,
@@ -64,8 +71,6 @@ from train_dpl import DPLConfig
 from trainer import train
 
 POPULATIONS = {"one": utility, "halves": half_utility}
-MANY = "reference, many"  # the texts for pairs and truth
-RATIOS = (1, 1.5, 2, 4)  # alpha / beta
 POLICIES = {  # name: (method, population, alpha, beta)
     **{f"DPL, α/β = {x}" if x > 1 else "DPO": ("pairs", "one", x * BETA, BETA) for x in RATIOS},
     **{f"RL, α/β = {x}": ("rl", "one", x * BETA, BETA) for x in RATIOS},
@@ -74,15 +79,14 @@ POLICIES = {  # name: (method, population, alpha, beta)
     "halves: DPL, α/β = 4": ("pairs", "halves", 4 * BETA, BETA),
 }
 SEEDS = ("DPO", "DPL, α/β = 2", "RL, α/β = 2")  # trained with every seed, the others with one
-CUTS = {  # other ways to sample the reference ("") or DPO
-    "reference": ("", {}),
-    **{f"DPO, t = {t}": ("DPO", {"temperature": t}) for t in (1.25, 1.5, 2)},
-    **{f"DPO, min-p, t = {t}": ("DPO", {"temperature": t, "min_p": 0.1}) for t in (1.5, 2, 3)},
-    **{f"DPO, top-p, t = {t}": ("DPO", {"temperature": t, "top_p": 0.9}) for t in (1.25, 1.5, 2)},
-    **{f"DPO, global t = {t}": ("DPO", {"global_temperature": t, "min_p": 0.01}) for t in RATIOS[1:]},
+SAMPLED = {  # way: how DPO is sampled besides plainly, {setting: options of write_texts()}
+    "token temperature": {t: {"temperature": t} for t in (1.25, 1.5, 2)},
+    "min-p": {t: {"temperature": t, "min_p": 0.1} for t in (1.5, 2, 3)},
+    "top-p": {t: {"temperature": t, "top_p": 0.9} for t in (1.25, 1.5, 2)},
+    "global temperature": {t: {"global_temperature": t, "min_p": 0.01, "particles": 128} for t in (1.5, 2)},
 }
-TRAIN = {"--batch_size": 32, "--lr": 2e-4, "--warmup_steps": 10, "--schedule": "linear", "--eval_every": 25}
-RL = {"--num_samples": 8, "--lr": 2e-4, "--warmup_steps": 10, "--schedule": "linear", "--eval_every": 10**6}
+TRAIN = LEARNING | {"--batch_size": 32, "--eval_every": 25}
+RL = LEARNING | {"--num_samples": 8}
 
 
 # ---- policies
@@ -119,6 +123,7 @@ def train_policy(
         train(run, partial(objective, config=run))
     else:
         train_rl.train(parse(train_rl.RLConfig, None, words), reward)
+    gc.collect()  # a model that was trained refers to itself
 
 
 def reward(rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
@@ -126,7 +131,7 @@ def reward(rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
     return [utility(text) for text in texts]
 
 
-def make_results(config: RealConfig) -> dict[str, list[list[dict[str, float]]]]:
+def make_results(config: RealConfig) -> Results:
     """Train and sample what is missing; returns measure() of each policy's prompts, (seeds, prompts).
 
     "optimum, α/β = x" is the known optimum, "halves: optimum, ..." that of the other population.
@@ -142,19 +147,20 @@ def make_results(config: RealConfig) -> dict[str, list[list[dict[str, float]]]]:
         train_policy(config, run, method, path if method == "rl" else pairs[population], flags)
     known = known_words(plain)
 
-    results = {}
+    results: Results = {}
     for x in RATIOS:
-        options = {"global_temperature": x, "min_p": 0.01, "seed": 98}
-        name, count = f"reference, global t = {x}", config.reference_samples
-        texts = plain if x == 1 else write_texts(config, name, folder, prompts, count, **options)
+        cut, count = f"reference, global temperature {x}, min-p", config.reference_samples
+        smc = {"global_temperature": x, "min_p": 0.01, "particles": count, "seed": 98}
+        texts = plain if x == 1 else write_texts(config, cut, folder, prompts, count, **smc)
         for population, u in POPULATIONS.items():
-            label = f"optimum, α/β = {x}" if population == "one" else f"halves: optimum, α/β = {x}"
-            tilts = [np.nan_to_num([u(row["text"]) for row in rows]) / (x * BETA) for rows in texts]
-            results[label] = [[measure(r, known, t) for r, t in zip(texts, tilts, strict=True)]]
-    runs = [(name, seed, folder, {}) for name, seed, folder in list_runs(config)]
-    for name, (base, options) in CUTS.items():
-        runs += [(name, s, f, options) for n, s, f in list_runs(config) if n == base]
-        runs += [(name, 0, folder, options)] if not base else []
+            rated = [[(row, u(row["text"]) / (x * BETA)) for row in rows] for rows in texts]
+            rated = [[(row, tilt) for row, tilt in rows if not math.isnan(tilt)] for rows in rated]
+            values = [measure([row for row, _ in r], known, np.array([tilt for _, tilt in r])) for r in rated]
+            results[optimum_name(population, x)] = [values]
+    runs = [("reference", 0, folder, {}), *((*run, {}) for run in list_runs(config))]
+    for way, settings in SAMPLED.items():
+        for t, options in settings.items():
+            runs += [(f"DPO, {way} {t}", s, f, options) for n, s, f in list_runs(config) if n == "DPO"]
     for name, seed, policy, options in runs:
         texts = write_texts(config, name, policy, prompts, config.samples, seed, **options)
         values = [measure(rows, known) for rows in texts]
@@ -162,7 +168,22 @@ def make_results(config: RealConfig) -> dict[str, list[list[dict[str, float]]]]:
             for row, value in zip(values, distances(texts, config.embedder), strict=True):
                 row["distance"] = value
         results.setdefault(name, []).append(values)
+    for name in results:
+        if name.startswith("halves"):  # these raters have other utilities
+            for row in results[name][0]:
+                del row["utility"], row["features"]
+                row |= dict.fromkeys((f"J {x}" for x in RATIOS), math.nan)
+                row["she"], row["he"] = (
+                    row["she"] / (row["she"] + row["he"]),
+                    row["he"] / (row["she"] + row["he"]),
+                )
     return results
+
+
+def optimum_name(population: str, x: float) -> str:
+    """The row of the known optimum at alpha / beta = x."""
+    name = f"optimum, α/β = {x}" + ("" if x == 1 else ", min-p")
+    return name if population == "one" else f"{population}: {name}"
 
 
 # ---- tables and pictures
@@ -172,13 +193,13 @@ CURVES = {  # of the picture: (policies, style, color)
     "RL": ([f"RL, α/β = {x}" for x in RATIOS], "D-", lab.RED),
     "DPO with β = α": (["DPO", *(f"DPO, β = {x * BETA:g}" for x in RATIOS[1:])], "s--", lab.ORANGE),
     **{
-        f"DPO, {way}": (["DPO", *(name for name in CUTS if name.startswith(f"DPO, {way}"))], style, color)
-        for way, style, color in (
-            ("t", "x:", lab.ORANGE),
-            ("min-p", "^:", lab.RED),
-            ("top-p", "v:", lab.SKY),
-            ("global t", "P:", lab.BLUE),
-        )
+        f"DPO, {way}": (["DPO", *(f"DPO, {way} {t}" for t in SAMPLED[way])], style, color)
+        for way, (style, color) in {
+            "token temperature": ("x:", lab.ORANGE),
+            "min-p": ("^:", lab.RED),
+            "top-p": ("v:", lab.SKY),
+            "global temperature": ("P:", lab.BLUE),
+        }.items()
     },
     "reference": (["reference"], "*", "black"),
 }
@@ -190,47 +211,45 @@ def print_texts(config: RealConfig) -> None:
         path = Path(config.out_dir, "texts", f"{slug(name)}-seed0.json")
         print(f"\n**{name}**\n")
         for row in json.loads(path.read_text())[0][:5]:
-            print(f"- {' '.join(row['text'].split())}{'' if row['finish'] == 'eos' else ' [cut]'}")
+            print(f"- {' '.join(row['text'].split())}{'' if row['finish'] == 'eos' else ' [unfinished]'}")
 
 
-def draw(results: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
+def draw(results: Results, path: Path) -> None:
     """Draw quality against diversity; bars are standard errors over prompts."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 5))
     labels = {
         "features": "entropy of what a text says, bits",
         "distance": "mean cosine distance of two texts",
-        "entropy": "entropy of texts, nats",
         "utility": "expected utility, nats",
-        "new_words": "words that the reference never wrote, share",
+        "nats_per_token": "cross-entropy to the reference, nats a token (reversed)",
     }
-    panels = [("features", "utility"), ("distance", "utility"), ("entropy", "new_words")]
+    panels = [("features", "utility"), ("distance", "utility"), ("distance", "nats_per_token")]
     for axis, keys in zip(axes, panels, strict=True):
         for label, (names, style, color) in CURVES.items():
             (x, dx), (y, dy) = (np.array([over_prompts(results[n], key) for n in names]).T for key in keys)
             axis.errorbar(x, y, dy, dx, fmt=style, color=color, label=label, lw=1.2, elinewidth=0.6)
         axis.set(xlabel=labels[keys[0]], ylabel=labels[keys[1]])
-    best = [[over_prompts(results[f"optimum, α/β = {x}"], key)[0] for x in RATIOS] for key in panels[0]]
-    axes[0].plot(*best, **lab.EXACT, label="optimum")
+    axes[2].invert_yaxis()
+    best = [over_prompts(results[optimum_name("one", 1)], key)[0] for key in panels[0]]
+    axes[0].plot(*best, "o", color="0.75", ms=14, zorder=0, label="optimum, α = β")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=10)
     save_figure(figure, path)
 
 
-def draw_who(results: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
+def draw_who(results: Results, path: Path) -> None:
     """Draw who the first prompt's person is, a bar per policy, for both populations."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=(3, 2))
-    for axis, is_half in zip(axes, (False, True), strict=True):
-        chosen = [
-            n
-            for n in results
-            if n == "reference" or (n.startswith("halves") if is_half else n[:7] == "optimum")
-        ]
-        chosen += [] if is_half else [n for n in POLICIES if not n.startswith("halves")]
-        for y, name in enumerate(chosen):
-            shares = {who: 100 * np.mean([run[0][who] for run in results[name]]) for who in VALUES["who"]}
+    halves = [name for name in results if name.startswith("halves")]
+    one = [optimum_name("one", x) for x in RATIOS]
+    one = ["reference", *one, *(name for name in POLICIES if not name.startswith("halves"))]
+    for axis, names, whos in zip(axes, (one, halves), (list(VALUES["who"]), list(HALVES)), strict=True):
+        for y, name in enumerate(names):
+            shares = {who: 100 * np.mean([run[0][who] for run in results[name]]) for who in whos}
             lab.stack(axis, y, 0.7, shares, 9)
-        axis.set_yticks(range(len(chosen)), [name.removeprefix("halves: ") for name in chosen])
+        axis.set_yticks(range(len(names)), [name.removeprefix("halves: ") for name in names])
         axis.invert_yaxis()
-        axis.set(xlim=(0, 100), xlabel="share of texts, %")
+        axis.set(xlim=(0, 100), xlabel="share of the first prompt's texts, %")
+    axes[1].set_xlabel("share of its texts about her or him, %")
     save_figure(figure, path)
 
 
@@ -253,7 +272,7 @@ def draw_runs(config: RealConfig, path: Path) -> None:
 def main() -> None:
     """Train and sample what is missing, print the table and the texts, draw the pictures."""
     config = parse(RealConfig, __doc__)
-    config.out_dir = str(Path(config.out_dir).resolve())
+    open_folder(config)
     results = make_results(config)
     lab.write_arrays(Path(config.out_dir, "results.json"), results)
     print_table(results)

@@ -2,7 +2,7 @@
 
 Before the first step, DPL's margins are (alpha - beta) times the difference of two log-probabilities of the
 reference. On open text that is many nats, of length and likelihood, and nothing of what the raters want. Each
-setting trains on the same number of choices of the raters of experiments/real.py:
+setting trains on the same number of choices of the raters of real_texts.py:
 
     learning rate, clip    smaller steps, or larger ones
     warm start             alpha rises from beta to its value over the first half of the pairs
@@ -10,13 +10,12 @@ setting trains on the same number of choices of the raters of experiments/real.p
     similar length,        only pairs whose texts have nearly the same number of words,
     similar likelihood     or nearly the same probability under the reference
     off policy             texts of the model at token temperature 1, which the reference rarely writes
-    RL                     train_rl.py, on as many texts
+    RL                     train_rl.py, on as many texts; it knows their utility, not a choice
 
-What counts is J = E[r] + alpha H(pi) - beta H(pi, pi_ref), which DPL is to maximise; DPO has a row, too.
+What counts is J = E[r] + alpha H(pi) - beta H(pi, pi_ref), which DPL is to maximise. The reference and DPO
+have a row, too: a setting that does not pass them is not worth its training.
 
-    python experiments/real_settings.py --model SMOLLM2 --embedder MINILM --pairs 1000     # 2 hours
-
-It reads the reference and its texts from experiments/real.py's --out_dir, and makes them if there are none.
+    python experiments/real_settings.py --model SMOLLM2     # 2 hours on two cores
 """
 
 import sys
@@ -35,12 +34,15 @@ import train_dpl
 from common.flags import flag, parse, run_command
 from common.rows import read_prompts
 from experiments import lab
-from experiments.real import MANY, train_policy
+from experiments.real import train_policy
 from experiments.real_texts import (
     BETA,
+    MANY,
     RealConfig,
+    Results,
     known_words,
     measure,
+    open_folder,
     over_prompts,
     print_table,
     slug,
@@ -54,16 +56,16 @@ from metrics.tables import save_figure
 from model import Stats
 from train_dpl import DPLConfig, dpl_loss, dpl_margin
 
-ALPHA, TOKENS = 2 * BETA, 23  # a text of the reference has 23 tokens on average
-PER_TOKEN = {"--length_normalize": True, "--alpha": ALPHA * TOKENS, "--beta": BETA * TOKENS}
+RATIO = 2
+ALPHA = RATIO * BETA
 SETTINGS = {  # name: (method, which texts are compared, flags)
     "DPO": ("pairs", "all", {"--alpha": BETA}),
     "DPL": ("pairs", "all", {}),
-    "lr / 4": ("pairs", "all", {"--lr": 5e-5}),
-    "lr × 4": ("pairs", "all", {"--lr": 8e-4}),
+    "lr 5e-5": ("pairs", "all", {"--lr": 5e-5}),
+    "lr 8e-4": ("pairs", "all", {"--lr": 8e-4}),
     "clip 0.1": ("pairs", "all", {"--max_grad_norm": 0.1}),
     "warm start": ("warm", "all", {}),
-    "length_normalize": ("pairs", "all", PER_TOKEN),
+    "length_normalize": ("pairs", "all", {"--length_normalize": True}),
     "similar length": ("pairs", "similar length", {}),
     "similar likelihood": ("pairs", "similar likelihood", {}),
     "off policy": ("pairs", "off policy", {}),
@@ -79,9 +81,11 @@ KEEP = {  # which two texts may be compared
 
 @dataclass
 class SettingsConfig(RealConfig):
-    """Flags of experiments/real_settings.py."""
+    """Flags of real_settings.py."""
 
-    pairs: int = flag(1000, "Choices of the raters in each setting.", "[32, inf)")
+    pairs: int = flag(1000, "Choices of the raters in each setting.", "[64, inf)")
+    reference_samples: int = flag(200, "Texts of the reference per prompt, for pairs.", "[2, inf)")
+    out_dir: str = flag("out/real_settings", "Folder of everything.")
     out_file: str = flag("assets/real_settings.png", "The picture.")
 
 
@@ -102,39 +106,35 @@ def warm_objective(steps: int) -> Callable[..., dict[str, Tensor]]:
     return objective
 
 
-def make_results(config: RealConfig) -> dict[str, list[list[dict[str, float]]]]:
-    """Train and sample what is missing; returns measure() of each setting's prompts, with J, (1, prompts)."""
+def make_results(config: SettingsConfig) -> Results:
+    """Train and sample what is missing; returns measure() of each setting's prompts, (1, prompts)."""
     path = write_prompts(config)
     prompts, folder = [row["prompt"] for row in read_prompts(path)], write_reference(config)
     many = config.reference_samples
     texts = dict.fromkeys(KEEP, write_texts(config, MANY, folder, prompts, many, seed=99))
     texts["off policy"] = write_texts(config, "model, many", config.model, prompts, many, seed=97)
-    known, results = known_words(texts["all"]), {}
+    known = known_words(texts["all"])
+    per_token = np.mean([row["tokens"] for rows in texts["all"] for row in rows])  # weights of a whole text
+    runs = {"reference": folder}
     for name, (method, compared, flags) in tqdm(SETTINGS.items(), desc="settings", unit="run", disable=None):
-        run, flags = Path(config.out_dir, "settings", slug(name)), {"--alpha": ALPHA} | flags
+        runs[name], flags = Path(config.out_dir, slug(name)), {"--alpha": ALPHA, "--beta": BETA} | flags
+        if "--length_normalize" in flags:
+            flags |= {name: round(float(flags[name] * per_token), 6) for name in ("--alpha", "--beta")}
         if method == "rl":
-            train_policy(config, run, "rl", path, flags | {"--max_steps": max(1, config.pairs // 32)})
+            train_policy(config, runs[name], "rl", path, flags | {"--max_steps": config.pairs // 32})
         else:
             pairs = write_pairs(config, slug(compared), prompts, texts[compared], keep=KEEP[compared])
             loss = warm_objective(config.pairs // 64) if method == "warm" else train_dpl.objective
-            train_policy(config, run, "pairs", pairs, flags, loss)
-        drawn = write_texts(config, f"setting {name}", run, prompts, config.samples)
-        rows = [measure(texts, known) for texts in drawn]
-        for row in rows:
-            alpha = BETA if name == "DPO" else ALPHA
-            row["J"] = row["utility"] + alpha * row["entropy"] - BETA * row["cross_entropy"]
-        results[name] = [rows]
-    return results
+            train_policy(config, runs[name], "pairs", pairs, flags, loss)
+    drawn = {name: write_texts(config, name, run, prompts, config.samples) for name, run in runs.items()}
+    return {name: [[measure(rows, known) for rows in by_prompt]] for name, by_prompt in drawn.items()}
 
 
-def draw(results: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
+def draw(results: Results, path: Path) -> None:
     """Draw what each setting reaches; bars are standard errors over prompts."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), sharey=True)
-    titles = {
-        "J": "J, nats (DPO: with α = β)",
-        "entropy": "entropy, nats a text",
-        "new_words": "new words, share",
-    }
+    titles = {f"J {RATIO}": "J, nats", "entropy": "entropy, nats a text"}
+    titles |= {"nats_per_token": "cross-entropy to the reference, nats a token"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         values = [over_prompts(runs, key) for runs in results.values()]
         means, errors = np.array(values).T
@@ -149,9 +149,9 @@ def draw(results: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
 def main() -> None:
     """Train and sample what is missing, print the table, draw the picture."""
     config = parse(SettingsConfig, __doc__)
-    config.out_dir = str(Path(config.out_dir).resolve())
+    open_folder(config)
     results = make_results(config)
-    lab.write_arrays(Path(config.out_dir, "settings.json"), results)
+    lab.write_arrays(Path(config.out_dir, "results.json"), results)
     print_table(results)
     draw(results, Path(config.out_file))
 

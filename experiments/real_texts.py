@@ -1,4 +1,4 @@
-"""What experiments/real.py and real_settings.py share: a real reference, raters, texts, and what is measured.
+"""What real.py and real_settings.py share: a real reference, raters, texts, and what is measured.
 
 A small chat model writes a sentence about a person. Raters choose between two of its sentences
 (Bradley-Terry); the utility of a sentence is a sum over what it says (VALUES): who it is about, whether the
@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.encode import encode_prompts
+from common.encode import encode_prompts, end_tokens
 from common.files import InputError, atomic_write, write_json
-from common.flags import Flags, flag
+from common.flags import Flags, flag, require_same
+from common.parallel import get_device
 from common.rows import message
+from decode import Batch
 from experiments import lab
-from hub import load_model
+from hub import load_model, save_model, save_tokenizer
 from metrics.embedding import embed
 from metrics.formulas import cosine_diversity, entropy_bits, words
 from metrics.tables import mean_and_error
 from reference import score_completions
+from sample import completion_text, sample_completions, sample_global_batch
 
 BETA = 0.2
 TOPICS = ("doctor", "teacher", "farmer", "scientist", "musician", "painter", "pilot", "writer")
@@ -43,12 +46,22 @@ VALUES = {  # what raters like, in nats: a feature of a text and its values
     "repeats": {"nothing": 0.4, "a word": 0.0},
 }
 HALVES = {"she": 0.62, "he": 0.38}  # of another population: which of the two they choose
+RATIOS = (1, 1.5, 2, 4)  # alpha / beta
+MANY = "reference, many"  # the texts that raters choose between
+LEARNING = {
+    "--lr": 2e-4,
+    "--warmup_steps": 10,
+    "--schedule": "linear",
+    "--save_every": 25,
+    "--dtype": "float32",
+}
 Rows = list[dict[str, Any]]  # texts of one prompt, of write_texts()
+Results = dict[str, list[list[dict[str, float]]]]  # policy: measure() of its seeds and prompts
 
 
 @dataclass
 class RealConfig(Flags):
-    """Flags of experiments/real.py."""
+    """Flags of real.py and real_settings.py."""
 
     model: str = flag("HuggingFaceTB/SmolLM2-135M-Instruct", "Folder or hub name of a chat model.")
     temperature: float = flag(0.6, "Token temperature of the reference; 1 is the model as it is.", "(0, inf)")
@@ -61,9 +74,18 @@ class RealConfig(Flags):
     seeds: int = flag(2, "Training runs of the policies in SEEDS.", "[1, inf)")
     max_new_tokens: int = flag(64, "Longest text, in tokens.", "[1, inf)")
     out_dir: str = flag("out/real", "Folder of everything.")
-    out_file: str = flag(
-        "assets/real.png", "The picture; NAME_who.png and NAME_runs.png are drawn beside it."
-    )
+    out_file: str = flag("assets/real.png", "The picture.")
+
+
+def open_folder(config: RealConfig) -> None:
+    """Make --out_dir absolute; raises InputError if what it holds was made with other flags."""
+    config.out_dir = str(Path(config.out_dir).resolve())
+    path, flags = Path(config.out_dir, "flags.json"), asdict(config)
+    if path.is_file():
+        require_same(
+            flags, json.loads(path.read_text()), {"out_dir", "out_file", "embedder", "seeds", "samples"}
+        )
+    write_json(path, flags)
 
 
 # ---- texts and raters
@@ -72,12 +94,14 @@ class RealConfig(Flags):
 def features(text: str) -> dict[str, str]:
     """What a text says: for each feature of VALUES, one of its values."""
     who = re.search(r"\b(?:(she|hers?|herself)|(?:he|his|him|himself))\b", text, re.I)
-    start, some = text.split(maxsplit=1)[:1], words(text)
-    long_words = [word for word in some if len(word) >= 5]
+    some = re.findall(r"[^\W\d_]+(?:'[a-z]+)?", text)
+    long_words = [word.lower() for word in some if len(word) >= 5]
     return {
         "who": "nobody" if not who else "she" if who[1] else "he",
-        "name": "named" if re.search(r"(?:Dr|Mrs?|Ms)\. [A-Z]|[a-z,] [A-Z][a-z]", text) else "unnamed",
-        "opening": start[0] if start and start[0] in VALUES["opening"] else "other",
+        "name": "named"
+        if re.search(r"\b(?:Dr|Mrs?|Ms)\. [A-Z]|\b(?!(?:The|A|An|My|In)\b)[A-Z]\w+ [A-Z]", text)
+        else "unnamed",
+        "opening": some[0] if some and some[0] in VALUES["opening"] else "other",
         "length": "short" if len(some) <= 14 else "long",
         "repeats": "nothing" if len(set(long_words)) == len(long_words) else "a word",
     }
@@ -112,18 +136,19 @@ def write_prompts(config: RealConfig) -> Path:
 
 def write_reference(config: RealConfig) -> Path:
     """The folder of the reference: the model, with its logits divided by --temperature."""
-    folder = Path(config.out_dir, "reference").resolve()
+    folder = Path(config.out_dir, "reference")
     if not lab.is_finished(folder):
         model, tokenizer = load_model(config.model)
-        norm = getattr(model.base_model, "norm", None)  # its output is what the head multiplies
-        if getattr(norm, "bias", None) is not None or norm is None:
-            raise InputError(
-                f"--model {config.model}: has no last norm without bias to divide by a temperature"
-            )
+        ids = torch.arange(5, 15)[None]
         with torch.no_grad():
-            norm.weight /= config.temperature
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
+            wanted = model(ids).logits / config.temperature
+            norm = getattr(model.base_model, "norm", None)  # its output is what the head multiplies
+            if norm is not None:
+                norm.weight /= config.temperature
+            if not torch.allclose(model(ids).logits, wanted, rtol=1e-4, atol=1e-4):
+                raise InputError(f"--model {config.model}: its last norm cannot be divided by a temperature")
+        save_tokenizer(tokenizer, folder)
+        save_model(model, folder)
     return folder
 
 
@@ -138,43 +163,49 @@ def write_pairs(
     """Choices of raters with utility `u` between two of a prompt's texts: a file to train on, one held out.
 
     The texts have ended, and differ in utility. `keep` says of two rows of write_texts() whether they may be
-    a pair. An eighth more pairs than --pairs is held out.
+    a pair. An eighth as many pairs is held out, of texts that are in no pair to train on.
     """
-    rng, pools, pairs = np.random.default_rng(0), [], []
-    for rows in texts:
-        ended = [row for row in rows if row["finish"] == "eos" and row["text"].strip()]
-        rated = [row | {"utility": u(row["text"])} for row in ended]
-        pools.append([row for row in rated if not math.isnan(row["utility"])])
-    count = config.pairs + config.pairs // 8
-    for _ in range(100 * count):
-        n = rng.integers(len(prompts))
-        if len(pools[n]) < 2:
-            continue
-        a, b = (pools[n][i] for i in rng.integers(len(pools[n]), size=2))
-        if a["utility"] == b["utility"] or not keep(a, b):
-            continue
-        if rng.random() > 1 / (1 + math.exp(b["utility"] - a["utility"])):
-            a, b = b, a
-        chosen, rejected = a["text"], b["text"]
-        if not isinstance(prompts[n], str):
-            chosen, rejected = message("assistant", chosen), message("assistant", rejected)
-        pairs.append({"prompt": prompts[n], "chosen": chosen, "rejected": rejected})
-        if len(pairs) == count:
-            break
-    else:
-        raise InputError(
-            f"pairs of {name!r}: hardly any two texts may be compared: give more --reference_samples"
-        )
-    paths = tuple(Path(config.out_dir, f"{name}_{part}.jsonl") for part in ("train", "held_out"))
-    for path, some in zip(paths, (pairs[: config.pairs], pairs[config.pairs :]), strict=True):
-        write_rows(path, some)
-    return paths
+    rng, paths = np.random.default_rng(0), []
+    for part, count, texts_of in (
+        ("train", config.pairs, lambda rows: rows[len(rows) // 8 :]),
+        ("held_out", config.pairs // 8, lambda rows: rows[: len(rows) // 8]),
+    ):
+        pools, pairs = [], []
+        for rows in map(texts_of, texts):
+            ended = [row for row in rows if row["finish"] == "eos" and row["text"].strip()]
+            rated = [row | {"utility": u(row["text"])} for row in ended]
+            pools.append([row for row in rated if not math.isnan(row["utility"])])
+        for _ in range(100 * count):
+            n = rng.integers(len(prompts))
+            if len(pools[n]) < 2:
+                continue
+            a, b = (pools[n][i] for i in rng.integers(len(pools[n]), size=2))
+            if a["utility"] == b["utility"] or not keep(a, b):
+                continue
+            if rng.random() > 1 / (1 + math.exp(b["utility"] - a["utility"])):
+                a, b = b, a
+            chosen, rejected = a["text"], b["text"]
+            if not isinstance(prompts[n], str):
+                chosen, rejected = message("assistant", chosen), message("assistant", rejected)
+            pairs.append({"prompt": prompts[n], "chosen": chosen, "rejected": rejected})
+            if len(pairs) == count:
+                break
+        else:
+            raise InputError(
+                f"pairs of {name!r}: hardly any two texts may be compared: give more --reference_samples"
+            )
+        paths.append(Path(config.out_dir, f"{name}_{part}.jsonl"))
+        write_rows(paths[-1], pairs)
+    return tuple(paths)
 
 
 # ---- sampling
 
 
-load_once = cache(load_model)
+@cache
+def load(folder: Path) -> Any:
+    """A model and its tokenizer, in float32, loaded once."""
+    return load_model(folder, str(get_device()), torch.float32)
 
 
 def slug(name: str) -> str:
@@ -190,28 +221,53 @@ def write_texts(
     prompts: list[Any],
     count: int,
     seed: int = 0,
-    **options: Any,
+    particles: int = 0,
+    global_temperature: float = 1.0,
+    **params: float,
 ) -> list[Rows]:
-    """Texts of a policy, of each prompt `count`: sampled, or read from --out_dir. `options`: of sample().
+    """Texts of a policy, of each prompt `count`: sampled, or read from --out_dir.
 
-    sampled_logp is the log-probability with which a text was sampled, ref_logp that of the reference; nats.
+    sampled_logp is the log-probability with which a text was sampled, ref_logp that of the reference, both in
+    nats. With `particles`, the texts are sampled at a global temperature, and `ess` is how many independent
+    ones they are worth. `params` are those of next_token_probs.
     """
     path = Path(config.out_dir, "texts", f"{slug(name)}-seed{seed}.json")
     saved = json.loads(path.read_text()) if path.is_file() else []
     if [len(rows) for rows in saved] == [count] * len(prompts):
         return saved
-    reference = load_once(Path(config.out_dir, "reference"))[0]
-    model, tokenizer = load_model(folder)
+    reference, _ = load(Path(config.out_dir, "reference"))
+    model, tokenizer = load_model(folder, str(get_device()), torch.float32)
+    encoded, ends = encode_prompts(prompts, tokenizer), end_tokens(model, tokenizer, prompts)
+    limits, seeds = (config.max_new_tokens, ends), [[seed, n] for n in range(len(prompts))]
+    if particles:
+        drawn = (
+            sample_global_batch(
+                Batch(model, [ids], [0] * particles, *limits),
+                count,
+                global_temperature,
+                np.random.default_rng(start),
+                **params,
+            )
+            for ids, start in zip(encoded, seeds, strict=True)
+        )
+    else:
+        by_prompt = sample_completions(model, encoded, seeds, count, *limits, 128, **params)
+        drawn = ((completions, float(count), 0.0) for completions in by_prompt)
     result = []
-    for n, prompt in enumerate(tqdm(prompts, desc=name, unit="prompt", disable=None)):
-        limits = count, config.max_new_tokens
-        drawn, texts = lab.sample_texts(model, tokenizer, prompt, *limits, seed=1000 * n + seed, **options)
-        ids = encode_prompts([prompt], tokenizer) * count
-        ref = score_completions(reference, ids, [c.tokens for c in drawn])
+    for completions, ess, _ in tqdm(drawn, total=len(prompts), desc=name, unit="prompt", disable=None):
+        ids = [encoded[len(result)]] * count
+        ref = score_completions(reference, ids, [c.tokens for c in completions])
         result.append(
             [
-                {"text": text, "sampled_logp": c.sampled_logp, "ref_logp": float(logp), "finish": c.finish}
-                for text, c, logp in zip(texts, drawn, ref, strict=True)
+                {
+                    "text": completion_text(c, tokenizer),
+                    "sampled_logp": c.sampled_logp,
+                    "ref_logp": float(logp),
+                    "tokens": len(c.tokens),
+                    "finish": c.finish,
+                    "ess": ess,
+                }
+                for c, logp in zip(completions, ref, strict=True)
             ]
         )
     write_json(path, result)
@@ -238,27 +294,37 @@ def known_words(texts: list[Rows]) -> set[str]:
 def measure(rows: Rows, known_words: set[str], tilt: np.ndarray | None = None) -> dict[str, float]:
     """One prompt's values of a policy. `tilt` (texts,) in nats: weigh the texts by exp(tilt).
 
-    "features" is the sum of the features' entropies in bits; "new_words" the share of words that no sample of
-    the reference has; "openings" how many of the first three words differ, as a share; entropies in nats.
+    "features" is the sum of the features' entropies in bits; "new_words" the share of words that no text of
+    MANY has; "openings" how many of the first three words differ, as a share; "J 2" the objective at alpha =
+    2 beta. Entropies are in nats a text.
     """
     tilt = np.zeros(len(rows)) if tilt is None else tilt
     log_z = np.logaddexp.reduce(tilt) - math.log(len(rows))
     w = np.exp(tilt - log_z) / len(rows)
     shares, texts = feature_shares(rows, w), [row["text"] for row in rows]
-    logp, ref = (np.array([row[key] for row in rows]) for key in ("sampled_logp", "ref_logp"))
+    logp, ref, tokens = (
+        np.array([row[key] for row in rows]) for key in ("sampled_logp", "ref_logp", "tokens")
+    )
     split = [words(text) for text in texts]
     new = sum(word not in known_words for some in split for word in some)
+    value, entropy, cross = (
+        float(w @ list(map(utility, texts))),
+        float(-w @ (logp + tilt - log_z)),
+        float(-w @ ref),
+    )
     return {
-        "utility": float(w @ [utility(text) for text in texts]),
+        "utility": value,
         "features": sum(entropy_bits(share) for share in shares.values()),
-        "entropy": float(-w @ (logp + tilt - log_z)),
-        "cross_entropy": float(-w @ ref),
-        "words": float(w @ [len(some) for some in split]),
+        "entropy": entropy,
+        "cross_entropy": cross,
+        "nats_per_token": cross / float(w @ tokens),
+        "tokens": float(w @ tokens),
         "new_words": math.nan if tilt.any() else new / max(1, sum(map(len, split))),
         "openings": math.nan if tilt.any() else len({tuple(some[:3]) for some in split}) / len(texts),
-        "cut": float(w @ [row["finish"] != "eos" for row in rows]),
-        "effective": 1 / float(np.square(w).sum()),
+        "unfinished": float(w @ [row["finish"] != "eos" for row in rows]),
+        "effective": min(1 / float(np.square(w).sum()), rows[0]["ess"]),
         **shares["who"],
+        **{f"J {x}": value + x * BETA * entropy - BETA * cross for x in RATIOS},
     }
 
 
@@ -267,25 +333,26 @@ def distances(texts: list[Rows], embedder: str) -> list[float]:
     groups = [[row["text"] for row in rows if row["text"].strip()] for rows in texts]
     vectors = embed([text for group in groups for text in group], embedder)
     parts = np.split(vectors, np.cumsum([len(group) for group in groups])[:-1])
-    return [cosine_diversity(part, distinct=True) for part in parts]
+    return [cosine_diversity(part, distinct=True) if len(part) > 1 else math.nan for part in parts]
 
 
 # ---- table
 
 COLUMNS = {  # of the table: (title, factor, digits)
-    "J": ("J, nats", 1, 2),
     "utility": ("utility, nats", 1, 2),
     "features": ("features, bits", 1, 2),
     "distance": ("distance", 1, 3),
     "openings": ("openings, %", 100, 0),
     "entropy": ("entropy, nats", 1, 1),
     "cross_entropy": ("cross-entropy", 1, 1),
-    "words": ("words", 1, 1),
+    "nats_per_token": ("its nats a token", 1, 2),
+    "tokens": ("tokens", 1, 1),
+    "unfinished": ("unfinished, %", 100, 1),
     "new_words": ("new words, %", 100, 1),
-    "cut": ("cut, %", 100, 1),
     "she": ("she, %", 100, 0),
     "he": ("he, %", 100, 0),
-    "effective": ("effective", 1, 0),
+    "effective": ("effective texts", 1, 0),
+    **{f"J {x}": (f"J, α/β = {x}", 1, 2) for x in RATIOS},
 }
 
 
@@ -296,7 +363,7 @@ def over_prompts(runs: list[list[dict[str, float]]], name: str) -> tuple[float, 
     return float(mean), float(error)
 
 
-def print_table(results: dict[str, list[list[dict[str, float]]]]) -> None:
+def print_table(results: Results) -> None:
     """Print every policy's values: means over prompts and seeds, with standard errors over prompts."""
     print(f"\n{'':28}" + "".join(f"{title:>17}" for title, _, _ in COLUMNS.values()))
     for name, runs in results.items():

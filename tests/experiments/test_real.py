@@ -23,9 +23,11 @@ from train_dpl import DPLConfig
     [
         ("The doctor helps her patients.", "she unnamed The short nothing"),
         ("Dr. Emily Patel is kind, and he listens to children.", "he named other short nothing"),
+        ("My sister, The Doctor, works on Monday.", "nobody unnamed other short nothing"),
         ("A theme, other than hers, that them she.", "she unnamed A short nothing"),
         ("There is the theatre.", "nobody unnamed other short nothing"),
-        ("A pilot named Maya flies.", "nobody named A short nothing"),
+        ("Amelia Inoue likes an old horse.", "nobody named other short nothing"),
+        ("A pilot called Maya Lopez flies.", "nobody named A short nothing"),
         ("A gentle, gentle farmer; he and she.", "he unnamed A short a word"),
         ("The " + "one two six ten " * 4, "nobody unnamed The long nothing"),
         ("", "nobody unnamed other short nothing"),
@@ -46,6 +48,7 @@ def test_the_reference_is_the_model_at_a_token_temperature(tmp_path):
 def test_a_reference_whose_last_norm_has_a_bias_is_refused(tmp_path, monkeypatch):
     model, tokenizer = load_model(SOCIETY)
     model.base_model.norm = torch.nn.LayerNorm(128)
+    torch.nn.init.ones_(model.base_model.norm.bias)
     monkeypatch.setattr(real_texts, "load_model", lambda _: (model, tokenizer))
     with pytest.raises(InputError, match="last norm"):
         real_texts.write_reference(RealConfig(model=SOCIETY, out_dir=str(tmp_path)))
@@ -57,7 +60,7 @@ def test_weighted_texts_are_those_of_the_optimum(tmp_path, ratio):
     world = lab.read_world()
     config = RealConfig(model=SOCIETY, temperature=1.0, out_dir=str(tmp_path), max_new_tokens=32)
     folder = real_texts.write_reference(config)
-    options = {"global_temperature": ratio, "min_p": 0.01} if ratio > 1 else {}
+    options = {"global_temperature": ratio, "min_p": 0.01, "particles": 1500} if ratio > 1 else {}
     [rows] = real_texts.write_texts(config, "many", folder, [world["story_prompt"]], 1500, **options)
     alpha = ratio * real_texts.BETA
     found = measure(rows, set(), np.array([utility(row["text"]) for row in rows]) / alpha)
@@ -82,7 +85,7 @@ def test_raters_choose_by_their_utilities(tmp_path):
         "A cat saw a dog.",
         "A cat saw him and Tom.",
     ]
-    rows = [{"text": text, "finish": "eos"} for text in (*texts, "", "A cat saw her."[:-1])]
+    rows = [{"text": text, "finish": "eos"} for text in (*texts, "") * 8]  # the first eighth is held out
     rows += [{"text": "The cut cat saw her", "finish": "length"}]
     config = RealConfig(pairs=4000, out_dir=str(tmp_path))
     for name, u in real.POPULATIONS.items():
@@ -108,25 +111,28 @@ def test_raters_choose_by_their_utilities(tmp_path):
 
 def test_real_runs(tmp_path, monkeypatch, capsys):
     kept = ("DPO", "RL, α/β = 2", "halves: DPO")
-    for name in ("POLICIES", "CUTS"):
-        whole = getattr(real, name)
-        monkeypatch.setattr(
-            real, name, {k: whole[k] for k in (*kept, "reference", "DPO, top-p, t = 2") if k in whole}
-        )
-    monkeypatch.setattr(real, "CURVES", {"DPO": (["DPO", "DPO, top-p, t = 2"], "o", "red")})
+    monkeypatch.setattr(real, "POLICIES", {name: real.POLICIES[name] for name in kept})
+    sampled = {
+        "top-p": {2: real.SAMPLED["top-p"][2]},
+        "global temperature": real.SAMPLED["global temperature"],
+    }
+    monkeypatch.setattr(real, "SAMPLED", sampled)
+    monkeypatch.setattr(real, "CURVES", {"DPO": (["DPO", "DPO, top-p 2"], "o", "red")})
     flags = {"model": SOCIETY, "prompts": "data/society/story.jsonl", "embedder": SOCIETY, "seeds": 1}
     flags |= {"pairs": 24, "reference_samples": 64, "samples": 8, "rl_steps": 1, "max_new_tokens": 24}
     out, picture = tmp_path / "real", tmp_path / "real.png"
     call(real, **flags, out_dir=out, out_file=picture)
     table = capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
-    assert set(results) >= {*kept, "reference", "DPO, top-p, t = 2", "optimum, α/β = 4"}
+    assert set(results) >= {*kept, "reference", "DPO, top-p 2", "optimum, α/β = 4, min-p"}
     assert f"{results['DPO'][0][0]['utility']:.2f} ± 0.00" in table
     for name in ("real.png", "real_who.png", "real_runs.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     # again: nothing is trained or sampled
     before = {path: path.stat().st_mtime_ns for path in (out / "texts").iterdir()}
     call(real, **flags, out_dir=out, out_file=picture)
+    with pytest.raises(InputError, match="--pairs 32: the run to --resume had 24"):
+        call(real, **flags | {"pairs": 32}, out_dir=out, out_file=picture)
     assert {path: path.stat().st_mtime_ns for path in (out / "texts").iterdir()} == before
 
 
@@ -138,13 +144,21 @@ def test_settings_run(tmp_path, monkeypatch, capsys):
     flags |= {"pairs": 64, "reference_samples": 64, "samples": 8, "max_new_tokens": 24}
     call(real_settings, **flags, out_file=tmp_path / "settings.png")
     table = capsys.readouterr().out
-    results = json.loads((tmp_path / "real/settings.json").read_text())
-    assert list(results) == list(kept)
+    results = json.loads((tmp_path / "real/results.json").read_text())
+    assert list(results) == ["reference", *kept]
     for name, [[row]] in results.items():
-        alpha = 0.2 if name == "DPO" else 0.4
-        assert row["J"] == pytest.approx(row["utility"] + alpha * row["entropy"] - 0.2 * row["cross_entropy"])
-        assert f"{row['J']:.2f} ± 0.00" in table
+        assert row["J 2"] == pytest.approx(row["utility"] + 0.4 * row["entropy"] - 0.2 * row["cross_entropy"])
+        assert f"{row['J 2']:.2f} ± 0.00" in table, name
     assert (tmp_path / "settings.png").stat().st_size > 10_000
+
+
+def test_names_of_files_differ_and_every_way_to_sample_is_drawn():
+    for names in (real.POLICIES, real_settings.SETTINGS, real_settings.KEEP):
+        assert len(set(map(real_texts.slug, names))) == len(names)
+    drawn = [name for names, *_ in real.CURVES.values() for name in names]
+    ways = [f"DPO, {way} {t}" for way, settings in real.SAMPLED.items() for t in settings]
+    assert set(drawn) == {"reference", *ways, *(n for n in real.POLICIES if not n.startswith("halves"))}
+    assert all(drawn.count(name) == 1 for name in drawn if name != "DPO")
 
 
 def test_a_warm_start_ends_at_dpl():
