@@ -110,7 +110,7 @@ def test_steps_are_full_until_the_last_are_started(num_samples):
             return super().append(token, probs)
 
     prompts = [[5 + i % 40, 7] * (1 + i % 5) for i in range(177 // num_samples)]
-    with patch("sample.Batch", Spy):
+    with patch.dict(sample_completions.__globals__, Batch=Spy):
         seeds = [[i] for i in range(len(prompts))]
         by_prompt = list(sample_completions(model, prompts, seeds, num_samples, 40, list(range(8)), 32))
     lengths = [len(c.tokens) for completions in by_prompt for c in completions]
