@@ -350,10 +350,8 @@ def main() -> None:
             with atomic_write(out, "wb") as file:
                 file.writelines(lines[: done * count])
             write_json(f"{out}.flags.json", {"config": asdict(config), "prompts": digest})
-        by_prompt = itertools.chain(
-            *itertools.zip_longest(*parts, fillvalue=[])
-        )  # prompts were dealt in turn
-        samples = list(itertools.chain(*by_prompt))
+        in_turn = itertools.zip_longest(*parts, fillvalue=[])  # as prompts were dealt to the processes
+        samples = list(itertools.chain.from_iterable(itertools.chain.from_iterable(in_turn)))
         if is_writer:
             with out.open("a", encoding="utf-8") as file:
                 for i, (text, stats) in enumerate(samples, first * count):

@@ -148,8 +148,7 @@ def natural(contender: str, config: BenchConfig, num_samples: int) -> dict[str, 
     append = Batch.append
 
     def timed(batch: Batch, *args: Tensor) -> Tensor:
-        active = batch.active
-        steps.append((time.perf_counter(), active))
+        steps.append((time.perf_counter(), batch.active))
         return append(batch, *args)
 
     with patch.object(Batch, "append", timed):

@@ -155,6 +155,9 @@ def make_results(config: RealConfig) -> Results:
         for population, u in POPULATIONS.items():
             rated = [[(row, u(row["text"]) / (x * BETA)) for row in rows] for rows in texts]
             rated = [[(row, tilt) for row, tilt in rows if not math.isnan(tilt)] for rows in rated]
+            rated = [
+                r or [(rows[0], 0.0)] for r, rows in zip(rated, texts, strict=True)
+            ]  # never seen: no truth
             values = [measure([row for row, _ in r], known, np.array([tilt for _, tilt in r])) for r in rated]
             results[optimum_name(population, x)] = [values]
     runs = [("reference", 0, folder, {}), *((*run, {}) for run in list_runs(config))]
@@ -171,12 +174,9 @@ def make_results(config: RealConfig) -> Results:
     for name in results:
         if name.startswith("halves"):  # these raters have other utilities
             for row in results[name][0]:
-                del row["utility"], row["features"]
-                row |= dict.fromkeys((f"J {x}" for x in RATIOS), math.nan)
-                row["she"], row["he"] = (
-                    row["she"] / (row["she"] + row["he"]),
-                    row["he"] / (row["she"] + row["he"]),
-                )
+                both = sum(row[who] for who in HALVES) or math.nan  # nan: no text is about her or him
+                row |= dict.fromkeys(("utility", "features", *(f"J {x}" for x in RATIOS)), math.nan)
+                row |= {who: row[who] / both for who in HALVES}
     return results
 
 

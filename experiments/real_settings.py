@@ -115,6 +115,9 @@ def make_results(config: SettingsConfig) -> Results:
     texts["off policy"] = write_texts(config, "model, many", config.model, prompts, many, seed=97)
     known = known_words(texts["all"])
     per_token = np.mean([row["tokens"] for rows in texts["all"] for row in rows])  # weights of a whole text
+    pairs = {
+        name: write_pairs(config, slug(name), prompts, texts[name], keep=keep) for name, keep in KEEP.items()
+    }
     runs = {"reference": folder}
     for name, (method, compared, flags) in tqdm(SETTINGS.items(), desc="settings", unit="run", disable=None):
         runs[name], flags = Path(config.out_dir, slug(name)), {"--alpha": ALPHA, "--beta": BETA} | flags
@@ -123,9 +126,8 @@ def make_results(config: SettingsConfig) -> Results:
         if method == "rl":
             train_policy(config, runs[name], "rl", path, flags | {"--max_steps": config.pairs // 32})
         else:
-            pairs = write_pairs(config, slug(compared), prompts, texts[compared], keep=KEEP[compared])
             loss = warm_objective(config.pairs // 64) if method == "warm" else train_dpl.objective
-            train_policy(config, runs[name], "pairs", pairs, flags, loss)
+            train_policy(config, runs[name], "pairs", pairs[compared], flags, loss)
     drawn = {name: write_texts(config, name, run, prompts, config.samples) for name, run in runs.items()}
     return {name: [[measure(rows, known) for rows in by_prompt]] for name, by_prompt in drawn.items()}
 

@@ -22,10 +22,11 @@ import torch
 from tqdm import tqdm
 
 from common.encode import encode_prompts, end_tokens
-from common.files import InputError, atomic_write, write_json
+from common.files import InputError, write_json
 from common.flags import Flags, flag, require_same
 from common.parallel import get_device
 from common.rows import message
+from data.society.make_world import write_rows
 from decode import Batch
 from experiments import lab
 from hub import load_model, save_model, save_tokenizer
@@ -115,12 +116,6 @@ def utility(text: str) -> float:
 def half_utility(text: str) -> float:
     """log of the share of the other population that wants this "who"; nats, nan for nobody."""
     return math.log(HALVES.get(features(text)["who"], math.nan))
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write JSON lines, atomically."""
-    with atomic_write(path) as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_prompts(config: RealConfig) -> Path:
