@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from common.encode import encode_answers, encode_prompts
+from common.encode import encode_examples
 from common.files import error_prefix
 from common.flags import flag, run_command
 from common.rows import read_examples
 from model import Stats
-from pairs import truncate
+from pairs import compact, truncate
 from trainer import TrainConfig, parse_run, train
 
 
@@ -38,11 +38,11 @@ def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int
     """Token ids (prompt, completion) of a file's rows, each at most max_length tokens together."""
     rows, keys = read_examples(path, chat), ("prompt", "completion", "options")
     prompts, completions, options = ([row.get(key) for row in rows] for key in keys)
+    examples, cut = [], 0
     with error_prefix(path):
-        completions = encode_answers(prompts, completions, tokenizer, options)
-        encoded = list(zip(encode_prompts(prompts, tokenizer, options), completions, strict=True))
-        examples = [truncate(example, tokenizer.bos_token_id, max_length) for example in encoded]
-    cut = sum(list(a) != b for a, b in zip(encoded, examples, strict=True))
+        for ids in encode_examples(prompts, [completions], tokenizer, options):
+            examples.append(tuple(map(compact, truncate(ids, tokenizer.bos_token_id, max_length))))
+            cut += sum(map(len, examples[-1])) < sum(map(len, ids))
     print(f"{len(examples):,} examples: truncated {cut:,} to {max_length} tokens")
     return examples
 

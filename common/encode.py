@@ -16,7 +16,7 @@ to an answer, and what it writes after the marker closes it.
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -27,6 +27,7 @@ from common.files import InputError, error_prefix
 from common.rows import Text, message
 
 MARKER = "Marker0of0an0answer"  # no template trims or rewrites it
+ROWS = 1000  # of a file, whose texts are encoded together
 FIELDS = ("content", "reasoning_content", "thinking")  # of a message: what a template must not leave out
 
 
@@ -145,34 +146,56 @@ def end_tokens(
     return sorted(ids)
 
 
+def encode_examples(
+    prompts: Sequence[Text],
+    columns: Sequence[Sequence[Text]],
+    tokenizer: PreTrainedTokenizerBase,
+    options: Sequence[dict] | None = None,
+) -> Iterator[list[list[int]]]:
+    """Token ids [prompt, *answers] of each row. `columns` are the answers: all chosen, all rejected.
+
+    A prompt starts with one BOS if the tokenizer or its chat template writes one. A message list goes through
+    the chat template, with the `options` of its row, up to where the assistant's answer starts. An answer's
+    ids have its end token: they are what the model itself would have to write. A string that is an answer
+    follows the prompt as it is, also a message list: so a text that was sampled gives the sampled ids. Raises
+    InputError naming the row.
+    """
+    ends = {int(i): tokenizer.decode([i]) for i in turn_ends(tokenizer)}
+    if columns and not ends:
+        raise InputError("the model's tokenizer has no end-of-sequence token, so completions could never end")
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
+    for first in range(0, len(prompts), ROWS):
+        texts = []  # of each row: what the model reads, then the answers
+        for row in range(first, min(first + ROWS, len(prompts))):
+            answers = [column[row] for column in columns]
+            with error_prefix(f"row {row + 1}"):
+                some = options[row] if options else None
+                texts.append(_row_texts(prompts[row], answers, ends, tokenizer, some))
+        starts = _ids([opened for opened, *_ in texts], tokenizer)
+        wholes = iter(_ids([opened + answer for opened, *answers in texts for answer in answers], tokenizer))
+        for row, (start, (_, *answers)) in enumerate(zip(starts, texts, strict=True), first):
+            is_text = isinstance(prompts[row], str)
+            needs_bos = is_text and (adds_bos or (bos is not None and not start))  # an empty prompt needs one
+            example = [[bos, *start] if needs_bos and start[:1] != [bos] else start]
+            if not example[0]:
+                raise InputError(f"row {row + 1}: the prompt has no tokens, and the tokenizer no BOS")
+            for answer in answers:
+                whole = next(wholes)
+                merges = whole[: len(start)] != start  # the prompt's last letters with the answer's first
+                ids = encode_continuation(answer, tokenizer) if merges else whole[len(start) :]
+                if not ids or ids[-1] not in ends:
+                    turn, *_, eos = *ends, *ends
+                    ids = [*ids, eos if is_text else turn]
+                example.append(ids)
+            yield example
+
+
 def encode_prompts(
     prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, options: Sequence[dict] | None = None
 ) -> list[list[int]]:
-    """Token ids of prompts, starting with one BOS if the tokenizer or its chat template writes one.
-
-    A message list goes through the chat template, with the `options` of its row, up to where the assistant's
-    answer starts. Raises InputError naming the row for a prompt with no token at all, and as opening() does.
-    """
-    texts, encoded = _texts(prompts, tokenizer, options), []
-    bos = tokenizer.bos_token_id
-    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
-    for number, (prompt, ids) in enumerate(zip(prompts, _ids(texts, tokenizer), strict=True), 1):
-        needs_bos = adds_bos or (bos is not None and not ids)  # an empty prompt needs a token to start from
-        if isinstance(prompt, str) and needs_bos and ids[:1] != [bos]:
-            ids = [bos, *ids]
-        if not ids:
-            raise InputError(f"row {number}: the prompt has no tokens, and the tokenizer no BOS")
-        encoded.append(ids)
-    return encoded
-
-
-def _texts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, options: Any) -> list[str]:
-    texts = []
-    for number, prompt in enumerate(prompts, 1):
-        with error_prefix(f"row {number}"):
-            some = options[number - 1] if options else None
-            texts.append(prompt if isinstance(prompt, str) else opening(prompt, tokenizer, some))
-    return texts
+    """Token ids of prompts, as in encode_examples."""
+    return [ids for [ids] in encode_examples(prompts, [], tokenizer, options)]
 
 
 def encode_answers(
@@ -181,47 +204,44 @@ def encode_answers(
     tokenizer: PreTrainedTokenizerBase,
     options: Sequence[dict] | None = None,
 ) -> list[list[int]]:
-    """Token ids of each answer to its prompt, end token included: what the model itself would have to write.
+    """Token ids of each answer to its prompt, as in encode_examples."""
+    return [ids for _, ids in encode_examples(prompts, [answers], tokenizer, options)]
 
-    A message goes through the chat template. A string follows the prompt as it is, also a message list: so a
-    text that was sampled gives the sampled ids. Raises InputError naming the row.
-    """
-    openings, texts = _texts(prompts, tokenizer, options), []
-    ends = {int(i): tokenizer.decode([i]) for i in turn_ends(tokenizer)}
-    for number, (prompt, answer, opened) in enumerate(zip(prompts, answers, openings, strict=True), 1):
-        with error_prefix(f"row {number}"):
-            if not ends:
-                reason = "the model's tokenizer has no end-of-sequence token"
-                raise InputError(f"{reason}, so completions could never end")
-            some = options[number - 1] if options else None
-            is_text = isinstance(answer, str)
-            texts.append(answer if is_text else _answer_text(prompt, answer, opened, ends, tokenizer, some))
-    starts, encoded = _ids(openings, tokenizer), []
-    wholes = _ids([a + b for a, b in zip(openings, texts, strict=True)], tokenizer)
-    for prompt, text, start, whole in zip(prompts, texts, starts, wholes, strict=True):
-        merges = whole[: len(start)] != start  # the prompt's last letters with the answer's first
-        ids = encode_continuation(text, tokenizer) if merges else whole[len(start) :]
-        if not ids or ids[-1] not in ends:
-            turn, *_, eos = *ends, *ends
-            ids = [*ids, eos if isinstance(prompt, str) else turn]
-        encoded.append(ids)
-    return encoded
+
+def _row_texts(
+    prompt: Text,
+    answers: Sequence[Text],
+    ends: dict[int, str],
+    tokenizer: PreTrainedTokenizerBase,
+    options: dict | None,
+) -> list[str]:
+    """What the model reads before it answers, and the text of each answer."""
+    opened = prompt if isinstance(prompt, str) else opening(prompt, tokenizer, options)
+    if all(isinstance(answer, str) for answer in answers):
+        return [opened, *answers]
+    around, texts = around_answer(prompt, tokenizer, options), [opened]
+    for answer in answers:
+        is_text = isinstance(answer, str)
+        some = (prompt, answer, opened, around, ends, tokenizer, options)
+        texts.append(answer if is_text else _answer_text(*some))
+    return texts
 
 
 def _answer_text(
     prompt: list[dict],
     answer: list[dict],
     opened: str,
+    around: tuple[str, str],
     ends: dict[int, str],
     tokenizer: PreTrainedTokenizerBase,
     options: dict | None,
 ) -> str:
     """What the template writes after `opened` for an answer, up to its first end token.
 
-    Beside a tool call, some templates write no text.
+    `around` is around_answer() of the prompt. Beside a tool call, some templates write no text.
     """
+    before, after = around
     whole, last = render([*prompt, *answer], tokenizer, False, options), prompt[-1]["content"].strip()
-    before, after = around_answer(prompt, tokenizer, options)
     start, turns = len(opened), opened.rfind(last) + len(last) if last else 0  # where the prompt's texts end
     if not whole.startswith(opened):
         # the generation prompt may go on where answers do not, with `<think>`: they follow it all the same

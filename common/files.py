@@ -202,8 +202,22 @@ def digest_tensors(tensors: dict[str, Any]) -> str:
 
 
 def digest_json(value: Any) -> str:
-    """SHA-256 of a value that JSON can hold, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of a value that JSON can hold, whatever the order of its keys; arrays count as lists."""
+    sha256 = hashlib.sha256()
+    for piece in _json_pieces(value):
+        sha256.update(piece.encode())
+    return sha256.hexdigest()
+
+
+def _json_pieces(value: Any) -> Iterator[str]:
+    """json.dumps(value) in pieces, since that of a million examples is gigabytes."""
+    if isinstance(value, list) and value and not isinstance(value[0], int):
+        for index, item in enumerate(value):
+            yield ", " if index else "["
+            yield from _json_pieces(item)
+        yield "]"
+    else:
+        yield json.dumps(value, sort_keys=True, default=list)
 
 
 def digest_file(path: str | Path) -> str:

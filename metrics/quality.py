@@ -9,7 +9,7 @@ sample.py cut before it.
 from dataclasses import dataclass
 
 from checks import check_packable
-from common.encode import encode_answers, encode_prompts
+from common.encode import encode_examples
 from common.files import error_prefix
 from common.flags import flag, require
 from common.parallel import get_device, get_dtype
@@ -54,8 +54,7 @@ def run(config: Config) -> None:
             for column, groups in zip(columns, files, strict=True):
                 samples = flatten(groups)
                 prompts, answers, options = to_texts(samples, config.chat)
-                answers = encode_answers(prompts, answers, tokenizer, options)
-                encoded = encode_prompts(prompts, tokenizer, options), answers
+                encoded = list(zip(*encode_examples(prompts, [answers], tokenizer, options), strict=True))
                 for sample, ids in zip(samples, encoded[1], strict=True):
                     if sample.finish in ("length", "stop") and len(ids) > 1:
                         ids.pop()

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common.encode import encode_answers, encode_prompts
+from common.encode import encode_answers, encode_examples, encode_prompts
 from common.files import InputError
 from common.rows import read_pairs, read_prompts, to_messages
 from pairs import describe, pack, tokenize, truncate
@@ -233,6 +233,20 @@ def test_a_row_that_the_template_refuses_is_named(chat_tokenizer, monkeypatch):
     monkeypatch.setattr(chat_tokenizer, "chat_template", template)
     with pytest.raises(InputError, match="row 2: the chat template refuses the messages: not this"):
         encode_prompts([[USER], [{"role": "user", "content": "no"}]], chat_tokenizer)
+
+
+def test_rows_encoded_a_few_at_a_time_stay_the_same_and_keep_their_numbers(chat_tokenizer, monkeypatch):
+    prompts = ["The", [USER], "", [SYSTEM, USER], "figs"]
+    columns = [[" fig.", [FIG], "a", [MUD], " ate"], [" mud.", [MUD], "", " text", ""]]
+    whole = list(encode_examples(prompts, columns, chat_tokenizer))
+    assert [ids for ids, *_ in whole] == encode_prompts(prompts, chat_tokenizer)
+    for n, column in enumerate(columns, 1):
+        assert [row[n] for row in whole] == encode_answers(prompts, column, chat_tokenizer)
+    monkeypatch.setattr("common.encode.ROWS", 2)
+    assert list(encode_examples(prompts, columns, chat_tokenizer)) == whole
+    monkeypatch.setattr(chat_tokenizer, "chat_template", "{{ messages[0].content }}")
+    with pytest.raises(InputError, match="row 4: the chat template leaves out the user's content"):
+        encode_prompts(["a", "a", "a", [SYSTEM, USER]], chat_tokenizer)
 
 
 def test_lines_of_a_text_file_are_prompts(tmp_path):

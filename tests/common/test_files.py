@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from array import array
 from dataclasses import dataclass
 
 import pytest
@@ -16,7 +17,16 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save
 
-from common.files import MAX_DEPTH, ROOT, InputError, atomic_write, parse_json, write_json, write_tensors
+from common.files import (
+    MAX_DEPTH,
+    ROOT,
+    InputError,
+    atomic_write,
+    digest_json,
+    parse_json,
+    write_json,
+    write_tensors,
+)
 from common.flags import flag, parse, run_command
 from common.rows import read_rows
 
@@ -34,6 +44,22 @@ class Config:
 def parse_arguments(*arguments):
     """What parse() makes of a command line."""
     return parse(Config, None, list(map(str, arguments)))
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3)
+
+
+@given(
+    st.recursive(
+        SCALARS, lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=2), x, max_size=3)
+    )
+)
+def test_a_digest_taken_in_pieces_is_that_of_the_whole_json(value):
+    assert digest_json(value) == hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def test_tuples_and_arrays_have_the_digest_of_lists():
+    assert digest_json(["a", [(array("i", [1, 2]), [])]]) == digest_json(["a", [[[1, 2], []]]])
 
 
 @given(
