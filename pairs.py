@@ -34,11 +34,11 @@ SEED_STRIDE = 1000003  # between the seeds of epochs (their order) and of steps 
 
 
 class Pair(NamedTuple):
-    """Token ids of one preference."""
+    """Token ids of one preference; compact() arrays in a run."""
 
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+    prompt: Sequence[int]
+    chosen: Sequence[int]
+    rejected: Sequence[int]
 
 
 class Packed(NamedTuple):
@@ -80,7 +80,7 @@ def batch_indices(step: int, size: int, count: int, seed: int) -> list[int]:
     return stream[first - skip : last - skip]
 
 
-def pack(examples: Sequence[Sequence[list[int]]]) -> Packed:
+def pack(examples: Sequence[Sequence[Sequence[int]]]) -> Packed:
     """Lay examples (prompt, *completions), all with the same number of completions, end to end in one row."""
     ids, position, example, branch, source, target, counts, lengths = ([] for _ in range(8))
     for index, (prompt, *completions) in enumerate(examples):
@@ -103,7 +103,7 @@ def pack(examples: Sequence[Sequence[list[int]]]) -> Packed:
     return Packed(*tensors, lengths=lengths, completions=len(examples[0]) - 1)
 
 
-def count_tokens(example: Sequence[list[int]]) -> int:
+def count_tokens(example: Sequence[Sequence[int]]) -> int:
     """Tokens that pack() feeds for (prompt, *completions): all but each completion's last."""
     return sum(map(len, example)) - len(example) + 1
 
@@ -170,8 +170,8 @@ def tokenize(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_lengt
     prompts, *columns = ([row[key] for row in rows] for key in Pair._fields)
     options, kept, cut = [row.get("options") for row in rows], [], 0
     encoded = encode_examples(prompts, columns, tokenizer, options)
-    bar = {"unit": "pair", "leave": False, "disable": get_rank() > 0 or None}
-    for example in tqdm(encoded, "tokenising", len(rows), **bar):
+    bar = tqdm(encoded, "tokenising", len(rows), leave=False, unit="pair", disable=get_rank() > 0 or None)
+    for example in bar:
         pair = Pair(*map(compact, truncate(example, tokenizer.bos_token_id, max_length)))
         cut += sum(map(len, pair)) < sum(map(len, example))
         if pair.chosen != pair.rejected:
@@ -204,7 +204,7 @@ def truncate(example: Sequence[list[int]], bos: int | None, max_length: int) -> 
     return [prompt, *(completion[: max_length - len(prompt)] for completion in completions)]
 
 
-def describe(example: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, width: int = 300) -> str:
+def describe(example: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, width: int = 300) -> str:
     """The parts of an example, decoded, a line each: what the model reads and what it is trained to write."""
     names = Pair._fields if len(example) == 3 else ("prompt", "completion")[: len(example)]
     texts = [json.dumps(tokenizer.decode(ids), ensure_ascii=False) for ids in example]

@@ -165,29 +165,30 @@ def encode_examples(
         raise InputError("the model's tokenizer has no end-of-sequence token, so completions could never end")
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
-    for first in range(0, len(prompts), ROWS):
+    rows = list(zip(prompts, *columns, strict=True))
+    for first in range(0, len(rows), ROWS):
         texts = []  # of each row: what the model reads, then the answers
-        for row in range(first, min(first + ROWS, len(prompts))):
-            answers = [column[row] for column in columns]
+        for row, (prompt, *answers) in enumerate(rows[first : first + ROWS], first):
             with error_prefix(f"row {row + 1}"):
-                some = options[row] if options else None
-                texts.append(_row_texts(prompts[row], answers, ends, tokenizer, some))
+                arguments = options[row] if options else None
+                texts.append(_row_texts(prompt, answers, ends, tokenizer, arguments))
         starts = _ids([opened for opened, *_ in texts], tokenizer)
         wholes = iter(_ids([opened + answer for opened, *answers in texts for answer in answers], tokenizer))
         for row, (start, (_, *answers)) in enumerate(zip(starts, texts, strict=True), first):
-            is_text = isinstance(prompts[row], str)
-            needs_bos = is_text and (adds_bos or (bos is not None and not start))  # an empty prompt needs one
+            is_string = isinstance(prompts[row], str)
+            needs_bos = is_string and (adds_bos or (bos is not None and not start))  # an empty one needs it
             example = [[bos, *start] if needs_bos and start[:1] != [bos] else start]
-            if not example[0]:
-                raise InputError(f"row {row + 1}: the prompt has no tokens, and the tokenizer no BOS")
-            for answer in answers:
-                whole = next(wholes)
-                merges = whole[: len(start)] != start  # the prompt's last letters with the answer's first
-                ids = encode_continuation(answer, tokenizer) if merges else whole[len(start) :]
-                if not ids or ids[-1] not in ends:
-                    turn, *_, eos = *ends, *ends
-                    ids = [*ids, eos if is_text else turn]
-                example.append(ids)
+            with error_prefix(f"row {row + 1}"):
+                if not example[0]:
+                    raise InputError("the prompt has no tokens, and the tokenizer no BOS")
+                for answer in answers:
+                    whole = next(wholes)
+                    merges = whole[: len(start)] != start  # the prompt's last letters with the answer's first
+                    ids = encode_continuation(answer, tokenizer) if merges else whole[len(start) :]
+                    if not ids or ids[-1] not in ends:
+                        turn, *_, eos = *ends, *ends
+                        ids = [*ids, eos if is_string else turn]
+                    example.append(ids)
             yield example
 
 
@@ -221,9 +222,9 @@ def _row_texts(
         return [opened, *answers]
     around, texts = around_answer(prompt, tokenizer, options), [opened]
     for answer in answers:
-        is_text = isinstance(answer, str)
-        some = (prompt, answer, opened, around, ends, tokenizer, options)
-        texts.append(answer if is_text else _answer_text(*some))
+        if not isinstance(answer, str):
+            answer = _answer_text(prompt, answer, opened, around, ends, tokenizer, options)
+        texts.append(answer)
     return texts
 
 

@@ -13,6 +13,7 @@ import re
 import socket
 import sys
 import time
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -202,7 +203,7 @@ def digest_tensors(tensors: dict[str, Any]) -> str:
 
 
 def digest_json(value: Any) -> str:
-    """SHA-256 of a value that JSON can hold, whatever the order of its keys; arrays count as lists."""
+    """SHA-256 of json.dumps(value, sort_keys=True); arrays of numbers count as lists."""
     sha256 = hashlib.sha256()
     for piece in _json_pieces(value):
         sha256.update(piece.encode())
@@ -210,14 +211,14 @@ def digest_json(value: Any) -> str:
 
 
 def _json_pieces(value: Any) -> Iterator[str]:
-    """json.dumps(value) in pieces, since that of a million examples is gigabytes."""
+    """The same JSON in pieces, since that of a million examples is gigabytes; a list of ids is one piece."""
     if isinstance(value, list) and value and not isinstance(value[0], int):
         for index, item in enumerate(value):
             yield ", " if index else "["
             yield from _json_pieces(item)
         yield "]"
     else:
-        yield json.dumps(value, sort_keys=True, default=list)
+        yield json.dumps(value, sort_keys=True, default=array.tolist)
 
 
 def digest_file(path: str | Path) -> str:

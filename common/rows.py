@@ -38,7 +38,8 @@ def read_pairs(path: str | Path, chat: bool = False) -> list[dict[str, Any]]:
     texts = [row for _, row in rows if isinstance(row.get("prompt"), str)]
     texts_repeat = all(map(_repeats_prompt, texts))  # of one row, it may be chance: "Hi", "High time"
     repeats = 0
-    for where, row in rows:
+    for index, (where, row) in enumerate(rows):
+        rows[index] = None  # a million rows need not be held twice
         for key in ("chosen", "rejected"):
             if key not in row:
                 raise InputError(f"{where}: no key '{key}' (found {', '.join(map(repr, row)) or 'none'})")

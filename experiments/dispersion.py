@@ -17,7 +17,7 @@ reference was trained on texts of the same raters.
 A second picture shows the links that this dispersion decides, and the phi link's two smooth stand-ins, as
 train_mallows.py computes them (the paper's Figures 2 and 4 to 6).
 
-    python experiments/dispersion.py        # seconds; writes out/dispersion.json and two pictures
+    python experiments/dispersion.py        # a minute; writes out/dispersion.json and two pictures
 """
 
 import sys

@@ -43,7 +43,7 @@ from reference import score_completions
 
 BETA, RATIOS = 0.1, (1, 1.1, 1.2, 1.3, 1.5, 2, 4, 11)  # alpha / beta
 # The two stories of a pair share most of their words, and the loss does not see the shared probability: large
-# steps can break it. At the demo's learning rate, twice this one, 5 of 24 runs forgot how a story ends.
+# steps can break it. At twice this learning rate 5 of 24 runs forgot how a story ends.
 TOP_K = 180 / 32000  # of the vocabulary
 SAMPLED = {  # curve: temperatures of DPO and the truncation (DPL paper, section 4.1 and B.3)
     "DPO, token temperature": ((1, 1.1, 1.2, 1.3, 1.4, 1.5), {}),

@@ -160,7 +160,7 @@ def test_the_shared_start_is_computed_once(chat_tokenizer, tmp_path):
     [pair] = load_texts(str(path), chat_tokenizer, 64)
     chosen, rejected = (full_texts([[USER]], [[answer]], chat_tokenizer)[0] for answer in (FIG, MUD))
     pad = [chat_tokenizer.pad_token_id]
-    assert pair.prompt + pair.chosen == chosen + pad and pair.prompt + pair.rejected == rejected + pad
+    assert [*pair.prompt, *pair.chosen] == chosen + pad and [*pair.prompt, *pair.rejected] == rejected + pad
     assert pair.chosen[0] != pair.rejected[0]
 
 
