@@ -60,6 +60,7 @@ class BenchConfig(Flags):
     data: str = flag("data/society/debates.jsonl.gz", "For --natural: pairs, of which the prompts are used.")
     chat: bool = flag(False, "For --natural: put prompts that are strings through the chat template.")
     prompts: int = flag(32, "For --natural: prompts, the first that differ.", "[1, inf)")
+    contenders: list[str] | None = flag(None, "For --natural: which to run (default: all).")
 
 
 def load(path: str) -> PreTrainedModel:
@@ -174,7 +175,7 @@ def main_natural(config: BenchConfig) -> None:
     for n in config.num_samples or (16,):
         print(f"{config.model}: {config.prompts} prompts, {n} samples, at most {config.new_tokens} tokens")
         print(f"{'':12} {'tok/s':>8} {'bound':>10} {'fill, %':>8} {'GB':>6} {'tokens a text':>14}")
-        for contender in NATURAL * config.repeats:
+        for contender in (config.contenders or NATURAL) * config.repeats:
             r = apart(natural, contender, config, n)
             row = f"{contender:12} {r['rate']:8.1f} {r['bound']:10.1f} {100 * r['fill']:8.1f}"
             print(f"{row} {r['memory']:6.2f} {r['tokens']:14.1f}".replace("nan", "  -"), flush=True)
