@@ -206,7 +206,7 @@ def truncate(example: Sequence[list[int]], bos: int | None, max_length: int) -> 
 
 def describe(example: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, width: int = 300) -> str:
     """The parts of an example, decoded, a line each: what the model reads and what it is trained to write."""
-    names = Pair._fields if len(example) == 3 else ("prompt", "completion")[: len(example)]
+    names = Pair._fields if len(example) == 3 else ("prompt", *["completion"] * (len(example) - 1))
     texts = [json.dumps(tokenizer.decode(ids), ensure_ascii=False) for ids in example]
     texts = [t if len(t) <= width else f"{t[: width // 2]} ... {t[-width // 2 :]}" for t in texts]
     return "\n".join(f"  {name:10} {text}" for name, text in zip(names, texts, strict=True))

@@ -52,7 +52,7 @@ def digest_model(model: PreTrainedModel) -> str:
 def reference_stats(
     model: PreTrainedModel, examples: Sequence, folder: Path, max_tokens: int, key: str | None = None
 ) -> Stats:
-    """The reference's Stats of every example, (examples, 2) on the CPU, read from the cache in `folder`.
+    """The reference's Stats of every example, (examples, completions) on the CPU, from the cache in `folder`.
 
     What the cache lacks is computed, in micro-batches of at most `max_tokens` tokens, shared between the
     processes. `key` stands for the model in the cache's key: give it if the model got an adapter since it was
@@ -61,7 +61,7 @@ def reference_stats(
     """
     key = digest_json([key or digest_model(model), examples])
     path = folder / f"{key[:32]}.safetensors"
-    stats = torch.full((len(Stats._fields), len(examples), 2), NOT_COMPUTED)
+    stats = torch.full((len(Stats._fields), len(examples), len(examples[0]) - 1), NOT_COMPUTED)
     with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
         cached = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
         layout = {name: (x.shape, x.dtype) for name, x in cached.items()}

@@ -26,7 +26,8 @@ import gc
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ from experiments.real_texts import (
     write_texts,
 )
 from metrics.tables import save_figure
+from model import Stats
+from pairs import load_pairs
 from train_dpl import DPLConfig
 from trainer import train
 
@@ -85,7 +88,8 @@ SAMPLED = {  # way: how DPO is sampled besides plainly, {setting: options of wri
     "top-p": {t: {"temperature": t, "top_p": 0.9} for t in (1.25, 1.5, 2)},
     "global temperature": {t: {"global_temperature": t, "min_p": 0.01, "particles": 128} for t in (1.5, 2)},
 }
-TRAIN = LEARNING | {"--batch_size": 32, "--eval_every": 25}
+GROUP = 4  # pairs of one prompt that are one example
+TRAIN = LEARNING | {"--batch_size": 32 // GROUP, "--eval_every": 25}
 RL = LEARNING | {"--num_samples": 8}
 
 
@@ -120,10 +124,35 @@ def train_policy(
     words = [*map(str, lab.flag_words(flags)), "--resume"]
     if method == "pairs":
         run = parse(DPLConfig, None, words)
-        train(run, partial(objective, config=run))
+        train(run, partial(group_objective, objective=objective, config=run), load=load_groups)
     else:
         train_rl.train(parse(train_rl.RLConfig, None, words), reward)
     gc.collect()  # a model that was trained refers to itself
+
+
+def load_groups(path: str, *arguments: Any) -> list[tuple[Sequence[int], ...]]:
+    """Examples (prompt, chosen, rejected, chosen, ...) of GROUP pairs, for which the prompt is computed once.
+
+    `arguments` are those of load_pairs. A prompt's last example is filled up with its first pairs.
+    """
+    by_prompt = defaultdict(list)
+    for prompt, *completions in load_pairs(path, *arguments):
+        by_prompt[tuple(prompt)].append(completions)
+    return [
+        (prompt, *(ids for completions in (pairs * GROUP)[i : i + GROUP] for ids in completions))
+        for prompt, pairs in by_prompt.items()
+        for i in range(0, len(pairs), GROUP)
+    ]
+
+
+def group_objective(
+    policy: Stats, reference: Stats, *, objective: Callable[..., dict[str, Tensor]], config: DPLConfig
+) -> dict[str, Tensor]:
+    """Loss and accuracy of an objective of pairs, as means over the pairs of each example, (examples,)."""
+    pairs = (Stats(*(x.reshape(-1, 2) for x in stats[:2])) for stats in (policy, reference))
+    values = objective(*pairs, config=config)
+    values = {"loss": values["loss"], "accuracy": (values["reward_margin"] > 0).float()}
+    return {name: x.view(len(policy.logp), -1).mean(1) for name, x in values.items()}
 
 
 def reward(rows: list[dict[str, Any]], texts: list[str]) -> list[float]:

@@ -34,7 +34,7 @@ import train_dpl
 from common.flags import flag, parse, run_command
 from common.rows import read_prompts
 from experiments import lab
-from experiments.real import train_policy
+from experiments.real import GROUP, train_policy
 from experiments.real_texts import (
     BETA,
     MANY,
@@ -98,7 +98,8 @@ def warm_objective(steps: int) -> Callable[..., dict[str, Tensor]]:
 
     def objective(policy: Stats, reference: Stats, *, config: DPLConfig) -> dict[str, Tensor]:
         nonlocal seen
-        alpha = config.beta + min(1, seen // config.batch_size / steps) * (config.alpha - config.beta)
+        step = seen // (GROUP * config.batch_size)
+        alpha = config.beta + min(1, step / steps) * (config.alpha - config.beta)
         seen += len(policy.logp) if policy.logp.requires_grad else 0
         loss, margin = (f(policy, reference, alpha, config.beta) for f in (dpl_loss, dpl_margin))
         return {"loss": loss, "reward_margin": margin}

@@ -71,7 +71,7 @@ class RealConfig(Flags):
     pairs: int = flag(4000, "Choices of the raters.", "[20, inf)")
     reference_samples: int = flag(500, "Texts of the reference per prompt, for pairs and truth.", "[2, inf)")
     samples: int = flag(64, "Texts of a policy per prompt, to measure it.", "[2, inf)")
-    rl_steps: int = flag(100, "Optimizer steps of train_rl.py, of 8 texts per prompt.", "[1, inf)")
+    rl_steps: int = flag(50, "Optimizer steps of train_rl.py, of 8 texts per prompt.", "[1, inf)")
     seeds: int = flag(2, "Training runs of the policies in SEEDS.", "[1, inf)")
     max_new_tokens: int = flag(64, "Longest text, in tokens.", "[1, inf)")
     out_dir: str = flag("out/real", "Folder of everything.")

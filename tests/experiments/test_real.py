@@ -13,9 +13,11 @@ from data.society.truth import list_stories, optimum
 from experiments import lab, real, real_settings, real_texts
 from experiments.real_texts import RealConfig, features, measure, utility
 from hub import load_model
-from model import Stats
+from model import Stats, pair_stats
+from pairs import pack
 from scripts import SOCIETY, call
-from train_dpl import DPLConfig
+from tiny import lines
+from train_dpl import DPLConfig, objective
 
 
 @pytest.mark.parametrize(
@@ -152,6 +154,26 @@ def test_settings_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "settings.png").stat().st_size > 10_000
 
 
+def test_pairs_of_a_prompt_in_one_example_have_the_loss_of_pairs(tmp_path, tiny_model_folder):
+    model, tokenizer = load_model(tiny_model_folder)
+    rows = [
+        {"prompt": p, "chosen": c, "rejected": "The fig"} for c in ("a", "be", "big") for p in ("The", "bee")
+    ]
+    (tmp_path / "pairs.jsonl").write_bytes(lines(*rows))
+    groups = real.load_groups(str(tmp_path / "pairs.jsonl"), tokenizer, 64, False)
+    assert [len(group) for group in groups] == [9, 9] and groups[0][1] == groups[0][7]
+    config = DPLConfig(model=SOCIETY, data="x", alpha=0.4, beta=0.1)
+    reference = Stats(torch.arange(16.0).view(2, 8), torch.ones(2, 8))
+    found = real.group_objective(
+        pair_stats(model, pack(groups)), reference, objective=objective, config=config
+    )
+    pairs = [(group[0], *group[i : i + 2]) for group in groups for i in range(1, 9, 2)]
+    ref = Stats(torch.arange(16.0).view(8, 2), torch.ones(8, 2))
+    expected = objective(pair_stats(model, pack(pairs)), ref, config=config)
+    torch.testing.assert_close(found["loss"], expected["loss"].view(2, 4).mean(1))
+    assert found["accuracy"].tolist() == (expected["reward_margin"] > 0).float().view(2, 4).mean(1).tolist()
+
+
 def test_names_of_files_differ_and_every_way_to_sample_is_drawn():
     for names in (real.POLICIES, real_settings.SETTINGS, real_settings.KEEP):
         assert len(set(map(real_texts.slug, names))) == len(names)
@@ -162,13 +184,13 @@ def test_names_of_files_differ_and_every_way_to_sample_is_drawn():
 
 
 def test_a_warm_start_ends_at_dpl():
-    config = DPLConfig(model=SOCIETY, data="x", alpha=0.4, beta=0.1, batch_size=2)
-    objective = real_settings.warm_objective(2)
+    config = DPLConfig(model=SOCIETY, data="x", alpha=0.4, beta=0.1, batch_size=1)
+    warm = real_settings.warm_objective(2)
     policy = Stats(torch.tensor([[-3.0, -9.0]], requires_grad=True), torch.ones(1, 2))
     held_out = Stats(policy.logp.detach(), policy.length)  # does not count
     reference = Stats(torch.tensor([[-4.0, -5.0]]), torch.ones(1, 2))
     margins = []
-    for stats in (policy, held_out, held_out, policy, policy, policy, policy, policy):
-        margins.append(objective(stats, reference, config=config)["reward_margin"].item())
+    for stats in (policy, held_out, held_out, *[policy] * 9):
+        margins.append(warm(stats, reference, config=config)["reward_margin"].item())
     # alpha is 0.1, 0.25, 0.4: times 6, less 0.1 times 1
-    assert margins == pytest.approx([0.5] * 4 + [1.4] * 2 + [2.3] * 2)
+    assert margins == pytest.approx([0.5] * 6 + [1.4] * 4 + [2.3] * 2)
