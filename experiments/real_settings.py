@@ -92,15 +92,19 @@ class SettingsConfig(RealConfig):
 def warm_objective(steps: int) -> Callable[..., dict[str, Tensor]]:
     """The loss of DPL, with alpha rising linearly from beta to its value over the first `steps` steps.
 
-    It counts the pairs that it is called with, so for one process only.
+    It counts the pairs that it is called with, so for one process only. What comes before the first
+    evaluation of held-out pairs is no step: the trainer tries an objective on random numbers first.
     """
-    seen = 0
+    seen = None
 
     def objective(policy: Stats, reference: Stats, *, config: DPLConfig) -> dict[str, Tensor]:
         nonlocal seen
-        step = seen // (GROUP * config.batch_size)
+        step = (seen or 0) // (GROUP * config.batch_size)
         alpha = config.beta + min(1, step / steps) * (config.alpha - config.beta)
-        seen += len(policy.logp) if policy.logp.requires_grad else 0
+        if not policy.logp.requires_grad:
+            seen = seen or 0
+        elif seen is not None:
+            seen += len(policy.logp)
         loss, margin = (f(policy, reference, alpha, config.beta) for f in (dpl_loss, dpl_margin))
         return {"loss": loss, "reward_margin": margin}
 

@@ -193,4 +193,4 @@ def test_a_warm_start_ends_at_dpl():
     for stats in (policy, held_out, held_out, *[policy] * 9):
         margins.append(warm(stats, reference, config=config)["reward_margin"].item())
     # alpha is 0.1, 0.25, 0.4: times 6, less 0.1 times 1
-    assert margins == pytest.approx([0.5] * 6 + [1.4] * 4 + [2.3] * 2)
+    assert margins == pytest.approx([0.5] * 7 + [1.4] * 4 + [2.3])
