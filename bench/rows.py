@@ -7,7 +7,6 @@ training run does in each of its processes.
 """
 
 import itertools
-import json
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from common.files import digest_json
 from common.flags import Flags, flag, parse, require, run_command
 from common.logs import peak_memory
 from common.rows import read_rows
+from data.society.make_world import write_rows
 from pairs import count_tokens, load_pairs
 
 
@@ -40,9 +40,8 @@ class BenchConfig(Flags):
 
 def repeat(config: BenchConfig, count: int, path: Path) -> None:
     """Write `count` rows."""
-    with open(path, "w") as file:
-        for _, row in itertools.islice(itertools.cycle(list(read_rows(config.data))), count):
-            file.write(json.dumps(row) + "\n")
+    rows = [row for _, row in read_rows(config.data)]
+    write_rows(path, itertools.islice(itertools.cycle(rows), count))
 
 
 def load(config: BenchConfig, path: Path) -> tuple[float, float, float]:
