@@ -16,25 +16,23 @@ A B C F, and not D (attention.py).
 """
 
 import json
-from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from common.encode import encode_examples
+from common.encode import encode_rows
 from common.files import InputError, error_prefix
-from common.parallel import get_rank, to_device
+from common.parallel import to_device
 from common.rows import read_pairs
 
 SEED_STRIDE = 1000003  # between the seeds of epochs (their order) and of steps (their dropout)
 
 
 class Pair(NamedTuple):
-    """Token ids of one preference; compact() arrays in a run."""
+    """Token ids of one preference: arrays in a run."""
 
     prompt: Sequence[int]
     chosen: Sequence[int]
@@ -164,44 +162,16 @@ def load_pairs(
 def tokenize(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Pair]:
     """Token ids of the rows of read_pairs, each prompt + completion at most `max_length` tokens.
 
-    A longer pair is truncated (see `truncate`). A pair whose completions are equal, before or after that, is
-    dropped. Prints how many. Raises InputError if max_length is under 4 or if no pair is left.
+    A longer pair is truncated. A pair whose completions are equal, before or after that, is dropped. Prints
+    how many. Raises InputError if max_length is under 4 or if no pair is left.
     """
-    prompts, *columns = ([row[key] for row in rows] for key in Pair._fields)
-    options, kept, cut = [row.get("options") for row in rows], [], 0
-    encoded = encode_examples(prompts, columns, tokenizer, options)
-    bar = tqdm(encoded, "tokenising", len(rows), leave=False, unit="pair", disable=get_rank() > 0 or None)
-    for example in bar:
-        pair = Pair(*map(compact, truncate(example, tokenizer.bos_token_id, max_length)))
-        cut += sum(map(len, pair)) < sum(map(len, example))
-        if pair.chosen != pair.rejected:
-            kept.append(pair)
-    dropped = f"dropped {len(rows) - len(kept):,} with chosen equal to rejected"
-    if not kept:
+    encoded, cut = encode_rows(rows, Pair._fields, tokenizer, max_length)
+    pairs = [pair for pair in map(Pair._make, encoded) if pair.chosen != pair.rejected]
+    dropped = f"dropped {len(rows) - len(pairs):,} with chosen equal to rejected"
+    if not pairs:
         raise InputError(f"no pair left of {len(rows):,}: {dropped}")
-    print(f"{len(kept):,} pairs: truncated {cut:,} to {max_length} tokens, {dropped}")
-    return kept
-
-
-def compact(ids: list[int]) -> array:
-    """Token ids in 4 bytes each: a list of ids takes 9 times as much."""
-    return array("i", ids)
-
-
-def truncate(example: Sequence[list[int]], bos: int | None, max_length: int) -> list[list[int]]:
-    """Truncate (prompt, *completions) so that prompt + completion is at most `max_length` tokens.
-
-    The prompt is cut at its start, to max_length minus the longest completion, or to half of max_length if
-    that is more. A BOS stays. Then each completion is cut at its end.
-    """
-    if max_length < 4:
-        raise InputError(f"--max_length {max_length} is too small: it must hold a prompt and a completion")
-    prompt, *completions = example
-    room = max(max_length - max(map(len, completions)), max_length // 2)
-    if len(prompt) > room:
-        first = prompt[:1] if prompt[0] == bos else []
-        prompt = first + prompt[len(prompt) - room + len(first) :]
-    return [prompt, *(completion[: max_length - len(prompt)] for completion in completions)]
+    print(f"{len(pairs):,} pairs: truncated {cut:,} to {max_length} tokens, {dropped}")
+    return pairs
 
 
 def describe(example: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, width: int = 300) -> str:

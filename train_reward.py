@@ -18,6 +18,7 @@ token. That is a sequence classifier of transformers with one label, and so is w
     python evaluate.py quality --reward_model out/reward
 """
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +36,7 @@ from common.parallel import get_device, get_dtype
 from common.rows import Text, message, read_pairs
 from hub import load_reward_model
 from model import Stats
-from pairs import Pair, compact
+from pairs import Pair
 from reference import score_completions
 from trainer import TrainConfig, parse_run, train
 
@@ -109,7 +110,7 @@ def load_texts(
         for (start, a), (other, b) in zip(*texts, strict=True):
             if start != other:
                 start, a, b = start[:1], start[1:] + a, other[1:] + b
-            pairs.append(Pair(*map(compact, (start, a, b))))
+            pairs.append(Pair(*(array("i", ids) for ids in (start, a, b))))
         fits = [pair for pair in pairs if len(pair.prompt) + max(map(len, pair[1:])) - 1 <= max_length]
         kept = [pair for pair in fits if pair.chosen != pair.rejected]
         dropped = f"dropped {len(pairs) - len(fits):,} longer than {max_length} tokens"

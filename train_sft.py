@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from common.encode import encode_examples
+from common.encode import encode_rows
 from common.files import error_prefix
 from common.flags import flag, run_command
 from common.rows import read_examples
 from model import Stats
-from pairs import compact, truncate
 from trainer import TrainConfig, parse_run, train
 
 
@@ -36,13 +35,9 @@ def objective(policy: Stats, reference: None) -> dict[str, Tensor]:
 
 def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool) -> Sequence:
     """Token ids (prompt, completion) of a file's rows, each at most max_length tokens together."""
-    rows, keys = read_examples(path, chat), ("prompt", "completion", "options")
-    prompts, completions, options = ([row.get(key) for row in rows] for key in keys)
-    examples, cut = [], 0
+    rows = read_examples(path, chat)
     with error_prefix(path):
-        for ids in encode_examples(prompts, [completions], tokenizer, options):
-            examples.append(tuple(map(compact, truncate(ids, tokenizer.bos_token_id, max_length))))
-            cut += sum(map(len, examples[-1])) < sum(map(len, ids))
+        examples, cut = encode_rows(rows, ("prompt", "completion"), tokenizer, max_length)
     print(f"{len(examples):,} examples: truncated {cut:,} to {max_length} tokens")
     return examples
 

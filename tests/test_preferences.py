@@ -10,10 +10,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common.encode import encode_answers, encode_examples, encode_prompts
+import common.encode
+from common.encode import encode_answers, encode_examples, encode_prompts, encode_rows, truncate
 from common.files import InputError
 from common.rows import read_pairs, read_prompts, to_messages
-from pairs import describe, pack, tokenize, truncate
+from pairs import describe, pack, tokenize
 from scripts import call, read_lines
 from tiny import FIG, MUD, PAIR, USER, lines
 
@@ -288,6 +289,29 @@ def test_tokenize_counts_what_it_cuts_and_drops(tokenizer, capsys):
     )
     assert [tokenizer.decode(pair.chosen).lstrip() for pair in pairs] == ["The fig.</s>"] * 2
     assert tokenizer.decode(pairs[1].prompt).endswith("bread. Best fruit?")
+
+
+def test_processes_share_the_rows_in_order_and_name_a_bad_one_of_any(chat_tokenizer, monkeypatch):
+    prompts = [[{"role": "user", "content": "fig " * n}] for n in range(1, 8)]
+    rows = [{"prompt": prompt, "chosen": [FIG], "rejected": [MUD]} for prompt in prompts]
+    fields = ("prompt", "chosen", "rejected")
+    alone, cut = encode_rows(rows, fields, chat_tokenizer, 20)
+
+    def encode_on(size):
+        """What each of `size` processes encodes: all_gather() of one alone."""
+        monkeypatch.setattr(common.encode, "get_world_size", lambda: size)
+        for rank in range(size):
+            monkeypatch.setattr(common.encode, "get_rank", lambda rank=rank: rank)
+            yield encode_rows(rows, fields, chat_tokenizer, 20)
+
+    for size in (2, 3, 9):
+        parts = list(encode_on(size))
+        assert [example for some, _ in parts for example in some] == alone
+        assert sum(count for _, count in parts) == cut > 0
+        assert size > len(rows) or all(some for some, _ in parts)
+    rows[5]["prompt"] = [{"role": "user", "content": "fig \ud800"}]  # half of a surrogate pair
+    with pytest.raises(InputError, match="row 6: the chat template refuses"):
+        list(encode_on(3))
 
 
 def test_tokenize_refuses_rows_that_all_drop(tokenizer):
