@@ -12,7 +12,7 @@ boolean mask for each example. `packed_attention` is what the layers of a transf
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -62,15 +62,17 @@ def block_mask(packed: Packed, window: int | None) -> BlockMask:
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=size, mask_mod=rule, seq_lengths=(tokens, tokens))
 
 
-@functools.cache
-def compile_once(function: Callable, **options: Any) -> Callable:
-    """torch.compile(function, **options): one compiled function for all layers and steps.
+def compiled(function: Callable, **options: Any) -> Callable:
+    """torch.compile(function, **options), with up to 64 variants.
 
     Each window, grad mode and size class compiles a variant (FlexAttention in Gemma: 12). Beyond 8 variants,
     torch would by default run the function eagerly, and FlexAttention would store all attention scores.
     """
     torch._dynamo.config.recompile_limit = 64  # an argument of torch.compile only from torch 2.12
     return torch.compile(function, **options)
+
+
+compile_once = functools.cache(compiled)  # one compiled function for all layers and steps
 
 
 def flex(
@@ -81,7 +83,8 @@ def flex(
     def capped(score: Tensor, *_: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
-    run = compile_once(flex_attention) if query.is_cuda else flex_attention
+    alone = query.is_cuda and not torch.compiler.is_compiling()
+    run = compile_once(flex_attention) if alone else flex_attention
     return run(
         query,
         key,
@@ -120,12 +123,21 @@ def dense(
 class RowAttention:
     """Attention of a packed row. Layers with the same window share one mask.
 
-    `attention` is "flex" (FlexAttention on CUDA, wherever it compiles) or "dense".
+    `attention` is "flex" (FlexAttention on CUDA, wherever it compiles) or "dense". `kinds` are the masks that
+    layers will ask for, if they are known: compiled layers must not make them.
     """
 
-    def __init__(self, packed: Packed, attention: str = "flex"):
-        self.mask = functools.cache(lambda make_mask, window: make_mask(packed, window))
-        self.attention, self.calls = attention, 0
+    def __init__(self, packed: Packed, attention: str = "flex", kinds: Iterable[tuple] = ()):
+        self.packed, self.attention, self.calls = packed, attention, 0
+        self.masks: dict[tuple, Any] = {}
+        for kind in kinds:
+            self.mask(*kind)
+
+    def mask(self, make_mask: Callable[[Packed, int | None], Any], window: int | None) -> Any:
+        """The row's mask of a kind, made once."""
+        if (make_mask, window) not in self.masks:
+            self.masks[make_mask, window] = make_mask(self.packed, window)
+        return self.masks[make_mask, window]
 
     def __call__(
         self, _layer: nn.Module, *qkv: Tensor, scale: float, window: int | None, softcap: float | None

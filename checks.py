@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from attention import dense_masks
 from common.files import InputError
 from common.parallel import all_gather, get_world_size
 from hub import loading, read_config
@@ -221,3 +222,17 @@ def check_packable(model: PreTrainedModel, path: str) -> None:
             raise InputError(f"--model {path}: torch.compile failed: {str(error).splitlines()[0]}") from error
         if not gap <= limit:
             raise ValueError(f"log-probabilities move by {gap:.2g} nats")
+
+
+def check_compile(model: PreTrainedModel) -> None:
+    """Compile the layers' forward and backward pass; raises InputError if that fails, or with dense masks.
+
+    They are a list, a mask for each example: layers would be compiled for every number of examples.
+    """
+    if any(make_mask is dense_masks for make_mask, _ in model.mask_kinds):
+        raise InputError("--compile: needs FlexAttention, so a GPU and --attention flex")
+    try:
+        pair_stats(model, pack(probe_pairs(probe_ids(model)))).logp.sum().backward()
+    except TorchDynamoException as error:
+        raise InputError(f"--compile: torch.compile failed: {str(error).splitlines()[0]}") from error
+    model.zero_grad()

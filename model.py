@@ -13,15 +13,17 @@ Neither depends on the loss, so both are computed in the forward pass, while p i
 multiplies them by one number per token. (Only the gradient of a trained head needs p again there.)
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from attention import RowAttention, require_attention, use_packed_attention
+from attention import RowAttention, compiled, require_attention, use_packed_attention
 from common.parallel import shard
 from pairs import Packed
 
@@ -68,11 +70,23 @@ def set_forward(model: PreTrainedModel, device: torch.device, mixed: bool, fsdp:
         model.packed_forward = partial(forward, model)
 
 
+def wrap_layers(layers: Sequence[nn.Module], compile: bool, checkpoint_activations: bool) -> None:
+    """Compile decoder layers, and have them keep only their input and run again in the backward pass.
+
+    Compiled layers take their masks from the row, so the model must have run before (see RowAttention).
+    """
+    for layer in layers:
+        if compile:
+            layer.forward = compiled(layer.forward)
+        if checkpoint_activations:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
 def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Stats:
     """What pair_stats runs, on a row that is on the model's device."""
     use_packed_attention(model)
     device = packed.ids.device
-    attend = RowAttention(packed, getattr(model, "attention", "flex"))
+    attend = RowAttention(packed, getattr(model, "attention", "flex"), getattr(model, "mask_kinds", ()))
     hidden = model.base_model(
         input_ids=packed.ids[None],
         position_ids=packed.position[None],
@@ -81,6 +95,7 @@ def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Sta
         attend=attend,  # transformers hands it on to packed_attention in every layer
     ).last_hidden_state[0]
     require_attention(model, attend.calls)
+    model.mask_kinds = tuple(attend.masks)
     hidden = hidden.index_select(0, packed.source)
     if (head := model.get_output_embeddings()) is None:
         last = packed.counts.cumsum(0) - 1

@@ -199,8 +199,9 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
         # with an adapter the two are one model, and the second does nothing
         with parallel.unsharded(model), parallel.unsharded(reference), torch.no_grad():
             prompts, limits = [encoded[path][i] for i in mine], (config.max_new_tokens, ends)
-            by_prompt = sample_completions(model, prompts, seeds, k, *limits, config.sample_batch_size)
-            drawn = list(itertools.chain.from_iterable(by_prompt))
+            with torch.compiler.set_stance("force_eager"):  # layers are compiled for packed rows
+                by_prompt = sample_completions(model, prompts, seeds, k, *limits, config.sample_batch_size)
+                drawn = list(itertools.chain.from_iterable(by_prompt))
             times.append(time.monotonic())
             asked, tokens = [i for i in mine for _ in range(k)], [c.tokens for c in drawn]
             with lora_disabled(reference):

@@ -46,7 +46,7 @@ from common.parallel import all_gather, barrier, get_rank, get_world_size, to_lo
 # flags that may change when a run is resumed (model and data: the path may, the content may not)
 MAY_CHANGE = {"out_dir", "overwrite", "resume", "model", "data", "eval_data", "max_steps", "epochs"}
 MAY_CHANGE |= {"log_every", "eval_every", "save_every", "keep", "wandb", "tensorboard"}
-MAY_CHANGE |= {"parallel", "checkpoint_activations", "micro_batch_tokens"}
+MAY_CHANGE |= {"parallel", "checkpoint_activations", "micro_batch_tokens", "compile"}
 LOGS = {".log", ".txt", ".out", ".err"}  # files that a user may write into the folder before the run
 
 

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from common.files import InputError, print_error, release_locks
 
@@ -182,12 +181,6 @@ def to_local(tensor: Tensor) -> Tensor:
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks: modules whose class transformers lists in `_no_split_modules`."""
     return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Activation checkpointing, in place: a block keeps only its input and runs again in the backward."""
-    for layer in decoder_layers(model):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 @contextlib.contextmanager
