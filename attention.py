@@ -7,7 +7,7 @@ One rule (`attention_rule`) says which keys a query may attend to:
 
 It compares *positions in the text*, not indices in the row, so that sliding windows stay correct. Two engines
 obey it: FlexAttention with a BlockMask (on CUDA, wherever it compiles), and PyTorch's attention with a dense
-boolean mask for each example. `packed_attention` is what the layers of a transformers model call.
+mask for each example. `packed_attention` is what the layers of a transformers model call.
 """
 
 import functools
@@ -38,10 +38,14 @@ def attention_rule(packed: Packed, window: int | None) -> Callable[[Any, Any, An
 
 
 def dense_masks(packed: Packed, window: int | None) -> list[Tensor]:
-    """The rule as one boolean (n, n) mask for each example of n tokens."""
-    rule = attention_rule(packed, window)
-    spans = torch.arange(len(packed.ids), device=packed.ids.device).split(packed.lengths)
-    return [rule(None, None, span[:, None], span[None, :]) for span in spans]
+    """The rule as one (n, n) mask for each example of n tokens: 0, and -inf where no attention is allowed.
+
+    Of a boolean mask, PyTorch's attention would make and keep such a copy in every layer.
+    """
+    rule, device = attention_rule(packed, window), packed.ids.device
+    spans = torch.arange(len(packed.ids), device=device).split(packed.lengths)
+    allowed = (rule(None, None, span[:, None], span[None, :]) for span in spans)
+    return [torch.zeros(x.shape, device=device).masked_fill_(~x, -torch.inf) for x in allowed]
 
 
 def block_mask(packed: Packed, window: int | None) -> BlockMask:
@@ -112,11 +116,12 @@ def dense(
     out = []
     parts = (x.split(lengths, 2) for x in (query, key, value))
     for q, k, v, mask in zip(*parts, masks, strict=True):
+        mask = mask.to(q.dtype)
         if softcap is None:
             out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
         else:
             score = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
-            out.append(score.masked_fill(~mask, -torch.inf).softmax(-1) @ v)
+            out.append((score + mask).softmax(-1) @ v)
     return torch.cat(out, 2)
 
 

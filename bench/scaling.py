@@ -1,15 +1,15 @@
 """Time and memory of a gradient against everything they depend on, beside the floor of arithmetic.
 
-The gradient of a batch's DPO loss, for a small random Llama with LoRA. One size varies over a factor of 16,
-the others stay as in `Case`. With N weights in the layers, L in the adapter, F tokens fed and P tokens
-predicted, the floor is
+The gradient of a batch's DPO loss, for a small random Llama with LoRA. One size varies, the others stay as in
+`Case`. With N weights in the layers, L in the adapter, F tokens fed, P tokens predicted and A pairs of tokens
+of which one attends to the other, the floor is
 
-    [ F (4 N + 6 L)  +  4 P hidden vocabulary ] / (FLOP/s of a large matrix product, measured in the same run)
+    [ F (4 N + 6 L)  +  4 P hidden vocabulary  +  12 A hidden layers ] / (FLOP/s of a large matrix product)
 
 Prompts are fed once per pair. Memory is what a pass adds to the process that holds model and adapter: it
 depends on the tokens in a forward pass, not on the number of pairs.
 
-    python bench/scaling.py          # writes assets/scaling.png; four minutes on two cores
+    python bench/scaling.py          # writes assets/scaling.png; ten minutes on two cores
 """
 
 import sys
@@ -36,11 +36,11 @@ from pairs import Pair, count_tokens, default_micro_batch_tokens
 from train_dpl import DPLConfig, objective
 from trainer import forward_backward
 
-HIDDEN = 256
+HIDDEN, LAYERS = 256, 8
 SWEEPS = {
-    "completion": [16, 32, 64, 128, 256],
-    "prompt": [32, 64, 128, 256, 512],
-    "pairs": [4, 8, 16, 32, 64],
+    "completion": [16, 64, 256, 1024, 4096, 8192],
+    "prompt": [16, 64, 256, 1024, 4096],
+    "pairs": [1, 4, 16, 64],
     "vocabulary": [2048, 4096, 8192, 16384, 32768],
     "rank": [4, 8, 16, 32, 64],
 }
@@ -61,7 +61,7 @@ class Case:
 
     completion: int = 64
     prompt: int = 64
-    pairs: int = 16
+    pairs: int = 1
     vocabulary: int = 8192
     rank: int = 16
 
@@ -69,8 +69,9 @@ class Case:
 def time_gradient(case: Case, passes: int) -> tuple[float, float, float]:
     """(seconds, MB added by the passes, FLOPs of the floor) of one gradient."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": 3 * HIDDEN, "num_hidden_layers": 8}
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 3 * HIDDEN, "num_hidden_layers": LAYERS}
     sizes |= {"num_attention_heads": 4, "vocab_size": case.vocabulary, "tie_word_embeddings": True}
+    sizes |= {"max_position_embeddings": case.prompt + case.completion}
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=DTYPE).to(DEVICE).eval()
     weights = sum(p.numel() for p in model.model.layers.parameters())
     add_lora(model, case.rank, case.rank)
@@ -94,6 +95,9 @@ def time_gradient(case: Case, passes: int) -> tuple[float, float, float]:
     fed = sum(map(count_tokens, pairs))
     predicted = 2 * case.pairs * case.completion
     flops = fed * (4 * weights + 6 * adapter) + 4 * predicted * HIDDEN * case.vocabulary
+    p, c = case.prompt, case.completion - 1  # tokens fed
+    attended = case.pairs * (p * (p + 1) / 2 + 2 * c * (p + (c + 1) / 2))
+    flops += 12 * attended * HIDDEN * LAYERS
     return seconds, 1e3 * (peak_memory(DEVICE) - before), flops
 
 
@@ -106,15 +110,15 @@ def draw(results: dict[str, np.ndarray], path: Path) -> None:
         seconds, memory, floor = results[name].T
         upper.loglog(values, seconds, "ko-", label="measured")
         upper.loglog(values, floor, "--", color="0.5", label="floor")
-        upper.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
-        lower.semilogx(values, memory, "ko-")
+        upper.set_yticks([0.01, 0.1, 1, 10, 100], ["0.01", "0.1", "1", "10", "100"])
+        lower.loglog(values, memory, "ko-")
+        lower.set_yticks([10, 100, 1000, 10_000], ["10", "100", "1,000", "10,000"])
         lower.set(xlabel=label)
-        lower.set_xticks(values, map(str, values))
+        lower.set_xticks(values, map(str, values), rotation=45)
         upper.minorticks_off()
         lower.minorticks_off()
     axes[0, 0].set(ylabel="one gradient, seconds")
-    most = max(rows[:, 1].max() for rows in results.values())
-    axes[1, 0].set(ylabel="memory added, MB", ylim=(0, 1.1 * most))
+    axes[1, 0].set(ylabel="memory added, MB")
     axes[0, 0].legend(frameon=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
