@@ -39,16 +39,20 @@ def clock(run: Callable[[], Any]) -> float:
     return clocks(run)[1]
 
 
+def product_rate() -> float:
+    """FLOP/s of a large matrix product, the best of ten."""
+    size = 8192 if CUDA else 2048  # large enough to keep the device busy for longer than a launch takes
+    a = torch.randn(size, size, device=DEVICE, dtype=DTYPE)
+    return 2 * size**3 / min(clock(lambda: a @ a) for _ in range(10))
+
+
 @functools.cache
 def rates() -> tuple[float, float]:
     """(FLOP/s of a large matrix product, bytes/s of reading memory), the best of ten."""
-    size = 8192 if CUDA else 2048  # large enough to keep the device busy for longer than a launch takes
-    a = torch.randn(size, size, device=DEVICE, dtype=DTYPE)
-    b = torch.ones(2**31 if CUDA else 2**26, device=DEVICE, dtype=DTYPE)
-    product, read = (min(clock(run) for _ in range(10)) for run in (lambda: a @ a, b.sum))
-    flops = 2 * size**3 / product
-    print(f"{flops / 1e9:,.0f} GFLOP/s, {b.nbytes / read / 1e9:.1f} GB/s")
-    return flops, b.nbytes / read
+    flops, b = product_rate(), torch.ones(2**31 if CUDA else 2**26, device=DEVICE, dtype=DTYPE)
+    read = b.nbytes / min(clock(b.sum) for _ in range(10))
+    print(f"{flops / 1e9:,.0f} GFLOP/s, {read / 1e9:.1f} GB/s")
+    return flops, read
 
 
 def apart(function: Callable, *args: Any) -> Any:

@@ -1,7 +1,7 @@
 """Seconds and memory that rows of data take before the first step of training.
 
 The rows of --data are repeated. Then they are read, put through the chat template, tokenised and hashed, as a
-training run does in each of its processes.
+training run of one process does. (Several share the tokenising.)
 
     python bench/rows.py --model MODEL --data hh.jsonl.gz --chat --rows 1000 10000 100000
 """

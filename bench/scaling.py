@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from machine import DEVICE, DTYPE, apart, clock, rates
+from machine import DEVICE, DTYPE, apart, clock, product_rate
 
 from common.flags import Flags, flag, parse, run_command
 from common.logs import peak_memory
@@ -52,7 +52,7 @@ class ScalingConfig(Flags):
     """Flags of bench/scaling.py."""
 
     out_file: str = flag(str(ROOT / "assets/scaling.png"), "Where to draw.")
-    passes: int = flag(3, "Warm passes at each size; the fastest counts.")
+    passes: int = flag(3, "Warm passes at each size, the fastest counts; one of long passes.")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Case:
 
 
 def time_gradient(case: Case, passes: int) -> tuple[float, float, float]:
-    """(seconds, MB added by the passes, FLOPs of the floor) of one gradient."""
+    """(seconds, MB added by the passes, seconds of the floor) of one gradient."""
     torch.manual_seed(0)
     sizes = {"hidden_size": HIDDEN, "intermediate_size": 3 * HIDDEN, "num_hidden_layers": LAYERS}
     sizes |= {"num_attention_heads": 4, "vocab_size": case.vocabulary, "tie_word_embeddings": True}
@@ -90,15 +90,15 @@ def time_gradient(case: Case, passes: int) -> tuple[float, float, float]:
         forward_backward(model, pairs, range(case.pairs), reference, dpo, tokens)
         model.zero_grad()
 
-    run()
-    seconds = min(clock(run) for _ in range(passes))
+    first = clock(run)
+    seconds = min(clock(run) for _ in range(passes if first < 10 else 1))
     fed = sum(map(count_tokens, pairs))
     predicted = 2 * case.pairs * case.completion
     flops = fed * (4 * weights + 6 * adapter) + 4 * predicted * HIDDEN * case.vocabulary
     p, c = case.prompt, case.completion - 1  # tokens fed
     attended = case.pairs * (p * (p + 1) / 2 + 2 * c * (p + (c + 1) / 2))
     flops += 12 * attended * HIDDEN * LAYERS
-    return seconds, 1e3 * (peak_memory(DEVICE) - before), flops
+    return seconds, 1e3 * (peak_memory(DEVICE) - before), flops / product_rate()
 
 
 def draw(results: dict[str, np.ndarray], path: Path) -> None:
@@ -130,18 +130,15 @@ def draw(results: dict[str, np.ndarray], path: Path) -> None:
 def main() -> None:
     """Measure every size, each in a process of its own, print and draw."""
     config, results = parse(ScalingConfig, __doc__), {}
-    rate = apart(rates)[0]
     print(", ".join(f"{name} {value}" for name, value in asdict(Case()).items()), "but for one of them:")
     bar = tqdm(total=sum(map(len, SWEEPS.values())), unit="size", disable=None)
     for name, values in SWEEPS.items():
         rows = []
         for value in values:
-            seconds, memory, flops = apart(time_gradient, replace(Case(), **{name: value}), config.passes)
-            rows.append((seconds, memory, flops / rate))
-            share = flops / rate / seconds
-            tqdm.write(
-                f"{name:10} {value:6,}: {seconds:6.2f} s, the floor is {share:.0%} of it, {memory:6.0f} MB"
-            )
+            rows.append(apart(time_gradient, replace(Case(), **{name: value}), config.passes))
+            seconds, memory, floor = rows[-1]
+            share = f"the floor is {floor / seconds:.0%} of it"
+            tqdm.write(f"{name:10} {value:6,}: {seconds:6.2f} s, {share}, {memory:6.0f} MB")
             bar.update()
         results[name] = np.array(rows)
     bar.close()
