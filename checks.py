@@ -155,6 +155,15 @@ def refused(what: str) -> Iterator[None]:
         raise InputError(f"{what}: {reason}") from error
 
 
+@contextlib.contextmanager
+def compiling(what: str) -> Iterator[None]:
+    """Turn a failure of torch.compile in the block into an InputError that begins with `what`."""
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise InputError(f"{what}: torch.compile failed: {str(error).splitlines()[0]}") from error
+
+
 def probe_ids(model: PreTrainedModel) -> list[int]:
     """Token ids for probe_pairs, without the padding token: 12, and as many more as a short window hides.
 
@@ -215,11 +224,8 @@ def check_packable(model: PreTrainedModel, path: str) -> None:
     # SmolLM2 rounds to 2e-3 nats in float32 and up to 0.9 in bfloat16; a wrong mask moves at least 4
     exact = model.dtype == torch.float32 and not getattr(model, "mixed", False)
     limit = 1e-2 if exact else 2.0
-    with refused(f"--model {path}: {type(model).__name__} cannot be packed"):
-        try:
-            gap = packing_gap(model, probe_pairs(probe_ids(model)))
-        except TorchDynamoException as error:
-            raise InputError(f"--model {path}: torch.compile failed: {str(error).splitlines()[0]}") from error
+    with refused(f"--model {path}: {type(model).__name__} cannot be packed"), compiling(f"--model {path}"):
+        gap = packing_gap(model, probe_pairs(probe_ids(model)))
         if not gap <= limit:
             raise ValueError(f"log-probabilities move by {gap:.2g} nats")
 
@@ -231,8 +237,6 @@ def check_compile(model: PreTrainedModel) -> None:
     """
     if any(make_mask is dense_masks for make_mask, _ in model.mask_kinds):
         raise InputError("--compile: needs FlexAttention, so a GPU and --attention flex")
-    try:
+    with compiling("--compile"):
         pair_stats(model, pack(probe_pairs(probe_ids(model)))).logp.sum().backward()
-    except TorchDynamoException as error:
-        raise InputError(f"--compile: torch.compile failed: {str(error).splitlines()[0]}") from error
     model.zero_grad()

@@ -24,11 +24,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
 from attention import compile_once, require_attention, use_packed_attention
-from checks import probe_ids, refused
+from checks import compiling, probe_ids, refused
 from common.files import InputError
 from common.parallel import to_device
 from kv_cache import SharedPromptCache, keep_in_place
@@ -210,10 +209,8 @@ class Batch:
         options = {"attention_mask": no_mask, "use_cache": False, "logits_to_keep": keep, "attend": attend}
         if getattr(self.model.config.get_text_config(), "output_router_logits", False):
             options["output_router_logits"] = False  # a mixture of experts would count tokens by the mask
-        try:
+        with compiling("--compile"):
             return run(ids, position_ids=position, **options).logits.flatten(0, 1).float()
-        except TorchDynamoException as error:
-            raise InputError(f"--compile: torch.compile failed: {str(error).splitlines()[0]}") from error
 
     def append(self, token: Tensor, probs: Tensor) -> Tensor:
         """Append to every active completion its token (active,), sampled from probs (active, vocab).

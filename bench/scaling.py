@@ -9,7 +9,7 @@ of which one attends to the other, the floor is
 Prompts are fed once per pair. Memory is what a pass adds to the process that holds model and adapter: it
 depends on the tokens in a forward pass, not on the number of pairs.
 
-    python bench/scaling.py          # writes assets/scaling.png; ten minutes on two cores
+    python bench/scaling.py          # writes assets/scaling.png; eight minutes on two cores
 """
 
 import sys

@@ -134,7 +134,7 @@ def all_reduce(tensor: Tensor) -> Tensor:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """A small Python value from every process, in order of rank."""
+    """A Python value from every process, in order of rank."""
     values = [value] * get_world_size()
     if get_world_size() > 1:
         dist.all_gather_object(values, value)

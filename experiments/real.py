@@ -74,9 +74,10 @@ from train_dpl import DPLConfig
 from trainer import train
 
 POPULATIONS = {"one": utility, "halves": half_utility}
+RL_RATIOS = (1, 1.5, 2)  # at 2 its texts are cut at the limit already
 POLICIES = {  # name: (method, population, alpha, beta)
     **{f"DPL, α/β = {x}" if x > 1 else "DPO": ("pairs", "one", x * BETA, BETA) for x in RATIOS},
-    **{f"RL, α/β = {x}": ("rl", "one", x * BETA, BETA) for x in RATIOS[:3]},  # at 2 its texts are cut already
+    **{f"RL, α/β = {x}": ("rl", "one", x * BETA, BETA) for x in RL_RATIOS},
     **{f"DPO, β = {x * BETA:g}": ("pairs", "one", x * BETA, x * BETA) for x in RATIOS[1:]},
     "halves: DPO": ("pairs", "halves", BETA, BETA),
     "halves: DPL, α/β = 4": ("pairs", "halves", 4 * BETA, BETA),
@@ -219,7 +220,7 @@ def optimum_name(population: str, x: float) -> str:
 
 CURVES = {  # of the picture: (policies, style, color)
     "DPL on pairs": (["DPO", *(f"DPL, α/β = {x}" for x in RATIOS[1:])], "o-", lab.BLUE),
-    "RL": ([f"RL, α/β = {x}" for x in RATIOS[:3]], "D-", lab.RED),
+    "RL": ([f"RL, α/β = {x}" for x in RL_RATIOS], "D-", lab.RED),
     "DPO with β = α": (["DPO", *(f"DPO, β = {x * BETA:g}" for x in RATIOS[1:])], "s--", lab.ORANGE),
     **{
         f"DPO, {way}": (["DPO", *(f"DPO, {way} {t}" for t in SAMPLED[way])], style, color)
