@@ -1,9 +1,9 @@
 """A real language model: does DPL do on open text what it says?
 
 SmolLM2-135M, at token temperature 0.6, writes a sentence about a person (real_texts.py has the prompts and
-the raters). Policies are trained on 4,000 choices between its sentences (train_dpl.py), or on the raters'
-utility itself (train_rl.py, which so knows more: choices are random), and sampled. DPO is also trained with
-beta = alpha, the other way to stay diverse, and sampled hotter.
+the raters). Policies are trained on 600 rankings of eight of its sentences, which are 16,800 pairs
+(train_dpl.py), or on the raters' utility itself (train_rl.py, which so knows more: choices are random), and
+sampled. DPO is also trained with beta = alpha, the other way to stay diverse, and sampled hotter.
 
 The truth. For alpha = beta, the optimum is pi_ref exp(u / beta) / Z: the reference's own sentences, weighted
 by exp(u / beta). A policy's KL to it is (the highest J - its own J) / alpha. For alpha > beta, the weights
@@ -16,7 +16,7 @@ Another population chooses between a sentence about her and one about him: 62% w
 how it likes one about nobody.
 
     python experiments/real.py --model SMOLLM2 --embedder MINILM       # 9 hours on two cores
-    python experiments/real.py --model SMOLLM2 --pairs 500 --rl_steps 20 --out_dir out/short --out_file x.png
+    python experiments/real.py --model SMOLLM2 --rankings 120 --rl_steps 20 --out_dir out/short  # 1 hour
 
 What is finished is kept: the same command goes on where it was stopped. real_settings.py tries what helps
 DPL on pairs.
@@ -26,7 +26,6 @@ import gc
 import json
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,14 +41,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train_dpl
 import train_rl
+from common.encode import encode_rows
 from common.flags import parse, run_command
 from common.rows import read_prompts, read_rows
 from experiments import lab
 from experiments.real_texts import (
     BETA,
     HALVES,
+    HALVES_BETA,
     LEARNING,
     MANY,
+    RANKED,
     RATIOS,
     VALUES,
     RealConfig,
@@ -62,25 +65,25 @@ from experiments.real_texts import (
     print_table,
     slug,
     utility,
-    write_pairs,
     write_prompts,
+    write_rankings,
     write_reference,
     write_texts,
 )
 from metrics.tables import save_figure
 from model import Stats
-from pairs import load_pairs
 from train_dpl import DPLConfig
 from trainer import train
 
-POPULATIONS = {"one": utility, "halves": half_utility}
+POPULATIONS = {"one": (utility, BETA), "halves": (half_utility, HALVES_BETA)}
+DPO_RATIOS = (2, 4)  # DPO with a larger beta, in place of a larger alpha
 RL_RATIOS = (1, 1.5, 2)  # at 2 its texts are cut at the limit already
 POLICIES = {  # name: (method, population, alpha, beta)
     **{f"DPL, α/β = {x}" if x > 1 else "DPO": ("pairs", "one", x * BETA, BETA) for x in RATIOS},
     **{f"RL, α/β = {x}": ("rl", "one", x * BETA, BETA) for x in RL_RATIOS},
-    **{f"DPO, β = {x * BETA:g}": ("pairs", "one", x * BETA, x * BETA) for x in RATIOS[1:]},
-    "halves: DPO": ("pairs", "halves", BETA, BETA),
-    "halves: DPL, α/β = 4": ("pairs", "halves", 4 * BETA, BETA),
+    **{f"DPO, β = {x * BETA:g}": ("pairs", "one", x * BETA, x * BETA) for x in DPO_RATIOS},
+    "halves: DPO": ("pairs", "halves", HALVES_BETA, HALVES_BETA),
+    "halves: DPL, α/β = 4": ("pairs", "halves", 4 * HALVES_BETA, HALVES_BETA),
 }
 SEEDS = ("DPO", "DPL, α/β = 2", "DPL, α/β = 4")  # trained with every seed, the others with one
 SAMPLED = {  # way: how DPO is sampled besides plainly, {setting: options of write_texts()}
@@ -89,9 +92,8 @@ SAMPLED = {  # way: how DPO is sampled besides plainly, {setting: options of wri
     "top-p": {t: {"temperature": t, "top_p": 0.9} for t in (1.25, 1.5, 2)},
     "global temperature": {t: {"global_temperature": t, "min_p": 0.01, "particles": 128} for t in (1.5, 2)},
 }
-GROUP = 4  # pairs of one prompt that are one example
-TRAIN = LEARNING | {"--batch_size": 32 // GROUP, "--eval_every": 25}
-RL = LEARNING | {"--num_samples": 8}
+TRAIN = LEARNING | {"--batch_size": 8, "--eval_every": 25}
+RL = LEARNING | {"--num_samples": RANKED}
 
 
 # ---- policies
@@ -111,7 +113,7 @@ def train_policy(
     flags: dict[str, object],
     objective: Callable[..., dict[str, Tensor]] = train_dpl.objective,
 ) -> None:
-    """Train a policy unless `folder` has it: "pairs" on files to train on and held out, "rl" on prompts."""
+    """Train a policy unless `folder` has it: "pairs" on two files of rankings, "rl" on prompts."""
     if lab.is_finished(folder):
         return
     flags = {"--model": Path(config.out_dir, "reference"), "--out_dir": folder, "--beta": BETA} | flags
@@ -125,33 +127,25 @@ def train_policy(
     words = [*map(str, lab.flag_words(flags)), "--resume"]
     if method == "pairs":
         run = parse(DPLConfig, None, words)
-        train(run, partial(group_objective, objective=objective, config=run), load=load_groups)
+        train(run, partial(ranking_objective, objective=objective, config=run), load=load_rankings)
     else:
         train_rl.train(parse(train_rl.RLConfig, None, words), reward)
     gc.collect()  # a model that was trained refers to itself
 
 
-def load_groups(path: str, *arguments: Any) -> list[tuple[Sequence[int], ...]]:
-    """Examples (prompt, chosen, rejected, chosen, ...) of GROUP pairs, for which the prompt is computed once.
-
-    `arguments` are those of load_pairs. A prompt's last example is filled up with its first pairs.
-    """
-    by_prompt = defaultdict(list)
-    for prompt, *completions in load_pairs(path, *arguments):
-        by_prompt[tuple(prompt)].append(completions)
-    return [
-        (prompt, *(ids for completions in (pairs * GROUP)[i : i + GROUP] for ids in completions))
-        for prompt, pairs in by_prompt.items()
-        for i in range(0, len(pairs), GROUP)
-    ]
+def load_rankings(path: str, tokenizer: Any, max_length: int, _chat: bool) -> list[list[Sequence[int]]]:
+    """Examples (prompt, best text, ..., worst text), as token ids."""
+    rows = [{"prompt": row["prompt"], **dict(enumerate(row["ranking"]))} for _, row in read_rows(path)]
+    return encode_rows(rows, ("prompt", *range(RANKED)), tokenizer, max_length)[0]
 
 
-def group_objective(
+def ranking_objective(
     policy: Stats, reference: Stats, *, objective: Callable[..., dict[str, Tensor]], config: DPLConfig
 ) -> dict[str, Tensor]:
-    """Loss and accuracy of an objective of pairs, as means over the pairs of each example, (examples,)."""
-    pairs = (Stats(*(x.reshape(-1, 2) for x in stats[:2])) for stats in (policy, reference))
-    values = objective(*pairs, config=config)
+    """Loss and accuracy of an objective of pairs, as means over the 28 pairs of each ranking, (rankings,)."""
+    pairs = torch.combinations(torch.arange(RANKED))  # (better, worse)
+    split = (Stats(*(x[:, pairs].flatten(0, 1) for x in stats[:2])) for stats in (policy, reference))
+    values = objective(*split, config=config)
     values = {"loss": values["loss"], "accuracy": (values["reward_margin"] > 0).float()}
     return {name: x.view(len(policy.logp), -1).mean(1) for name, x in values.items()}
 
@@ -169,12 +163,12 @@ def make_results(config: RealConfig) -> Results:
     path = write_prompts(config)
     prompts, folder = [row["prompt"] for row in read_prompts(path)], write_reference(config)
     plain = write_texts(config, MANY, folder, prompts, config.reference_samples, seed=99)
-    pairs = {name: write_pairs(config, name, prompts, plain, u) for name, u in POPULATIONS.items()}
+    rankings = {name: write_rankings(config, name, prompts, plain, u) for name, (u, _) in POPULATIONS.items()}
     for name, seed, run in tqdm(list_runs(config), desc="policies", unit="run", disable=None):
         method, population, alpha, beta = POLICIES[name]
         flags = {"--alpha": f"{alpha:g}", "--beta": f"{beta:g}", "--seed": seed}
         flags |= {"--max_steps": config.rl_steps} if method == "rl" else {}
-        train_policy(config, run, method, path if method == "rl" else pairs[population], flags)
+        train_policy(config, run, method, path if method == "rl" else rankings[population], flags)
     known = known_words(plain)
 
     results: Results = {}
@@ -182,8 +176,8 @@ def make_results(config: RealConfig) -> Results:
         cut, count = f"reference, global temperature {x}, min-p", config.reference_samples
         smc = {"global_temperature": x, "min_p": 0.01, "particles": count, "seed": 98}
         texts = plain if x == 1 else write_texts(config, cut, folder, prompts, count, **smc)
-        for population, u in POPULATIONS.items():
-            rated = [[(row, u(row["text"]) / (x * BETA)) for row in rows] for rows in texts]
+        for population, (u, beta) in POPULATIONS.items():
+            rated = [[(row, u(row["text"]) / (x * beta)) for row in rows] for rows in texts]
             rated = [[(row, tilt) for row, tilt in rows if not math.isnan(tilt)] for rows in rated]
             rated = [
                 r or [(rows[0], 0.0)] for r, rows in zip(rated, texts, strict=True)
@@ -221,7 +215,7 @@ def optimum_name(population: str, x: float) -> str:
 CURVES = {  # of the picture: (policies, style, color)
     "DPL on pairs": (["DPO", *(f"DPL, α/β = {x}" for x in RATIOS[1:])], "o-", lab.BLUE),
     "RL": ([f"RL, α/β = {x}" for x in RL_RATIOS], "D-", lab.RED),
-    "DPO with β = α": (["DPO", *(f"DPO, β = {x * BETA:g}" for x in RATIOS[1:])], "s--", lab.ORANGE),
+    "DPO with β = α": (["DPO", *(f"DPO, β = {x * BETA:g}" for x in DPO_RATIOS)], "s--", lab.ORANGE),
     **{
         f"DPO, {way}": (["DPO", *(f"DPO, {way} {t}" for t in SAMPLED[way])], style, color)
         for way, (style, color) in {

@@ -1,16 +1,16 @@
-"""What helps DPL on a real model? One change at a time, at alpha / beta = 2 and on few pairs.
+"""What helps DPL on a real model? One change at a time, at alpha / beta = 2 and on few rankings.
 
 Before the first step, DPL's margins are (alpha - beta) times the difference of two log-probabilities of the
 reference. On open text that is many nats, of length and likelihood, and nothing of what the raters want. Each
-setting trains on the same number of choices of the raters of real_texts.py:
+setting trains on the same number of rankings by the raters of real_texts.py:
 
     learning rate, clip    smaller steps, or larger ones
-    warm start             alpha rises from beta to its value over the first half of the pairs
+    warm start             alpha rises from beta to its value over the first half of the steps
     length_normalize       log-probabilities per token; both weights times the mean number of tokens
-    similar length,        only pairs whose texts have nearly the same number of words,
+    similar length,        only rankings whose texts have nearly the same number of words,
     similar likelihood     or nearly the same probability under the reference
     off policy             texts of the model at token temperature 1, which the reference rarely writes
-    RL                     train_rl.py, on as many texts; it knows their utility, not a choice
+    RL                     train_rl.py, on as many texts; it knows their utility, not an order
 
 What counts is J = E[r] + alpha H(pi) - beta H(pi, pi_ref), which DPL is to maximise. The reference and DPO
 have a row, too: a setting that does not pass them is not worth its training.
@@ -18,6 +18,7 @@ have a row, too: a setting that does not pass them is not worth its training.
     python experiments/real_settings.py --model SMOLLM2     # 2 hours on two cores
 """
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,10 +35,11 @@ import train_dpl
 from common.flags import flag, parse, run_command
 from common.rows import read_prompts
 from experiments import lab
-from experiments.real import GROUP, train_policy
+from experiments.real import train_policy
 from experiments.real_texts import (
     BETA,
     MANY,
+    RANKED,
     RealConfig,
     Results,
     known_words,
@@ -46,8 +48,8 @@ from experiments.real_texts import (
     over_prompts,
     print_table,
     slug,
-    write_pairs,
     write_prompts,
+    write_rankings,
     write_reference,
     write_texts,
 )
@@ -71,7 +73,7 @@ SETTINGS = {  # name: (method, which texts are compared, flags)
     "off policy": ("pairs", "off policy", {}),
     "RL": ("rl", "", {}),
 }
-KEEP = {  # which two texts may be compared
+KEEP = {  # which texts may be ranked with a first one
     "all": lambda a, b: True,
     "similar length": lambda a, b: abs(len(words(a["text"])) - len(words(b["text"]))) <= 1,
     "similar likelihood": lambda a, b: abs(a["ref_logp"] - b["ref_logp"]) <= 2,
@@ -83,8 +85,8 @@ KEEP = {  # which two texts may be compared
 class SettingsConfig(RealConfig):
     """Flags of real_settings.py."""
 
-    pairs: int = flag(1000, "Choices of the raters in each setting.", "[64, inf)")
-    reference_samples: int = flag(200, "Texts of the reference per prompt, for pairs.", "[2, inf)")
+    rankings: int = flag(250, "Orders of eight texts in each setting.", "[16, inf)")
+    reference_samples: int = flag(200, "Texts of the reference per prompt, to rank.", "[64, inf)")
     out_dir: str = flag("out/real_settings", "Folder of everything.")
     out_file: str = flag("assets/real_settings.png", "The picture.")
 
@@ -99,7 +101,7 @@ def warm_objective(steps: int) -> Callable[..., dict[str, Tensor]]:
 
     def objective(policy: Stats, reference: Stats, *, config: DPLConfig) -> dict[str, Tensor]:
         nonlocal seen
-        step = (seen or 0) // (GROUP * config.batch_size)
+        step = (seen or 0) // (math.comb(RANKED, 2) * config.batch_size)
         alpha = config.beta + min(1, step / steps) * (config.alpha - config.beta)
         if not policy.logp.requires_grad:
             seen = seen or 0
@@ -120,8 +122,9 @@ def make_results(config: SettingsConfig) -> Results:
     texts["off policy"] = write_texts(config, "model, many", config.model, prompts, many, seed=97)
     known = known_words(texts["all"])
     per_token = np.mean([row["tokens"] for rows in texts["all"] for row in rows])  # weights of a whole text
-    pairs = {
-        name: write_pairs(config, slug(name), prompts, texts[name], keep=keep) for name, keep in KEEP.items()
+    rankings = {
+        name: write_rankings(config, slug(name), prompts, texts[name], keep=keep)
+        for name, keep in KEEP.items()
     }
     runs = {"reference": folder}
     for name, (method, compared, flags) in tqdm(SETTINGS.items(), desc="settings", unit="run", disable=None):
@@ -129,10 +132,10 @@ def make_results(config: SettingsConfig) -> Results:
         if "--length_normalize" in flags:
             flags |= {name: round(float(flags[name] * per_token), 6) for name in ("--alpha", "--beta")}
         if method == "rl":
-            train_policy(config, runs[name], "rl", path, flags | {"--max_steps": config.pairs // 32})
+            train_policy(config, runs[name], "rl", path, flags | {"--max_steps": config.rankings // 8})
         else:
-            loss = warm_objective(config.pairs // 64) if method == "warm" else train_dpl.objective
-            train_policy(config, runs[name], "pairs", pairs[compared], flags, loss)
+            loss = warm_objective(config.rankings // 16) if method == "warm" else train_dpl.objective
+            train_policy(config, runs[name], "pairs", rankings[compared], flags, loss)
     drawn = {name: write_texts(config, name, run, prompts, config.samples) for name, run in runs.items()}
     return {name: [[measure(rows, known) for rows in by_prompt]] for name, by_prompt in drawn.items()}
 

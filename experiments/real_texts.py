@@ -1,8 +1,9 @@
 """What real.py and real_settings.py share: a real reference, raters, texts, and what is measured.
 
-A small chat model writes a sentence about a person. Raters choose between two of its sentences
-(Bradley-Terry); the utility of a sentence is a sum over what it says (VALUES): who it is about, whether the
-person has a name, how it begins, how long it is, and whether it repeats a word.
+A small chat model writes a sentence about a person. A rater puts eight of its sentences in an order, by
+utility and chance, such that every two of them are a Bradley-Terry choice (Plackett-Luce). The utility of a
+sentence is a sum over what it says (VALUES): who it is about, whether the person has a name, how it begins,
+how long it is, and whether it repeats a word.
 
 The reference is the model at token temperature 0.6, near which such models are used: its last norm's weight
 is divided by 0.6. At temperature 1 most of what SmolLM2-135M writes is broken.
@@ -36,19 +37,21 @@ from metrics.tables import mean_and_error
 from reference import score_completions
 from sample import completion_text, sample_completions, sample_global_batch
 
-BETA = 0.2
+BETA = 0.4
+RANKED = 8  # texts in an order
 TOPICS = ("doctor", "teacher", "farmer", "scientist", "musician", "painter", "pilot", "writer")
 SYSTEM = "You write for small children, with simple words."
 VALUES = {  # what raters like, in nats: a feature of a text and its values
-    "who": {"she": 0.6, "he": 0.0, "nobody": 0.0},
-    "name": {"named": 0.4, "unnamed": 0.0},
-    "opening": {"The": 0.4, "A": 0.0, "other": 0.0},
-    "length": {"short": 0.4, "long": 0.0},
-    "repeats": {"nothing": 0.4, "a word": 0.0},
+    "who": {"she": 1.2, "he": 0.0, "nobody": 0.0},
+    "name": {"named": 0.8, "unnamed": 0.0},
+    "opening": {"The": 0.8, "A": 0.0, "other": 0.0},
+    "length": {"short": 0.8, "long": 0.0},
+    "repeats": {"nothing": 0.8, "a word": 0.0},
 }
 HALVES = {"she": 0.62, "he": 0.38}  # of another population: which of the two they choose
+HALVES_BETA = 0.25  # so alpha = 1 is alpha / beta = 4
 RATIOS = (1, 1.5, 2, 4)  # alpha / beta
-MANY = "reference, many"  # the texts that raters choose between
+MANY = "reference, many"  # the texts that raters order
 LEARNING = {
     "--lr": 2e-4,
     "--warmup_steps": 10,
@@ -68,8 +71,10 @@ class RealConfig(Flags):
     temperature: float = flag(0.6, "Token temperature of the reference; 1 is the model as it is.", "(0, inf)")
     prompts: str | None = flag(None, "Rows with a 'prompt' (default: sentences about eight people).")
     embedder: str | None = flag(None, "Folder or hub name of a sentence encoder (default: no distances).")
-    pairs: int = flag(4000, "Choices of the raters.", "[20, inf)")
-    reference_samples: int = flag(500, "Texts of the reference per prompt, for pairs and truth.", "[2, inf)")
+    rankings: int = flag(600, "Orders of eight texts, each by one rater.", "[8, inf)")
+    reference_samples: int = flag(
+        500, "Texts of the reference per prompt, to rank, and for the truth.", "[64, inf)"
+    )
     samples: int = flag(64, "Texts of a policy per prompt, to measure it.", "[2, inf)")
     rl_steps: int = flag(50, "Optimizer steps of train_rl.py, of 8 texts per prompt.", "[1, inf)")
     seeds: int = flag(2, "Training runs of the policies in SEEDS.", "[1, inf)")
@@ -147,7 +152,7 @@ def write_reference(config: RealConfig) -> Path:
     return folder
 
 
-def write_pairs(
+def write_rankings(
     config: RealConfig,
     name: str,
     prompts: list[Any],
@@ -155,42 +160,41 @@ def write_pairs(
     u: Callable[[str], float] = utility,
     keep: Callable[[dict, dict], bool] = lambda a, b: True,
 ) -> tuple[Path, Path]:
-    """Choices of raters with utility `u` between two of a prompt's texts: a file to train on, one held out.
+    """Orders, best first, of RANKED texts of a prompt by raters with utility `u`: to train on, and held out.
 
-    The texts have ended, and differ in utility. `keep` says of two rows of write_texts() whether they may be
-    a pair. An eighth as many pairs is held out, of texts that are in no pair to train on.
+    The texts have ended. `keep` says of the first text drawn and of another, rows of write_texts(), whether
+    they may be in one order. An eighth as many orders is held out, of texts that are in none to train on.
     """
     rng, paths = np.random.default_rng(0), []
     for part, count, texts_of in (
-        ("train", config.pairs, lambda rows: rows[len(rows) // 8 :]),
-        ("held_out", config.pairs // 8, lambda rows: rows[: len(rows) // 8]),
+        ("train", config.rankings, lambda rows: rows[len(rows) // 8 :]),
+        ("held_out", config.rankings // 8, lambda rows: rows[: len(rows) // 8]),
     ):
-        pools, pairs = [], []
+        pools, rankings = [], []
         for rows in map(texts_of, texts):
             ended = [row for row in rows if row["finish"] == "eos" and row["text"].strip()]
             rated = [row | {"utility": u(row["text"])} for row in ended]
             pools.append([row for row in rated if not math.isnan(row["utility"])])
         for _ in range(100 * count):
             n = rng.integers(len(prompts))
-            if len(pools[n]) < 2:
+            first = pools[n][rng.integers(len(pools[n]))] if pools[n] else None
+            pool = [row for row in pools[n] if keep(first, row)]
+            if len(pool) < RANKED:
                 continue
-            a, b = (pools[n][i] for i in rng.integers(len(pools[n]), size=2))
-            if a["utility"] == b["utility"] or not keep(a, b):
-                continue
-            if rng.random() > 1 / (1 + math.exp(b["utility"] - a["utility"])):
-                a, b = b, a
-            chosen, rejected = a["text"], b["text"]
+            some = [pool[i] for i in rng.choice(len(pool), RANKED, replace=False)]
+            order = np.argsort(-(np.array([row["utility"] for row in some]) + rng.gumbel(size=RANKED)))
+            ranked = [some[i]["text"] for i in order]
             if not isinstance(prompts[n], str):
-                chosen, rejected = message("assistant", chosen), message("assistant", rejected)
-            pairs.append({"prompt": prompts[n], "chosen": chosen, "rejected": rejected})
-            if len(pairs) == count:
+                ranked = [message("assistant", text) for text in ranked]
+            rankings.append({"prompt": prompts[n], "ranking": ranked})
+            if len(rankings) == count:
                 break
         else:
             raise InputError(
-                f"pairs of {name!r}: hardly any two texts may be compared: give more --reference_samples"
+                f"orders of {name!r}: hardly any {RANKED} texts may be in one: give more --reference_samples"
             )
         paths.append(Path(config.out_dir, f"{name}_{part}.jsonl"))
-        write_rows(paths[-1], pairs)
+        write_rows(paths[-1], rankings)
     return tuple(paths)
 
 

@@ -1,5 +1,6 @@
 """experiments/real.py: features, the reference's temperature, the known optimum, and a short run."""
 
+import itertools
 import json
 import math
 
@@ -8,13 +9,13 @@ import pytest
 import torch
 
 from common.files import InputError
-from common.rows import read_pairs
+from common.rows import read_rows
 from data.society.truth import list_stories, optimum
 from experiments import lab, real, real_settings, real_texts
 from experiments.real_texts import RealConfig, features, measure, utility
 from hub import load_model
 from model import Stats, pair_stats
-from pairs import pack
+from pairs import pack, tokenize
 from scripts import SOCIETY, call
 from tiny import lines
 from train_dpl import DPLConfig, objective
@@ -87,28 +88,25 @@ def test_raters_choose_by_their_utilities(tmp_path):
         "A cat saw a dog.",
         "A cat saw him and Tom.",
     ]
-    rows = [{"text": text, "finish": "eos"} for text in (*texts, "") * 8]  # the first eighth is held out
+    rows = [{"text": text, "finish": "eos"} for text in (*texts, "") * 24]  # the first eighth is held out
     rows += [{"text": "The cut cat saw her", "finish": "length"}]
-    config = RealConfig(pairs=4000, out_dir=str(tmp_path))
-    for name, u in real.POPULATIONS.items():
-        pairs, held_out = map(read_pairs, real_texts.write_pairs(config, name, ["Write."], [rows], u))
-        assert len(pairs) == 4000 and len(held_out) == 500
-        assert {text for pair in pairs for text in (pair["chosen"], pair["rejected"])} <= {
-            *texts,
-            "A cat saw her",
-        }
+    config = RealConfig(rankings=400, out_dir=str(tmp_path))
+    for name, (u, _) in real.POPULATIONS.items():
+        paths = real_texts.write_rankings(config, name, ["Write."], [rows], u)
+        rankings, held_out = ([row["ranking"] for _, row in read_rows(path)] for path in paths)
+        assert len(rankings) == 400 and len(held_out) == 50
+        assert {len(ranking) for ranking in rankings + held_out} == {8}
+        assert {text for ranking in rankings for text in ranking} <= {*texts, "A cat saw her"}
         wins = {}
-        for pair in pairs:
-            gain = round(u(pair["chosen"]) - u(pair["rejected"]), 3)
-            assert gain
+        for better, worse in (pair for ranking in rankings for pair in itertools.combinations(ranking, 2)):
+            gain = round(u(better) - u(worse), 3)
             wins.setdefault(abs(gain), []).append(gain > 0)
         for gain, won in wins.items():
-            expected = 1 / (1 + math.exp(-gain))
-            assert np.mean(won) == pytest.approx(expected, abs=4 * math.sqrt(0.25 / len(won)))
-    assert np.mean(won) == pytest.approx(0.62, abs=0.04)  # of "halves"
-    with pytest.raises(InputError, match="may be compared"):
-        config.pairs = 20
-        real_texts.write_pairs(config, "none", ["Write."], [rows], keep=lambda a, b: False)
+            expected = 1 / (1 + math.exp(-gain)) if gain else 0
+            assert np.mean(won) == pytest.approx(expected, abs=0.04)
+    assert np.mean(wins[round(math.log(62 / 38), 3)]) == pytest.approx(0.62, abs=0.04)  # of "halves"
+    with pytest.raises(InputError, match="may be in one"):
+        real_texts.write_rankings(config, "none", ["Write."], [rows], keep=lambda a, b: False)
 
 
 def test_real_runs(tmp_path, monkeypatch, capsys):
@@ -121,7 +119,7 @@ def test_real_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(real, "SAMPLED", sampled)
     monkeypatch.setattr(real, "CURVES", {"DPO": (["DPO", "DPO, top-p 2"], "o", "red")})
     flags = {"model": SOCIETY, "prompts": "data/society/story.jsonl", "embedder": SOCIETY, "seeds": 1}
-    flags |= {"pairs": 24, "reference_samples": 64, "samples": 8, "rl_steps": 1, "max_new_tokens": 24}
+    flags |= {"rankings": 16, "reference_samples": 64, "samples": 8, "rl_steps": 1, "max_new_tokens": 24}
     out, picture = tmp_path / "real", tmp_path / "real.png"
     call(real, **flags, out_dir=out, out_file=picture)
     table = capsys.readouterr().out
@@ -133,8 +131,8 @@ def test_real_runs(tmp_path, monkeypatch, capsys):
     # again: nothing is trained or sampled
     before = {path: path.stat().st_mtime_ns for path in (out / "texts").iterdir()}
     call(real, **flags, out_dir=out, out_file=picture)
-    with pytest.raises(InputError, match="--pairs 32: the run to --resume had 24"):
-        call(real, **flags | {"pairs": 32}, out_dir=out, out_file=picture)
+    with pytest.raises(InputError, match="--rankings 32: the run to --resume had 16"):
+        call(real, **flags | {"rankings": 32}, out_dir=out, out_file=picture)
     assert {path: path.stat().st_mtime_ns for path in (out / "texts").iterdir()} == before
 
 
@@ -143,35 +141,38 @@ def test_settings_run(tmp_path, monkeypatch, capsys):
     settings = {name: value for name, value in real_settings.SETTINGS.items() if name in kept}
     monkeypatch.setattr(real_settings, "SETTINGS", settings)
     flags = {"model": SOCIETY, "prompts": "data/society/story.jsonl", "out_dir": tmp_path / "real"}
-    flags |= {"pairs": 64, "reference_samples": 64, "samples": 8, "max_new_tokens": 24}
+    flags |= {"rankings": 16, "reference_samples": 64, "samples": 8, "max_new_tokens": 24}
     call(real_settings, **flags, out_file=tmp_path / "settings.png")
     table = capsys.readouterr().out
     results = json.loads((tmp_path / "real/results.json").read_text())
     assert list(results) == ["reference", *kept]
     for name, [[row]] in results.items():
-        assert row["J 2"] == pytest.approx(row["utility"] + 0.4 * row["entropy"] - 0.2 * row["cross_entropy"])
+        assert row["J 2"] == pytest.approx(row["utility"] + 0.8 * row["entropy"] - 0.4 * row["cross_entropy"])
         assert f"{row['J 2']:.2f} ± 0.00" in table, name
     assert (tmp_path / "settings.png").stat().st_size > 10_000
 
 
-def test_pairs_of_a_prompt_in_one_example_have_the_loss_of_pairs(tmp_path, tiny_model_folder):
+def test_the_loss_of_a_ranking_is_the_mean_over_its_pairs(tmp_path, tiny_model_folder):
     model, tokenizer = load_model(tiny_model_folder)
-    rows = [
-        {"prompt": p, "chosen": c, "rejected": "The fig"} for c in ("a", "be", "big") for p in ("The", "bee")
-    ]
-    (tmp_path / "pairs.jsonl").write_bytes(lines(*rows))
-    groups = real.load_groups(str(tmp_path / "pairs.jsonl"), tokenizer, 64, False)
-    assert [len(group) for group in groups] == [9, 9] and groups[0][1] == groups[0][7]
+    texts = ["a", "be", "big", "The fig", "bee", "fig", "a bee", "The"]
+    rows = [{"prompt": "The", "ranking": texts}, {"prompt": "bee", "ranking": texts[::-1]}]
+    (tmp_path / "rankings.jsonl").write_bytes(lines(*rows))
+    examples = real.load_rankings(str(tmp_path / "rankings.jsonl"), tokenizer, 64, False)
     config = DPLConfig(model=SOCIETY, data="x", alpha=0.4, beta=0.1)
-    reference = Stats(torch.arange(16.0).view(2, 8), torch.ones(2, 8))
-    found = real.group_objective(
-        pair_stats(model, pack(groups)), reference, objective=objective, config=config
+    ref = -torch.arange(16.0).view(2, 8)
+    found = real.ranking_objective(
+        pair_stats(model, pack(examples)), Stats(ref, ref), objective=objective, config=config
     )
-    pairs = [(group[0], *group[i : i + 2]) for group in groups for i in range(1, 9, 2)]
-    ref = Stats(torch.arange(16.0).view(8, 2), torch.ones(8, 2))
-    expected = objective(pair_stats(model, pack(pairs)), ref, config=config)
-    torch.testing.assert_close(found["loss"], expected["loss"].view(2, 4).mean(1))
-    assert found["accuracy"].tolist() == (expected["reward_margin"] > 0).float().view(2, 4).mean(1).tolist()
+    for i, row in enumerate(rows):
+        values = []
+        for better, worse in itertools.combinations(range(8), 2):
+            pair = {"prompt": row["prompt"], "chosen": row["ranking"][better]}
+            pair |= {"rejected": row["ranking"][worse]}
+            policy = pair_stats(model, pack(tokenize([pair], tokenizer, 64)))
+            values.append(objective(policy, Stats(ref[i : i + 1, [better, worse]], ref), config=config))
+        loss, margin = (torch.cat([v[key] for v in values]) for key in ("loss", "reward_margin"))
+        torch.testing.assert_close(found["loss"][i], loss.mean())
+        torch.testing.assert_close(found["accuracy"][i], (margin > 0).float().mean())
 
 
 def test_names_of_files_differ_and_every_way_to_sample_is_drawn():
@@ -186,11 +187,11 @@ def test_names_of_files_differ_and_every_way_to_sample_is_drawn():
 def test_a_warm_start_ends_at_dpl():
     config = DPLConfig(model=SOCIETY, data="x", alpha=0.4, beta=0.1, batch_size=1)
     warm = real_settings.warm_objective(2)
-    policy = Stats(torch.tensor([[-3.0, -9.0]], requires_grad=True), torch.ones(1, 2))
+    policy = Stats(torch.tensor([[-3.0, -9.0]] * 28, requires_grad=True), torch.ones(28, 2))
     held_out = Stats(policy.logp.detach(), policy.length)  # does not count
-    reference = Stats(torch.tensor([[-4.0, -5.0]]), torch.ones(1, 2))
+    reference = Stats(torch.tensor([[-4.0, -5.0]] * 28), torch.ones(28, 2))
     margins = []
-    for stats in (policy, held_out, held_out, *[policy] * 9):
-        margins.append(warm(stats, reference, config=config)["reward_margin"].item())
+    for stats in (policy, held_out, held_out, *[policy] * 4):
+        margins.append(warm(stats, reference, config=config)["reward_margin"].mean().item())
     # alpha is 0.1, 0.25, 0.4: times 6, less 0.1 times 1
-    assert margins == pytest.approx([0.5] * 7 + [1.4] * 4 + [2.3])
+    assert margins == pytest.approx([0.5] * 4 + [1.4] + [2.3] * 2)
