@@ -3,7 +3,9 @@
 SmolLM2-135M, at token temperature 0.6, writes a sentence about a person (real_texts.py has the prompts and
 the raters). Policies are trained on 600 rankings of eight of its sentences, which are 16,800 pairs
 (train_dpl.py), or on the raters' utility itself (train_rl.py, which so knows more: choices are random), and
-sampled. DPO is also trained with beta = alpha, the other way to stay diverse, and sampled hotter.
+sampled. DPO is also trained with beta = alpha, the other way to stay diverse, and sampled hotter. "DPL per
+token" averages log-probabilities over tokens (--length_normalize), with weights 24 times as large, so that
+length earns nothing.
 
 The truth. For alpha = beta, the optimum is pi_ref exp(u / beta) / Z: the reference's own sentences, weighted
 by exp(u / beta). A policy's KL to it is (the highest J - its own J) / alpha. For alpha > beta, the weights
@@ -53,13 +55,14 @@ from experiments.real_texts import (
     MANY,
     RANKED,
     RATIOS,
+    TOKENS,
     VALUES,
     RealConfig,
     Results,
-    distances,
     half_utility,
     known_words,
     measure,
+    measure_texts,
     open_folder,
     over_prompts,
     print_table,
@@ -77,9 +80,11 @@ from trainer import train
 
 POPULATIONS = {"one": (utility, BETA), "halves": (half_utility, HALVES_BETA)}
 DPO_RATIOS = (2, 4)  # DPO with a larger beta, in place of a larger alpha
+PER_TOKEN_RATIOS = (1, 2, 4)
 RL_RATIOS = (1, 1.5, 2)  # at 2 its texts are cut at the limit already
 POLICIES = {  # name: (method, population, alpha, beta)
     **{f"DPL, α/β = {x}" if x > 1 else "DPO": ("pairs", "one", x * BETA, BETA) for x in RATIOS},
+    **{f"DPL per token, α/β = {x}": ("per token", "one", x * BETA, BETA) for x in PER_TOKEN_RATIOS},
     **{f"RL, α/β = {x}": ("rl", "one", x * BETA, BETA) for x in RL_RATIOS},
     **{f"DPO, β = {x * BETA:g}": ("pairs", "one", x * BETA, x * BETA) for x in DPO_RATIOS},
     "halves: DPO": ("pairs", "halves", HALVES_BETA, HALVES_BETA),
@@ -113,11 +118,17 @@ def train_policy(
     flags: dict[str, object],
     objective: Callable[..., dict[str, Tensor]] = train_dpl.objective,
 ) -> None:
-    """Train a policy unless `folder` has it: "pairs" on two files of rankings, "rl" on prompts."""
+    """Train a policy unless `folder` has it.
+
+    `data` are files of rankings to train on and held out ("pairs", "per token"), or a file of prompts ("rl").
+    """
     if lab.is_finished(folder):
         return
     flags = {"--model": Path(config.out_dir, "reference"), "--out_dir": folder, "--beta": BETA} | flags
-    if method == "pairs":
+    if method == "per token":
+        weights = {name: TOKENS * float(flags[name]) for name in ("--alpha", "--beta")}
+        flags |= {"--length_normalize": True} | weights
+    if method != "rl":
         flags = TRAIN | dict(zip(("--data", "--eval_data"), data, strict=True)) | flags
     else:
         count = sum(1 for _ in read_rows(data))
@@ -125,7 +136,7 @@ def train_policy(
             RL | {"--data": data, "--batch_size": count, "--max_new_tokens": config.max_new_tokens} | flags
         )
     words = [*map(str, lab.flag_words(flags)), "--resume"]
-    if method == "pairs":
+    if method != "rl":
         run = parse(DPLConfig, None, words)
         train(run, partial(ranking_objective, objective=objective, config=run), load=load_rankings)
     else:
@@ -190,11 +201,7 @@ def make_results(config: RealConfig) -> Results:
             runs += [(f"DPO, {way} {t}", s, f, options) for n, s, f in list_runs(config) if n == "DPO"]
     for name, seed, policy, options in runs:
         texts = write_texts(config, name, policy, prompts, config.samples, seed, **options)
-        values = [measure(rows, known) for rows in texts]
-        if config.embedder:
-            for row, value in zip(values, distances(texts, config.embedder), strict=True):
-                row["distance"] = value
-        results.setdefault(name, []).append(values)
+        results.setdefault(name, []).append(measure_texts(config, texts, known))
     for name in results:
         if name.startswith("halves"):  # these raters have other utilities
             for row in results[name][0]:
@@ -214,6 +221,7 @@ def optimum_name(population: str, x: float) -> str:
 
 CURVES = {  # of the picture: (policies, style, color)
     "DPL on pairs": (["DPO", *(f"DPL, α/β = {x}" for x in RATIOS[1:])], "o-", lab.BLUE),
+    "DPL per token": ([f"DPL per token, α/β = {x}" for x in PER_TOKEN_RATIOS], "o--", lab.SKY),
     "RL": ([f"RL, α/β = {x}" for x in RL_RATIOS], "D-", lab.RED),
     "DPO with β = α": (["DPO", *(f"DPO, β = {x * BETA:g}" for x in DPO_RATIOS)], "s--", lab.ORANGE),
     **{
@@ -280,13 +288,13 @@ def draw_who(results: Results, path: Path) -> None:
 def draw_runs(config: RealConfig, path: Path) -> None:
     """Draw the held-out loss of runs on pairs, and J of runs by RL, against steps."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
-    keys = {"pairs": "eval_loss", "rl": "objective"}
     for name, seed, folder in list_runs(config):
         method, population, *_ = POLICIES[name]
         if population == "one" and seed == 0:
-            rows = [row for _, row in read_rows(folder / "metrics.jsonl") if keys[method] in row]
-            axis = axes[list(keys).index(method)]
-            axis.plot([row["step"] for row in rows], [row[keys[method]] for row in rows], label=name)
+            key, axis = ("objective", axes[1]) if method == "rl" else ("eval_loss", axes[0])
+            rows = [row for _, row in read_rows(folder / "metrics.jsonl") if key in row]
+            axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=name)
+    axes[0].set_yscale("log")
     for axis, label in zip(axes, ("held-out loss, nats", "J, nats: mean of a step's texts"), strict=True):
         axis.set(xlabel="optimizer step", ylabel=label)
         axis.legend()

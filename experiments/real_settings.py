@@ -6,14 +6,15 @@ setting trains on the same number of rankings by the raters of real_texts.py:
 
     learning rate, clip    smaller steps, or larger ones
     warm start             alpha rises from beta to its value over the first half of the steps
-    length_normalize       log-probabilities per token; both weights times the mean number of tokens
+    per token              --length_normalize, with weights 24 times as large: 24 tokens are a text
     similar length,        only rankings whose texts have nearly the same number of words,
     similar likelihood     or nearly the same probability under the reference
     off policy             texts of the model at token temperature 1, which the reference rarely writes
     RL                     train_rl.py, on as many texts; it knows their utility, not an order
 
-What counts is J = E[r] + alpha H(pi) - beta H(pi, pi_ref), which DPL is to maximise. The reference and DPO
-have a row, too: a setting that does not pass them is not worth its training.
+DPL is to maximise J = E[r] + alpha H(pi) - beta H(pi, pi_ref). Entropy grows with length, so a policy that
+writes on until it is cut has a high J. The picture shows what a reader of its texts sees instead. The
+reference and DPO have a row, too: a setting that does not pass them is not worth its training.
 
     python experiments/real_settings.py --model SMOLLM2     # 2 hours on two cores
 """
@@ -43,7 +44,7 @@ from experiments.real_texts import (
     RealConfig,
     Results,
     known_words,
-    measure,
+    measure_texts,
     open_folder,
     over_prompts,
     print_table,
@@ -67,7 +68,7 @@ SETTINGS = {  # name: (method, which texts are compared, flags)
     "lr 8e-4": ("pairs", "all", {"--lr": 8e-4}),
     "clip 0.1": ("pairs", "all", {"--max_grad_norm": 0.1}),
     "warm start": ("warm", "all", {}),
-    "length_normalize": ("pairs", "all", {"--length_normalize": True}),
+    "per token": ("per token", "all", {}),
     "similar length": ("pairs", "similar length", {}),
     "similar likelihood": ("pairs", "similar likelihood", {}),
     "off policy": ("pairs", "off policy", {}),
@@ -121,7 +122,6 @@ def make_results(config: SettingsConfig) -> Results:
     texts = dict.fromkeys(KEEP, write_texts(config, MANY, folder, prompts, many, seed=99))
     texts["off policy"] = write_texts(config, "model, many", config.model, prompts, many, seed=97)
     known = known_words(texts["all"])
-    per_token = np.mean([row["tokens"] for rows in texts["all"] for row in rows])  # weights of a whole text
     rankings = {
         name: write_rankings(config, slug(name), prompts, texts[name], keep=keep)
         for name, keep in KEEP.items()
@@ -129,22 +129,21 @@ def make_results(config: SettingsConfig) -> Results:
     runs = {"reference": folder}
     for name, (method, compared, flags) in tqdm(SETTINGS.items(), desc="settings", unit="run", disable=None):
         runs[name], flags = Path(config.out_dir, slug(name)), {"--alpha": ALPHA, "--beta": BETA} | flags
-        if "--length_normalize" in flags:
-            flags |= {name: round(float(flags[name] * per_token), 6) for name in ("--alpha", "--beta")}
         if method == "rl":
             train_policy(config, runs[name], "rl", path, flags | {"--max_steps": config.rankings // 8})
         else:
             loss = warm_objective(config.rankings // 16) if method == "warm" else train_dpl.objective
-            train_policy(config, runs[name], "pairs", rankings[compared], flags, loss)
+            method = "pairs" if method == "warm" else method
+            train_policy(config, runs[name], method, rankings[compared], flags, loss)
     drawn = {name: write_texts(config, name, run, prompts, config.samples) for name, run in runs.items()}
-    return {name: [[measure(rows, known) for rows in by_prompt]] for name, by_prompt in drawn.items()}
+    return {name: [measure_texts(config, by_prompt, known)] for name, by_prompt in drawn.items()}
 
 
 def draw(results: Results, path: Path) -> None:
     """Draw what each setting reaches; bars are standard errors over prompts."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), sharey=True)
-    titles = {f"J {RATIO}": "J, nats", "entropy": "entropy, nats a text"}
-    titles |= {"nats_per_token": "cross-entropy to the reference, nats a token"}
+    figure, axes = plt.subplots(1, 4, figsize=(14, 4.6), sharey=True)
+    titles = {"utility": "expected utility, nats", "features": "entropy of what a text says, bits"}
+    titles |= {"nats_per_token": "cross-entropy, nats a token", "tokens": "length, tokens a text"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         values = [over_prompts(runs, key) for runs in results.values()]
         means, errors = np.array(values).T

@@ -39,6 +39,7 @@ from sample import completion_text, sample_completions, sample_global_batch
 
 BETA = 0.4
 RANKED = 8  # texts in an order
+TOKENS = 24  # of a text of SmolLM2, on average
 TOPICS = ("doctor", "teacher", "farmer", "scientist", "musician", "painter", "pilot", "writer")
 SYSTEM = "You write for small children, with simple words."
 VALUES = {  # what raters like, in nats: a feature of a text and its values
@@ -76,7 +77,7 @@ class RealConfig(Flags):
         500, "Texts of the reference per prompt, to rank, and for the truth.", "[64, inf)"
     )
     samples: int = flag(64, "Texts of a policy per prompt, to measure it.", "[2, inf)")
-    rl_steps: int = flag(50, "Optimizer steps of train_rl.py, of 8 texts per prompt.", "[1, inf)")
+    rl_steps: int = flag(40, "Optimizer steps of train_rl.py, of 8 texts per prompt.", "[1, inf)")
     seeds: int = flag(2, "Training runs of the policies in SEEDS.", "[1, inf)")
     max_new_tokens: int = flag(64, "Longest text, in tokens.", "[1, inf)")
     out_dir: str = flag("out/real", "Folder of everything.")
@@ -333,6 +334,15 @@ def distances(texts: list[Rows], embedder: str) -> list[float]:
     vectors = embed([text for group in groups for text in group], embedder)
     parts = np.split(vectors, np.cumsum([len(group) for group in groups])[:-1])
     return [cosine_diversity(part, distinct=True) if len(part) > 1 else math.nan for part in parts]
+
+
+def measure_texts(config: RealConfig, texts: list[Rows], known_words: set[str]) -> list[dict[str, float]]:
+    """measure() of each prompt's texts, with their "distance" if there is an --embedder."""
+    values = [measure(rows, known_words) for rows in texts]
+    if config.embedder:
+        for row, value in zip(values, distances(texts, config.embedder), strict=True):
+            row["distance"] = value
+    return values
 
 
 # ---- table
