@@ -90,7 +90,7 @@ POLICIES = {  # name: (method, population, alpha, beta)
     "halves: DPO": ("pairs", "halves", HALVES_BETA, HALVES_BETA),
     "halves: DPL, α/β = 4": ("pairs", "halves", 4 * HALVES_BETA, HALVES_BETA),
 }
-SEEDS = ("DPO", "DPL, α/β = 2", "DPL, α/β = 4")  # trained with every seed, the others with one
+SEEDS = ("DPO", "DPL, α/β = 2", "DPL per token, α/β = 2")  # trained with every seed, the others with one
 SAMPLED = {  # way: how DPO is sampled besides plainly, {setting: options of write_texts()}
     "token temperature": {t: {"temperature": t} for t in (1.25, 1.5, 2)},
     "min-p": {t: {"temperature": t, "min_p": 0.1} for t in (1.5, 2, 3)},
