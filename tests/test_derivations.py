@@ -103,6 +103,23 @@ def test_a_token_temperature_reverses_the_order_of_two_texts():
     assert [round(p, 2) for p in (first[0] * second[0], first[1])] == [0.41, 0.45]  # once 0.54 and 0.40
 
 
+def test_a_global_temperature_above_1_lengthens_texts():
+    """All texts of up to 6 tokens; one ends with probability 0.3 and has tokens of 0.3, 0.2 and 0.2."""
+    tokens = (0.3, 0.2, 0.2)
+    for tau, expected in ((1, 0.7), (1.25, 0.934), (2, 1.44)):
+        by_length = [
+            sum((math.prod(text) * 0.3) ** (1 / tau) for text in itertools.product(tokens, repeat=n))
+            for n in range(7)
+        ]
+        growth = [longer / shorter for shorter, longer in itertools.pairwise(by_length)]
+        assert growth == pytest.approx([expected] * 6, abs=0.005)
+        s = growth[0]
+        if s < 1:
+            n = np.arange(2000)
+            assert np.average(n, weights=s**n) == pytest.approx(s / (1 - s))
+            assert round(s / (1 - s), 1) == {1: 2.3, 1.25: 14.1}[tau]
+
+
 # ---- Mallows models, by enumeration of all rankings
 
 
