@@ -17,8 +17,9 @@ says how few sentences such a row rests on, and J may be higher without the cut.
 Another population chooses between a sentence about her and one about him: 62% want her, 38% him. Nothing says
 how it likes one about nobody.
 
-    python experiments/real.py --model SMOLLM2 --embedder MINILM       # 9 hours on two cores
-    python experiments/real.py --model SMOLLM2 --rankings 120 --rl_steps 20 --out_dir out/short  # 1 hour
+    python experiments/real.py --model SMOLLM2 --embedder MINILM       # about 10 hours on two cores
+    python experiments/real.py --model SMOLLM2 --rankings 120 --rl_steps 20 \
+        --out_dir out/short --out_file out/short.png
 
 What is finished is kept: the same command goes on where it was stopped. real_settings.py tries what helps
 DPL on pairs.
