@@ -12,8 +12,8 @@ from pathlib import Path
 
 from common.files import InputError
 from common.flags import raise_input_error, run_command
-from hub import load_model, save_model, save_tokenizer
-from lora import read_adapter_config
+from core.hub import load_model, save_model, save_tokenizer
+from core.lora import read_adapter_config
 
 
 def write_merged(adapter: str | Path, out: str | Path, overwrite: bool = False) -> None:

@@ -37,7 +37,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from checks import max_positions
 from common.encode import decode_continuation, encode_prompts, end_tokens
 from common.files import (
     InputError,
@@ -52,8 +51,9 @@ from common.files import (
 from common.flags import Flags, flag, parse, require, require_same, run_command
 from common.parallel import all_gather, distributed, get_device, get_dtype, get_rank, get_world_size
 from common.rows import read_prompts, to_messages
-from decode import Batch, Completion, exponential_noise, gumbel_max, next_token_probs
-from hub import load_model
+from core.checks import max_positions
+from core.decode import Batch, Completion, exponential_noise, gumbel_max, next_token_probs
+from core.hub import load_model
 
 MAY_CHANGE = {"out_file", "overwrite", "resume"}  # flags that may change when a run is resumed
 

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.flags import flag, run_command
-from model import Stats
-from trainer import TrainConfig, parse_run, train
+from core.model import Stats
+from core.trainer import TrainConfig, parse_run, train
 
 
 @dataclass

@@ -43,9 +43,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.files import atomic_write, write_json
 from common.flags import flag, require, run_command
 from common.parallel import get_rank
-from model import Stats
+from core.model import Stats
+from core.trainer import TrainConfig, parse_run, train
 from train_dpl import dpl_margin, per_token
-from trainer import TrainConfig, parse_run, train
 
 LOSSES = ("theta", "phi", "ipo", "simpo", "dpl")
 

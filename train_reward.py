@@ -28,17 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from checks import check_packable, max_positions
 from common.encode import answer_lead, encode_answers, encode_prompts, render
 from common.files import InputError, error_prefix
 from common.flags import flag, run_command
 from common.parallel import get_device, get_dtype
 from common.rows import Text, message, read_pairs
-from hub import load_reward_model
-from model import Stats
-from pairs import Pair
-from reference import score_completions
-from trainer import TrainConfig, parse_run, train
+from core.checks import check_packable, max_positions
+from core.hub import load_reward_model
+from core.model import Stats
+from core.pairs import Pair
+from core.reference import score_completions
+from core.trainer import TrainConfig, parse_run, train
 
 
 @dataclass

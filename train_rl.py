@@ -34,21 +34,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checks import check_inputs
 from common import parallel
 from common.checkpoint import open_run, plan_run, start_run
 from common.encode import encode_prompts, end_tokens
 from common.files import ROOT, InputError, atomic_write, digest_json, error_prefix
 from common.flags import flag, require, run_command
 from common.rows import last_turn, read_prompts
-from hub import export, load_model
-from lora import lora_disabled
-from model import Stats, set_forward
-from pairs import count_tokens, default_micro_batch_tokens, describe
-from reference import digest_model, score_completions
-from sample import completion_text, sample_completions
-from train_reward import load_scorer
-from trainer import (
+from core.checks import check_inputs
+from core.hub import export, load_model
+from core.lora import lora_disabled
+from core.model import Stats, set_forward
+from core.pairs import count_tokens, default_micro_batch_tokens, describe
+from core.reference import digest_model, score_completions
+from core.trainer import (
     TrainConfig,
     forward_backward,
     is_bfloat16,
@@ -57,6 +55,8 @@ from trainer import (
     parse_run,
     run_steps,
 )
+from sample import completion_text, sample_completions
+from train_reward import load_scorer
 
 Reward = Callable[[list[dict[str, Any]], list[str]], Sequence[float]]
 PHASES = "sampling", "reference", "reward", "gradient"  # of a step: metrics.jsonl has the seconds of each

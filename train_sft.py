@@ -17,8 +17,8 @@ from common.encode import encode_rows
 from common.files import error_prefix
 from common.flags import flag, run_command
 from common.rows import read_examples
-from model import Stats
-from trainer import TrainConfig, parse_run, train
+from core.model import Stats
+from core.trainer import TrainConfig, parse_run, train
 
 
 @dataclass

@@ -10,10 +10,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.parallel import all_gather, distributed, get_device, get_world_size, shard, to_local
-from hub import load_model
-from lora import add_lora
-from model import packed_forward, pair_stats
-from pairs import pack
+from core.hub import load_model
+from core.lora import add_lora
+from core.model import packed_forward, pair_stats
+from core.pairs import pack
 
 
 @distributed()

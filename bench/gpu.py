@@ -51,14 +51,14 @@ sys.path.insert(0, str(ROOT))
 
 from machine import CUDA, DEVICE, DTYPE, clock, clocks, guard, rates
 
-from attention import block_mask, dense, dense_masks, flex
-from checks import own_values, packing_gap, probe_pairs
 from common.files import InputError
 from common.flags import Flags, flag, parse, run_command
 from common.logs import flops_per_token, peak_memory
-from lora import add_lora, lora_layers
-from model import pair_stats, wrap_layers
-from pairs import Pair, pack
+from core.attention import block_mask, dense, dense_masks, flex
+from core.checks import own_values, packing_gap, probe_pairs
+from core.lora import add_lora, lora_layers
+from core.model import pair_stats, wrap_layers
+from core.pairs import Pair, pack
 from sample import sample_completions
 
 SIZES = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}

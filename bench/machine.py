@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from attention import compile_once
+from core.attention import compile_once
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = (torch.device("cuda"), torch.bfloat16) if CUDA else (torch.device("cpu"), torch.float32)

@@ -39,7 +39,7 @@ import train_rl
 from common.flags import Flags, flag, parse, require, run_command
 from common.logs import peak_memory
 from common.rows import read_pairs
-from hub import load_model
+from core.hub import load_model
 from train_rl import PHASES, RLConfig
 
 BETA, RANK, LR = 0.1, 16, 1e-5

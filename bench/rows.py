@@ -24,8 +24,8 @@ from common.files import digest_json
 from common.flags import Flags, flag, parse, require, run_command
 from common.logs import peak_memory
 from common.rows import read_rows
+from core.pairs import count_tokens, load_pairs
 from data.society.make_world import write_rows
-from pairs import count_tokens, load_pairs
 
 
 @dataclass

@@ -37,8 +37,8 @@ from common.encode import encode_prompts, end_tokens
 from common.flags import Flags, flag, parse, run_command
 from common.logs import peak_memory
 from common.rows import read_pairs
-from decode import Batch
-from hub import load_model
+from core.decode import Batch
+from core.hub import load_model
 from sample import sample_completions
 
 CONTENDERS = ("generate", "static", "sample.py")

@@ -30,11 +30,11 @@ from machine import DEVICE, DTYPE, apart, clock, product_rate
 
 from common.flags import Flags, flag, parse, run_command
 from common.logs import peak_memory
-from lora import add_lora
-from model import Stats
-from pairs import Pair, count_tokens, default_micro_batch_tokens
+from core.lora import add_lora
+from core.model import Stats
+from core.pairs import Pair, count_tokens, default_micro_batch_tokens
+from core.trainer import forward_backward
 from train_dpl import DPLConfig, objective
-from trainer import forward_backward
 
 HIDDEN, LAYERS = 256, 8
 SWEEPS = {

@@ -41,13 +41,13 @@ from common.files import InputError
 from common.flags import Flags, flag, parse, run_command
 from common.logs import peak_memory
 from common.rows import read_pairs
-from hub import load_model
-from lora import add_lora, load_lora, lora_layers, save_lora
-from model import Stats
-from pairs import Pair, count_tokens, tokenize
-from reference import reference_stats
+from core.hub import load_model
+from core.lora import add_lora, load_lora, lora_layers, save_lora
+from core.model import Stats
+from core.pairs import Pair, count_tokens, tokenize
+from core.reference import reference_stats
+from core.trainer import forward_backward
 from train_dpl import DPLConfig, objective
-from trainer import forward_backward
 
 DPO = partial(objective, config=DPLConfig(alpha=0.1, beta=0.1))
 
@@ -131,7 +131,7 @@ def measure(config: BenchConfig, model: nn.Module, run: Callable[[], float]) -> 
 
 
 def ours(config: BenchConfig, folder: Path, tokens: int) -> Result:
-    """What trainer.py does in a step before the update."""
+    """What core/trainer.py does in a step before the update."""
     model, _, pairs, reference = load(config, folder)
     load_lora(model, folder / "adapter")
     rows = range(len(pairs))

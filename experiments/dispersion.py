@@ -35,11 +35,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.files import ROOT, write_json
 from common.flags import Flags, flag, parse, run_command
 from common.rows import read_pairs
+from core.hub import load_model
+from core.pairs import tokenize
+from core.reference import reference_stats
 from experiments import lab
-from hub import load_model
 from metrics.tables import save_figure
-from pairs import tokenize
-from reference import reference_stats
 from train_mallows import log_link, neg_log_dispersion
 
 TRUTH = np.arange(1, 21) / 5  # -log phi, from 0.2 (phi = 0.82) to 4 (phi = 0.018)

@@ -18,8 +18,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.flags import flag, run_command
-from model import Stats
-from trainer import TrainConfig, parse_run, train
+from core.model import Stats
+from core.trainer import TrainConfig, parse_run, train
 
 
 def _bounded_expm1(x: Tensor) -> Tensor:

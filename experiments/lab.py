@@ -15,10 +15,10 @@ from torch import Tensor
 
 from common.encode import encode_answers, encode_prompts, end_tokens
 from common.files import ROOT, write_json
+from core.decode import Completion, next_token_probs
+from core.hub import load_model
 from data.society.make_world import exact_logp
 from data.society.truth import WORLD, list_stories, utility
-from decode import Completion, next_token_probs
-from hub import load_model
 from sample import completion_text, sample
 
 REFERENCE = ROOT / "data/society/reference"

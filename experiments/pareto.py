@@ -33,13 +33,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.encode import encode_prompts
 from common.files import write_json
 from common.flags import Flags, flag, parse, run_command
+from core.hub import load_model
+from core.reference import score_completions
 from data.society.truth import list_stories, optimum
 from experiments import lab
-from hub import load_model
 from metrics.embedding import embed
 from metrics.formulas import cosine_diversity, unit_vectors
 from metrics.tables import mean_and_error, save_figure
-from reference import score_completions
 
 BETA, RATIOS = 0.1, (1, 1.1, 1.2, 1.3, 1.5, 2, 4, 11)  # alpha / beta
 # The two stories of a pair share most of their words, and the loss does not see the shared probability: large

@@ -41,9 +41,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.files import ROOT
 from common.flags import Flags, flag, parse, run_command
 from common.rows import read_pairs
+from core.hub import load_model
 from data.society.truth import optimum
 from experiments import lab
-from hub import load_model
 from metrics.answers import powers, samples_needed
 from metrics.formulas import pass_at_k
 from metrics.tables import mean_and_error, save_figure

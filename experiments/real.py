@@ -47,6 +47,8 @@ import train_rl
 from common.encode import encode_rows
 from common.flags import parse, run_command
 from common.rows import read_prompts, read_rows
+from core.model import Stats
+from core.trainer import train
 from experiments import lab
 from experiments.real_texts import (
     BETA,
@@ -75,9 +77,7 @@ from experiments.real_texts import (
     write_texts,
 )
 from metrics.tables import save_figure
-from model import Stats
 from train_dpl import DPLConfig
-from trainer import train
 
 POPULATIONS = {"one": (utility, BETA), "halves": (half_utility, HALVES_BETA)}
 DPO_RATIOS = (2, 4)  # DPO with a larger beta, in place of a larger alpha

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_dpl
 from common.flags import flag, parse, run_command
 from common.rows import read_prompts
+from core.model import Stats
 from experiments import lab
 from experiments.real import train_policy
 from experiments.real_texts import (
@@ -56,7 +57,6 @@ from experiments.real_texts import (
 )
 from metrics.formulas import words
 from metrics.tables import save_figure
-from model import Stats
 from train_dpl import DPLConfig, dpl_loss, dpl_margin
 
 RATIO = 2

@@ -27,14 +27,14 @@ from common.files import InputError, write_json
 from common.flags import Flags, flag, require_same
 from common.parallel import get_device
 from common.rows import message
+from core.decode import Batch
+from core.hub import load_model, save_model, save_tokenizer
+from core.reference import score_completions
 from data.society.make_world import write_rows
-from decode import Batch
 from experiments import lab
-from hub import load_model, save_model, save_tokenizer
 from metrics.embedding import embed
 from metrics.formulas import cosine_diversity, entropy_bits, words
 from metrics.tables import mean_and_error
-from reference import score_completions
 from sample import completion_text, sample_completions, sample_global_batch
 
 BETA = 0.4

@@ -35,10 +35,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.encode import encode_prompts
 from common.files import InputError
 from common.flags import flag, parse, run_command
+from core.decode import Batch
+from core.hub import load_model
 from data.society.truth import compare_samples, list_stories, read_story
-from decode import Batch
 from experiments import lab
-from hub import load_model
 from metrics.tables import save_figure
 from sample import sample_global_batch
 

@@ -58,16 +58,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.encode import encode_prompts
 from common.files import ROOT
 from common.flags import Flags, flag, parse, run_command
+from core.hub import load_model
+from core.model import Stats
+from core.reference import score_completions
+from core.trainer import train
 from data.society.make_world import exact_logp
 from data.society.truth import mallows_favourites, mallows_pair
 from experiments import lab
-from hub import load_model
 from metrics.tables import mean_and_error, save_figure
-from model import Stats
-from reference import score_completions
 from sample import draw_seed
 from train_mallows import MallowsConfig, fit_dispersion, mallows_dpl_loss, mallows_phi_loss, objective
-from trainer import train
 
 BETAS = (0.1, 0.2, 0.4)
 LOSSES = {"DPO": "theta", "φ link": "phi", "DPL, α = 2β": "dpl"}

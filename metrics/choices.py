@@ -28,16 +28,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from checks import check_packable, max_positions
 from common.encode import answer_lead, encode_answers, encode_prompts
 from common.files import InputError, error_prefix, fill, read_template, write_json
 from common.flags import Flags, flag, require
 from common.parallel import get_device, get_dtype
 from common.rows import message, read_rows
-from hub import load_model
+from core.checks import check_packable, max_positions
+from core.hub import load_model
+from core.reference import score_completions
 from metrics import formulas
 from metrics.tables import check_outputs, new_figure, save_figure
-from reference import score_completions
 
 LETTERS = "ABCDEFGHIJ"
 BINS = 10

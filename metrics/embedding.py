@@ -31,11 +31,11 @@ from tqdm import tqdm
 from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 from transformers.utils import cached_file
 
-from checks import max_positions
 from common.files import InputError
 from common.parallel import get_device
-from hub import loading, read_config
-from pairs import micro_batches
+from core.checks import max_positions
+from core.hub import loading, read_config
+from core.pairs import micro_batches
 
 # one vector per text from hidden states (texts, tokens, d) and a mask (texts, tokens), 1 where a token is
 POOLINGS = {

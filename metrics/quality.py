@@ -8,13 +8,14 @@ sample.py cut before it.
 
 from dataclasses import dataclass
 
-from checks import check_packable
 from common.encode import encode_examples
 from common.files import error_prefix
 from common.flags import flag, require
 from common.parallel import get_device, get_dtype
 from common.rows import to_texts
-from hub import load_model
+from core.checks import check_packable
+from core.hub import load_model
+from core.reference import score_completions
 from metrics.tables import (
     Columns,
     SamplesConfig,
@@ -24,7 +25,6 @@ from metrics.tables import (
     report_means,
     sample_rewards,
 )
-from reference import score_completions
 
 
 @dataclass

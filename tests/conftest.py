@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import evaluate
 import train_dpl
 from common.flags import run_command
-from hub import load_reward_model
+from core.hub import load_reward_model
 from scripts import call
 from tiny import CHATML, PAIRS, lines, train_tokenizer
 

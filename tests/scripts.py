@@ -16,8 +16,8 @@ from unittest.mock import patch
 
 import torch
 
-import trainer
 from common.files import ROOT
+from core import trainer
 from tiny import first_pairs
 from train_dpl import DPLConfig, objective
 

@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from trl import DPOConfig, DPOTrainer
 
 import merge
-from hub import load_model
-from lora import add_lora, lora_layers, save_lora
+from core.hub import load_model
+from core.lora import add_lora, lora_layers, save_lora
+from core.pairs import load_pairs
 from merge import write_merged
-from pairs import load_pairs
 from scripts import call, train
 from tiny import ALPHA, CLOSE, CONFIGS, IDS, PAIRS, RANK, adapt, logits, make
 

@@ -9,15 +9,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import attention
-import decode
-import model as model_py
-import trainer
-from checks import check_compile
 from common.files import ROOT, InputError
-from lora import add_lora
-from model import pair_stats, wrap_layers
-from pairs import pack
+from core import attention, decode, trainer
+from core import model as model_py
+from core.checks import check_compile
+from core.lora import add_lora
+from core.model import pair_stats, wrap_layers
+from core.pairs import pack
 from sample import sample_completions
 from scripts import SOCIETY, train
 from tiny import CONFIGS, first_pairs, make, make_pairs

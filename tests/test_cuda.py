@@ -11,16 +11,14 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-import attention
-import checks
-import trainer
-from attention import RowAttention, attention_rule, block_mask, compile_once, dense, dense_masks, flex
 from common import logs, parallel
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.files import InputError
-from lora import add_lora
-from model import pair_stats
-from pairs import Pair, pack
+from core import attention, checks, trainer
+from core.attention import RowAttention, attention_rule, block_mask, compile_once, dense, dense_masks, flex
+from core.lora import add_lora
+from core.model import pair_stats
+from core.pairs import Pair, pack
 from tiny import CONFIGS, make, make_pairs
 
 CUDA, PAIRS = torch.device("cuda", 0), make_pairs()

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from common.files import ROOT
+from core.decode import next_token_probs
+from core.model import Stats
 from data.society.truth import mallows_favourites, optimum
-from decode import next_token_probs
 from experiments import bandit
 from experiments.population import exact_coverage
 from experiments.temperature import text_logp
 from experiments.weighting import tabular_optimum
-from model import Stats
 from train_dpl import dpl_loss
 from train_mallows import mallows_dpl_loss, mallows_phi_link, mallows_phi_loss, mallows_theta_loss
 

@@ -15,10 +15,10 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from checks import check_packable
-from lora import add_lora, load_lora, lora_layers, merge_lora, print_share, save_lora
-from model import pair_stats
-from pairs import pack
+from core.checks import check_packable
+from core.lora import add_lora, load_lora, lora_layers, merge_lora, print_share, save_lora
+from core.model import pair_stats
+from core.pairs import pack
 from sample import sample
 from tiny import CLOSE, GROUPED, IDS, adapt, logits, make, make_pairs, plain_stats
 

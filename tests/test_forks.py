@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from common.files import ROOT, InputError
-from hub import load_model
-from lora import add_lora
-from model import pair_stats
-from pairs import load_pairs, pack
+from core.hub import load_model
+from core.lora import add_lora
+from core.model import pair_stats
+from core.pairs import load_pairs, pack
+from core.trainer import train
 from scripts import rows_of, run_script
 from tiny import PAIRS, lines, plain_stats
 from train_dpl import DPLConfig, dpl_loss
-from trainer import train
 
 FORKS = ROOT / "tests" / "forks"
 ROWS = [*PAIRS, {"prompt": "Who sings?", "chosen": " My friend.", "rejected": " Zoë sings about a café!"}]

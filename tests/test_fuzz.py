@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from common.checkpoint import checkpoints, newest_checkpoint
 from common.files import digest_json
 from common.flags import parse, run_command
-from hub import load_model
-from pairs import load_pairs, tokenize
-from reference import reference_stats
+from core.hub import load_model
+from core.pairs import load_pairs, tokenize
+from core.reference import reference_stats
 from scripts import run_dpl
 from tiny import lines
 from train_dpl import DPLConfig

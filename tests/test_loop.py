@@ -13,15 +13,15 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import train_dpl
-import trainer
 from common.files import InputError
-from hub import load_model, model_card
-from model import pair_stats
-from pairs import batch_indices, load_pairs, pack
+from core import trainer
+from core.hub import load_model, model_card
+from core.model import pair_stats
+from core.pairs import batch_indices, load_pairs, pack
+from core.trainer import parse_run
 from scripts import SOCIETY, call, read_lines, run_dpl, society_config
 from tiny import PAIRS, lines
 from train_dpl import DPLConfig, dpl_loss
-from trainer import parse_run
 
 
 @pytest.fixture

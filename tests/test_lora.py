@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from common.files import InputError
-from lora import LoRALinear, add_lora, load_lora, lora_disabled, lora_layers, merge_lora, save_lora
+from core.lora import LoRALinear, add_lora, load_lora, lora_disabled, lora_layers, merge_lora, save_lora
 from tiny import ALPHA, CLOSE, CONFIGS, IDS, RANK, adapt, logits, make
 
 

@@ -11,8 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from trl.experimental.cpo import CPOTrainer
 
-from model import Stats, pair_stats
-from pairs import pack
+from core.model import Stats, pair_stats
+from core.pairs import pack
 from tiny import check_against_trl, make_policy_and_reference, one_pair, some_stats
 from train_dpl import dpl_loss
 from train_mallows import (

@@ -7,17 +7,16 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoModelForCausalLM, BartConfig, MistralConfig, ModernBertDecoderConfig, Phi3Config
 
-import attention
-import checks
-import model as model_file
 import train_dpl
-from attention import block_mask, dense, dense_masks, flex
-from checks import check_packable, max_positions, probe_ids
 from common.encode import encode_prompts
 from common.files import InputError
-from hub import load_model, loading
-from model import pair_stats
-from pairs import pack
+from core import attention, checks
+from core import model as model_file
+from core.attention import block_mask, dense, dense_masks, flex
+from core.checks import check_packable, max_positions, probe_ids
+from core.hub import load_model, loading
+from core.model import pair_stats
+from core.pairs import pack
 from tiny import CONFIGS, GROUPED, NOT_PACKABLE, REASONS, SIZES, USER, WINDOW, make, make_pairs, plain_stats
 
 

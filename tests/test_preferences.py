@@ -14,7 +14,7 @@ import common.encode
 from common.encode import encode_answers, encode_examples, encode_prompts, encode_rows, truncate
 from common.files import InputError
 from common.rows import read_pairs, read_prompts, to_messages
-from pairs import describe, pack, tokenize
+from core.pairs import describe, pack, tokenize
 from scripts import call, read_lines
 from tiny import FIG, MUD, PAIR, USER, lines
 

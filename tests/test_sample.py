@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import chi2
 from transformers import AutoTokenizer, LlamaConfig
 
-import decode
 from common.encode import encode_prompts, end_tokens
 from common.files import InputError
-from decode import Batch, exponential_noise, gumbel_max, keep_in_place
-from hub import load_model
-from model import pair_stats
-from pairs import pack
+from core import decode
+from core.decode import Batch, exponential_noise, gumbel_max, keep_in_place
+from core.hub import load_model
+from core.model import pair_stats
+from core.pairs import pack
 from sample import next_token_probs, sample, sample_completions, sample_global_batch
 from scripts import SOCIETY, call, run_script
 from tiny import CHATML, CONFIGS, NOT_PACKABLE, REASONS, TWICE, lines, make

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import Stats
+from core.model import Stats
 from tiny import check_against_trl, one_pair, some_stats
 from train_dpl import DPLConfig, dpl_loss, dpl_margin, objective, per_token
 

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import train_mallows
-from hub import load_model
-from model import pair_stats
-from pairs import load_pairs, pack
-from reference import reference_stats
+from core.hub import load_model
+from core.model import pair_stats
+from core.pairs import load_pairs, pack
+from core.reference import reference_stats
 from scripts import SOCIETY, train
 from tiny import lines, some_stats
 from train_mallows import (

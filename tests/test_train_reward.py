@@ -10,11 +10,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import sample
 import train_reward
-from checks import check_packable
 from common.files import InputError
-from hub import load_model, load_reward_model
-from model import Stats, pair_stats
-from pairs import Pair, pack
+from core.checks import check_packable
+from core.hub import load_model, load_reward_model
+from core.model import Stats, pair_stats
+from core.pairs import Pair, pack
 from scripts import run_script, train
 from tiny import CONFIGS, FIG, MUD, PAIR, PAIRS, USER, lines, make, make_pairs
 from train_reward import encode_texts, load_texts, objective, score_texts

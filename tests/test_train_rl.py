@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 import train_rl
 from common.files import ROOT, InputError
-from hub import load_reward_model
-from lora import add_lora
-from model import Stats, pair_stats
-from pairs import pack
+from core.hub import load_reward_model
+from core.lora import add_lora
+from core.model import Stats, pair_stats
+from core.pairs import pack
 from sample import sample_completions
 from scripts import read_lines, rows_of, run_script, train
 from tiny import CONFIGS, PAIRS, lines, make

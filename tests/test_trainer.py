@@ -16,19 +16,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import reference
-import trainer
 from common.checkpoint import checkpoints
 from common.files import InputError
 from common.flags import run_command
-from hub import load_model
-from lora import add_lora, load_lora
-from model import Stats, pair_stats
-from pairs import batch_indices, pack
-from reference import reference_stats
+from core import reference, trainer
+from core.hub import load_model
+from core.lora import add_lora, load_lora
+from core.model import Stats, pair_stats
+from core.pairs import batch_indices, pack
+from core.reference import reference_stats
+from core.trainer import TrainConfig, forward_backward, learning_rate, load_pairs, train
 from scripts import SOCIETY, rows_of, run_dpl, society_config
 from train_dpl import DPLConfig, objective
-from trainer import TrainConfig, forward_backward, learning_rate, load_pairs, train
 
 
 @pytest.fixture(scope="module")

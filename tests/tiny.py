@@ -36,9 +36,9 @@ from transformers import (
 )
 
 from common.files import ROOT
-from lora import add_lora, lora_layers
-from model import Stats, pair_stats
-from pairs import Pair, pack
+from core.lora import add_lora, lora_layers
+from core.model import Stats, pair_stats
+from core.pairs import Pair, pack
 
 # ---- rows
 

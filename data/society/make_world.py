@@ -33,10 +33,10 @@ sys.path.insert(0, str(HERE.parent.parent))
 from common.encode import encode_answers, encode_prompts
 from common.files import atomic_write, write_json
 from common.flags import Help
+from core.hub import load_model
+from core.model import pair_stats
+from core.pairs import pack
 from data.society.truth import mallows_favourites, preference, read_story
-from hub import load_model
-from model import pair_stats
-from pairs import pack
 from sample import draw_seed, sample
 from train_sft import SFTConfig, finetune
 

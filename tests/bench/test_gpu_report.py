@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-import attention
 from common.files import ROOT
+from core import attention
 from scripts import call
 
 

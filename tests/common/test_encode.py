@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from common.encode import answer_lead, decode_continuation, encode_answers, encode_prompts, turn_ends
 from common.files import InputError
 from common.rows import Sample, to_texts
-from hub import save_tokenizer
+from core.hub import save_tokenizer
 from train_reward import encode_texts
 
 SPECIAL = ["<s>", "</s>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|call|>"]

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from common.files import ROOT
 from common.rows import read_rows
-from hub import load_model
-from pairs import count_tokens, micro_batches
+from core.hub import load_model
+from core.pairs import count_tokens, micro_batches
 from scripts import (
     SOCIETY,
     be_one_of_many,

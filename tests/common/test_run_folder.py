@@ -15,16 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import reference
 import sample
-import trainer
 from common import checkpoint
 from common.files import ROOT, InputError, digest_tensors, lock, release_locks
-from hub import load_model
-from reference import reference_stats
+from core import reference, trainer
+from core.hub import load_model
+from core.reference import reference_stats
+from core.trainer import parse_run
 from scripts import SOCIETY, call, run_dpl, society_config
 from train_dpl import DPLConfig, objective
-from trainer import parse_run
 
 
 @pytest.fixture

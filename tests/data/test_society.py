@@ -12,6 +12,7 @@ import pytest
 
 import evaluate
 from common.rows import read_pairs, read_rows, read_sample
+from core.hub import load_model
 from data import export
 from data.society.make_world import exact_logp
 from data.society.truth import (
@@ -23,7 +24,6 @@ from data.society.truth import (
     read_story,
     story_distributions,
 )
-from hub import load_model
 from metrics.formulas import OTHER, entropy_bits, frequencies, total_variation
 from scripts import call
 from tiny import lines

@@ -12,11 +12,11 @@ import torch
 from scipy.stats import chisquare
 
 from common.files import InputError
+from core.hub import load_model
+from core.model import Stats
 from data.society.truth import WORLD, list_stories, story_distributions
 from experiments import bandit, dispersion, doctor, lab, pareto, temperature
-from hub import load_model
 from metrics.formulas import entropy_bits
-from model import Stats
 from scripts import call
 from tiny import first_pairs
 from train_dpl import dpl_loss

@@ -10,12 +10,12 @@ import torch
 
 from common.files import InputError
 from common.rows import read_rows
+from core.hub import load_model
+from core.model import Stats, pair_stats
+from core.pairs import pack, tokenize
 from data.society.truth import list_stories, optimum
 from experiments import lab, real, real_settings, real_texts
 from experiments.real_texts import RealConfig, features, measure, utility
-from hub import load_model
-from model import Stats, pair_stats
-from pairs import pack, tokenize
 from scripts import SOCIETY, call
 from tiny import lines
 from train_dpl import DPLConfig, objective

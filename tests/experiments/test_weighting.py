@@ -11,10 +11,10 @@ import torch
 from common.encode import encode_prompts
 from common.files import ROOT
 from common.rows import read_pairs
+from core.hub import load_model
+from core.model import Stats
 from data.society.truth import WORLD, optimum, poll_distributions
 from experiments import lab, population, weighting
-from hub import load_model
-from model import Stats
 from scripts import call
 from tiny import first_pairs
 from train_dpl import dpl_loss

@@ -5,7 +5,7 @@ from functools import partial
 
 import train_dpl
 from common.flags import flag, run_command
-from trainer import parse_run, train
+from core.trainer import parse_run, train
 
 
 @dataclass

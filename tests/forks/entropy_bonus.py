@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from common.flags import flag, run_command
+from core.trainer import TrainConfig, parse_run, train
 from train_dpl import dpl_loss
-from trainer import TrainConfig, parse_run, train
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """A reward of one's own: 1 for a right answer to a problem of GSM8K, else 0."""
 
 from common.flags import run_command
+from core.trainer import parse_run
 from metrics.equality import gsm8k_answer
 from train_rl import RLConfig, train
-from trainer import parse_run
 
 
 def reward(rows, texts):

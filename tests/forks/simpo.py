@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 
 from common.flags import run_command
-from trainer import TrainConfig, parse_run, train
+from core.trainer import TrainConfig, parse_run, train
 
 BETA, GAMMA = 2.0, 0.5
 

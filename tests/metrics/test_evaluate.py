@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 import evaluate
 from common.rows import read_samples, transcript
-from hub import load_model
+from core.hub import load_model
 from metrics import formulas
 from scripts import call, read_lines
 from tiny import lines

@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from attention import compile_once, require_attention, use_packed_attention
-from checks import compiling, probe_ids, refused
 from common.files import InputError
 from common.parallel import to_device
-from kv_cache import SharedPromptCache, keep_in_place
-from model import head_logits
-from pairs import pack
+from core.attention import compile_once, require_attention, use_packed_attention
+from core.checks import compiling, probe_ids, refused
+from core.kv_cache import SharedPromptCache, keep_in_place
+from core.model import head_logits
+from core.pairs import pack
 
 FINISH = ("", "eos", "stop", "length")  # Completion.finish by code; "" while it is active
 ACTIVE, EOS, STOP, LENGTH = range(4)  # the codes: indices into FINISH

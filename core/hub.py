@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.files import InputError, atomic_write, write_json
 from common.parallel import full_tensor, get_rank, get_world_size
-from lora import find_base, load_lora, merge_lora, save_lora
+from core.lora import find_base, load_lora, merge_lora, save_lora
 
 transformers_logging.disable_progress_bar()  # a small model loads faster than its bar draws
 MAX_LAYERS = 10_000

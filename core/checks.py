@@ -20,12 +20,12 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from attention import dense_masks
 from common.files import InputError
 from common.parallel import all_gather, get_world_size
-from hub import loading, read_config
-from model import Stats, pair_stats
-from pairs import pack
+from core.attention import dense_masks
+from core.hub import loading, read_config
+from core.model import Stats, pair_stats
+from core.pairs import pack
 
 
 def check_inputs(

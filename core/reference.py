@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from common.files import digest_json, digest_tensors, is_writable, write_tensors
 from common.parallel import all_reduce, get_rank, get_world_size
-from model import Stats, pair_stats
-from pairs import micro_batches, pack
+from core.model import Stats, pair_stats
+from core.pairs import micro_batches, pack
 
 EXCHANGE_EVERY = 16  # micro-batches between all_reduces of the results
 SAVE_SECONDS = 60  # between saves of an unfinished pass

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import dense, dense_masks
 from common.parallel import to_device
-from pairs import Packed
+from core.attention import dense, dense_masks
+from core.pairs import Packed
 
 
 class SharedPromptCache:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from attention import RowAttention, compiled, require_attention, use_packed_attention
 from common.parallel import shard
-from pairs import Packed
+from core.attention import RowAttention, compiled, require_attention, use_packed_attention
+from core.pairs import Packed
 
 CHUNK = {"cpu": 2**24, "cuda": 2**27}  # logits computed at once: 64 and 512 MiB in float32
 

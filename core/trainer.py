@@ -36,7 +36,6 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from checks import check_compile, check_inputs, check_memory, check_objective, check_packable
 from common import logs, parallel
 from common.checkpoint import (
     Plan,
@@ -49,10 +48,11 @@ from common.checkpoint import (
 )
 from common.files import ROOT, InputError, digest_json, error_prefix
 from common.flags import Flags, flag, parse, require
-from hub import export, load_model
-from lora import add_lora, lora_disabled, lora_layers, print_share
-from model import Stats, pair_stats, set_forward, wrap_layers
-from pairs import (
+from core.checks import check_compile, check_inputs, check_memory, check_objective, check_packable
+from core.hub import export, load_model
+from core.lora import add_lora, lora_disabled, lora_layers, print_share
+from core.model import Stats, pair_stats, set_forward, wrap_layers
+from core.pairs import (
     SEED_STRIDE,
     batch_indices,
     count_tokens,
@@ -62,7 +62,7 @@ from pairs import (
     micro_batches,
     pack,
 )
-from reference import cache_folder, digest_model, reference_stats
+from core.reference import cache_folder, digest_model, reference_stats
 
 
 class Objective(Protocol):

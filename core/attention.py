@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from pairs import Packed
+from core.pairs import Packed
 
 
 def attention_rule(packed: Packed, window: int | None) -> Callable[[Any, Any, Any, Any], Tensor]:
