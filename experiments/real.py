@@ -79,17 +79,28 @@ from experiments.real_texts import (
 from metrics.tables import save_figure
 from train_dpl import DPLConfig
 
+
+def weights(ratio: float, beta: float = BETA) -> dict[str, object]:
+    """The flags of alpha = ratio * beta."""
+    return {"--alpha": f"{ratio * beta:g}", "--beta": f"{beta:g}"}
+
+
+def per_token(ratio: float) -> dict[str, object]:
+    """The same for log-probabilities averaged over tokens: a text has about TOKENS."""
+    return {"--length_normalize": True} | weights(ratio, TOKENS * BETA)
+
+
 POPULATIONS = {"one": (utility, BETA), "halves": (half_utility, HALVES_BETA)}
 DPO_RATIOS = (2, 4)  # DPO with a larger beta, in place of a larger alpha
 PER_TOKEN_RATIOS = (1, 2, 4)
 RL_RATIOS = (1, 1.5, 2)  # at 2 its texts are cut at the limit already
-POLICIES = {  # name: (method, population, alpha, beta)
-    **{f"DPL, α/β = {x}" if x > 1 else "DPO": ("pairs", "one", x * BETA, BETA) for x in RATIOS},
-    **{f"DPL per token, α/β = {x}": ("per token", "one", x * BETA, BETA) for x in PER_TOKEN_RATIOS},
-    **{f"RL, α/β = {x}": ("rl", "one", x * BETA, BETA) for x in RL_RATIOS},
-    **{f"DPO, β = {x * BETA:g}": ("pairs", "one", x * BETA, x * BETA) for x in DPO_RATIOS},
-    "halves: DPO": ("pairs", "halves", HALVES_BETA, HALVES_BETA),
-    "halves: DPL, α/β = 4": ("pairs", "halves", 4 * HALVES_BETA, HALVES_BETA),
+POLICIES = {  # name: (whose rankings it is trained on, or "rl"; flags)
+    **{f"DPL, α/β = {x}" if x > 1 else "DPO": ("one", weights(x)) for x in RATIOS},
+    **{f"DPL per token, α/β = {x}": ("one", per_token(x)) for x in PER_TOKEN_RATIOS},
+    **{f"RL, α/β = {x}": ("rl", weights(x)) for x in RL_RATIOS},
+    **{f"DPO, β = {x * BETA:g}": ("one", weights(1, x * BETA)) for x in DPO_RATIOS},
+    "halves: DPO": ("halves", weights(1, HALVES_BETA)),
+    "halves: DPL, α/β = 4": ("halves", weights(4, HALVES_BETA)),
 }
 SEEDS = ("DPO", "DPL, α/β = 2", "DPL per token, α/β = 2")  # trained with every seed, the others with one
 SAMPLED = {  # way: how DPO is sampled besides plainly, {setting: options of write_texts()}
@@ -98,8 +109,6 @@ SAMPLED = {  # way: how DPO is sampled besides plainly, {setting: options of wri
     "top-p": {t: {"temperature": t, "top_p": 0.9} for t in (1.25, 1.5, 2)},
     "global temperature": {t: {"global_temperature": t, "min_p": 0.01, "particles": 128} for t in (1.5, 2)},
 }
-TRAIN = LEARNING | {"--batch_size": 8, "--eval_every": 25}
-RL = LEARNING | {"--num_samples": RANKED}
 
 
 # ---- policies
@@ -111,38 +120,34 @@ def list_runs(config: RealConfig) -> list[tuple[str, int, Path]]:
     return [(n, s, Path(config.out_dir, f"{slug(n)}-seed{s}")) for n, some in seeds.items() for s in some]
 
 
-def train_policy(
+def run_flags(config: RealConfig, folder: Path, flags: dict[str, object]) -> list[str]:
+    """The words of a training command: what all share, and `flags`."""
+    flags = LEARNING | {"--model": Path(config.out_dir, "reference"), "--out_dir": folder} | flags
+    return [*map(str, lab.flag_words(flags)), "--resume"]
+
+
+def train_on_rankings(
     config: RealConfig,
     folder: Path,
-    method: str,
-    data: Path | tuple[Path, Path],
+    files: tuple[Path, Path],
     flags: dict[str, object],
     objective: Callable[..., dict[str, Tensor]] = train_dpl.objective,
 ) -> None:
-    """Train a policy unless `folder` has it.
-
-    `data` are files of rankings to train on and held out ("pairs", "per token"), or a file of prompts ("rl").
-    """
-    if lab.is_finished(folder):
-        return
-    flags = {"--model": Path(config.out_dir, "reference"), "--out_dir": folder, "--beta": BETA} | flags
-    if method == "per token":
-        weights = {name: TOKENS * float(flags[name]) for name in ("--alpha", "--beta")}
-        flags |= {"--length_normalize": True} | weights
-    if method != "rl":
-        flags = TRAIN | dict(zip(("--data", "--eval_data"), data, strict=True)) | flags
-    else:
-        count = sum(1 for _ in read_rows(data))
-        flags = (
-            RL | {"--data": data, "--batch_size": count, "--max_new_tokens": config.max_new_tokens} | flags
-        )
-    words = [*map(str, lab.flag_words(flags)), "--resume"]
-    if method != "rl":
-        run = parse(DPLConfig, None, words)
+    """Train a policy on `files` of rankings, to train on and held out, unless `folder` has it."""
+    if not lab.is_finished(folder):
+        flags = {"--data": files[0], "--eval_data": files[1], "--batch_size": 8, "--eval_every": 25} | flags
+        run = parse(DPLConfig, None, run_flags(config, folder, flags))
         train(run, partial(ranking_objective, objective=objective, config=run), load=load_rankings)
-    else:
-        train_rl.train(parse(train_rl.RLConfig, None, words), reward)
-    gc.collect()  # a model that was trained refers to itself
+        gc.collect()  # a model that was trained refers to itself
+
+
+def train_by_rl(config: RealConfig, folder: Path, prompts: Path, flags: dict[str, object]) -> None:
+    """Train a policy on its own texts, eight for each of all prompts in a step, unless `folder` has it."""
+    if not lab.is_finished(folder):
+        flags |= {"--data": prompts, "--batch_size": sum(1 for _ in read_rows(prompts))}
+        flags |= {"--num_samples": RANKED, "--max_new_tokens": config.max_new_tokens}
+        train_rl.train(parse(train_rl.RLConfig, None, run_flags(config, folder, flags)), reward)
+        gc.collect()
 
 
 def load_rankings(path: str, tokenizer: Any, max_length: int, _chat: bool) -> list[list[Sequence[int]]]:
@@ -177,10 +182,12 @@ def make_results(config: RealConfig) -> Results:
     plain = write_texts(config, MANY, folder, prompts, config.reference_samples, seed=99)
     rankings = {name: write_rankings(config, name, prompts, plain, u) for name, (u, _) in POPULATIONS.items()}
     for name, seed, run in tqdm(list_runs(config), desc="policies", unit="run", disable=None):
-        method, population, alpha, beta = POLICIES[name]
-        flags = {"--alpha": f"{alpha:g}", "--beta": f"{beta:g}", "--seed": seed}
-        flags |= {"--max_steps": config.rl_steps} if method == "rl" else {}
-        train_policy(config, run, method, path if method == "rl" else rankings[population], flags)
+        learns, flags = POLICIES[name]
+        flags = flags | {"--seed": seed}
+        if learns == "rl":
+            train_by_rl(config, run, path, flags | {"--max_steps": config.rl_steps})
+        else:
+            train_on_rankings(config, run, rankings[learns], flags)
     known = known_words(plain)
 
     results: Results = {}
@@ -290,9 +297,9 @@ def draw_runs(config: RealConfig, path: Path) -> None:
     """Draw the held-out loss of runs on pairs, and J of runs by RL, against steps."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     for name, seed, folder in list_runs(config):
-        method, population, *_ = POLICIES[name]
-        if population == "one" and seed == 0:
-            key, axis = ("objective", axes[1]) if method == "rl" else ("eval_loss", axes[0])
+        learns, _ = POLICIES[name]
+        if learns != "halves" and seed == 0:
+            key, axis = ("objective", axes[1]) if learns == "rl" else ("eval_loss", axes[0])
             rows = [row for _, row in read_rows(folder / "metrics.jsonl") if key in row]
             axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=name)
     axes[0].set_yscale("log")

@@ -37,9 +37,8 @@ from common.flags import flag, parse, run_command
 from common.rows import read_prompts
 from core.model import Stats
 from experiments import lab
-from experiments.real import train_policy
+from experiments.real import per_token, train_by_rl, train_on_rankings, weights
 from experiments.real_texts import (
-    BETA,
     MANY,
     RANKED,
     RealConfig,
@@ -60,19 +59,18 @@ from metrics.tables import save_figure
 from train_dpl import DPLConfig, dpl_loss, dpl_margin
 
 RATIO = 2
-ALPHA = RATIO * BETA
-SETTINGS = {  # name: (method, which texts are compared, flags)
-    "DPO": ("pairs", "all", {"--alpha": BETA}),
-    "DPL": ("pairs", "all", {}),
-    "lr 5e-5": ("pairs", "all", {"--lr": 5e-5}),
-    "lr 8e-4": ("pairs", "all", {"--lr": 8e-4}),
-    "clip 0.1": ("pairs", "all", {"--max_grad_norm": 0.1}),
-    "warm start": ("warm", "all", {}),
-    "per token": ("per token", "all", {}),
-    "similar length": ("pairs", "similar length", {}),
-    "similar likelihood": ("pairs", "similar likelihood", {}),
-    "off policy": ("pairs", "off policy", {}),
-    "RL": ("rl", "", {}),
+SETTINGS = {  # name: (which texts are ranked, or "rl"; flags)
+    "DPO": ("all", weights(1)),
+    "DPL": ("all", {}),
+    "lr 5e-5": ("all", {"--lr": 5e-5}),
+    "lr 8e-4": ("all", {"--lr": 8e-4}),
+    "clip 0.1": ("all", {"--max_grad_norm": 0.1}),
+    "warm start": ("all", {}),
+    "per token": ("all", per_token(RATIO)),
+    "similar length": ("similar length", {}),
+    "similar likelihood": ("similar likelihood", {}),
+    "off policy": ("off policy", {}),
+    "RL": ("rl", {}),
 }
 KEEP = {  # which texts may be ranked with a first one
     "all": lambda a, b: True,
@@ -127,14 +125,13 @@ def make_results(config: SettingsConfig) -> Results:
         for name, keep in KEEP.items()
     }
     runs = {"reference": folder}
-    for name, (method, compared, flags) in tqdm(SETTINGS.items(), desc="settings", unit="run", disable=None):
-        runs[name], flags = Path(config.out_dir, slug(name)), {"--alpha": ALPHA, "--beta": BETA} | flags
-        if method == "rl":
-            train_policy(config, runs[name], "rl", path, flags | {"--max_steps": config.rankings // 8})
+    for name, (learns, flags) in tqdm(SETTINGS.items(), desc="settings", unit="run", disable=None):
+        runs[name], flags = Path(config.out_dir, slug(name)), weights(RATIO) | flags
+        if learns == "rl":
+            train_by_rl(config, runs[name], path, flags | {"--max_steps": config.rankings // 8})
         else:
-            loss = warm_objective(config.rankings // 16) if method == "warm" else train_dpl.objective
-            method = "pairs" if method == "warm" else method
-            train_policy(config, runs[name], method, rankings[compared], flags, loss)
+            warm = warm_objective(config.rankings // 16) if name == "warm start" else train_dpl.objective
+            train_on_rankings(config, runs[name], rankings[learns], flags, warm)
     drawn = {name: write_texts(config, name, run, prompts, config.samples) for name, run in runs.items()}
     return {name: [measure_texts(config, by_prompt, known)] for name, by_prompt in drawn.items()}
 
