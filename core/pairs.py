@@ -1,7 +1,7 @@
 """Preference pairs: tokenise them, pack them into a row without padding, split a batch into micro-batches.
 
 A completion includes its end token (unless it was truncated), because a policy's probability of a text
-includes the decision to stop. encode.py makes the token ids.
+includes the decision to stop. common/encode.py makes the token ids.
 
 A micro-batch is one row. Prompt A B C, chosen D E, rejected F G H become
 

@@ -1,21 +1,27 @@
 """A real language model: does DPL do on open text what it says?
 
 SmolLM2-135M, at token temperature 0.6, writes a sentence about a person (real_texts.py has the prompts and
-the raters). Policies are trained on 600 rankings of eight of its sentences, which are 16,800 pairs
-(train_dpl.py), or on the raters' utility itself (train_rl.py, which so knows more: choices are random), and
-sampled. DPO is also trained with beta = alpha, the other way to stay diverse, and sampled hotter. "DPL per
-token" averages log-probabilities over tokens (--length_normalize), with weights 24 times as large, so that
-length earns nothing.
+the raters). Policies are trained on 600 rankings of eight of its sentences (train_dpl.py; every two of a
+ranking are a pair: 16,800, not independent), or on the raters' utility itself (train_rl.py: 40 steps of 64
+texts of its own, half as many, but it knows their utility, where choices are random), and sampled.
+
+    DPO, larger beta    the other way to stay diverse: DPL's alpha for both weights
+    DPO, sampled hotter at a token temperature, with min-p or top-p, or at a global temperature. The last is
+                        sequential Monte Carlo: it repeats texts, so it is more diverse than measured
+    DPL per token       --length_normalize averages log-probabilities over tokens, so a longer text has no
+                        larger margin before training; both weights are multiplied by the 24 tokens of a
+                        text. Its optimum is another: pi_ref^(beta / alpha) exp(tokens (u + c) / alpha), with
+                        a constant c of the prompt
 
 The truth. For alpha = beta, the optimum is pi_ref exp(u / beta) / Z: the reference's own sentences, weighted
 by exp(u / beta). A policy's KL to it is (the highest J - its own J) / alpha. For alpha > beta, the weights
 have pi_ref^(beta / alpha - 1) in them too, and a few unlikely sentences outweigh all others, above all long
-ones: each further token multiplies the number of texts. The reference cut by min-p, sampled at the global
-temperature alpha / beta (sequential Monte Carlo) and weighted by exp(u / alpha), shows it. "effective texts"
-says how few sentences such a row rests on, and J may be higher without the cut.
+ones: each further token multiplies the number of texts. So it is unknown. "optimum after min-p" is that of
+another reference, whose unlikely tokens are cut: it is sampled at the global temperature alpha / beta
+(sequential Monte Carlo) and weighted by exp(u / alpha). The highest J is at least as high as its J.
 
 Another population chooses between a sentence about her and one about him: 62% want her, 38% him. Nothing says
-how it likes one about nobody.
+how it likes one without a pronoun.
 
     python experiments/real.py --model SMOLLM2 --embedder MINILM       # about 10 hours on two cores
     python experiments/real.py --model SMOLLM2 --rankings 120 --rl_steps 20 \
@@ -90,7 +96,7 @@ def per_token(ratio: float) -> dict[str, object]:
     return {"--length_normalize": True} | weights(ratio, TOKENS * BETA)
 
 
-POPULATIONS = {"one": (utility, BETA), "halves": (half_utility, HALVES_BETA)}
+POPULATIONS = {"one": (utility, BETA, RATIOS), "halves": (half_utility, HALVES_BETA, (1, 4))}
 DPO_RATIOS = (2, 4)  # DPO with a larger beta, in place of a larger alpha
 PER_TOKEN_RATIOS = (1, 2, 4)
 RL_RATIOS = (1, 1.5, 2)  # at 2 its texts are cut at the limit already
@@ -144,8 +150,8 @@ def train_on_rankings(
 def train_by_rl(config: RealConfig, folder: Path, prompts: Path, flags: dict[str, object]) -> None:
     """Train a policy on its own texts, eight for each of all prompts in a step, unless `folder` has it."""
     if not lab.is_finished(folder):
-        flags |= {"--data": prompts, "--batch_size": sum(1 for _ in read_rows(prompts))}
-        flags |= {"--num_samples": RANKED, "--max_new_tokens": config.max_new_tokens}
+        size = {"--batch_size": sum(1 for _ in read_rows(prompts)), "--num_samples": RANKED}
+        flags = {"--data": prompts, "--max_new_tokens": config.max_new_tokens} | size | flags
         train_rl.train(parse(train_rl.RLConfig, None, run_flags(config, folder, flags)), reward)
         gc.collect()
 
@@ -180,7 +186,9 @@ def make_results(config: RealConfig) -> Results:
     path = write_prompts(config)
     prompts, folder = [row["prompt"] for row in read_prompts(path)], write_reference(config)
     plain = write_texts(config, MANY, folder, prompts, config.reference_samples, seed=99)
-    rankings = {name: write_rankings(config, name, prompts, plain, u) for name, (u, _) in POPULATIONS.items()}
+    rankings = {
+        name: write_rankings(config, name, prompts, plain, u) for name, (u, *_) in POPULATIONS.items()
+    }
     for name, seed, run in tqdm(list_runs(config), desc="policies", unit="run", disable=None):
         learns, flags = POLICIES[name]
         flags = flags | {"--seed": seed}
@@ -195,14 +203,11 @@ def make_results(config: RealConfig) -> Results:
         cut, count = f"reference, global temperature {x}, min-p", config.reference_samples
         smc = {"global_temperature": x, "min_p": 0.01, "particles": count, "seed": 98}
         texts = plain if x == 1 else write_texts(config, cut, folder, prompts, count, **smc)
-        for population, (u, beta) in POPULATIONS.items():
-            rated = [[(row, u(row["text"]) / (x * beta)) for row in rows] for rows in texts]
-            rated = [[(row, tilt) for row, tilt in rows if not math.isnan(tilt)] for rows in rated]
-            rated = [
-                r or [(rows[0], 0.0)] for r, rows in zip(rated, texts, strict=True)
-            ]  # never seen: no truth
-            values = [measure([row for row, _ in r], known, np.array([tilt for _, tilt in r])) for r in rated]
-            results[optimum_name(population, x)] = [values]
+        for population, (u, beta, ratios) in POPULATIONS.items():
+            if x in ratios:
+                tilts = [np.array([u(row["text"]) for row in rows]) / (x * beta) for rows in texts]
+                values = [measure(rows, known, tilt) for rows, tilt in zip(texts, tilts, strict=True)]
+                results[optimum_name(population, x)] = [values]
     runs = [("reference", 0, folder, {}), *((*run, {}) for run in list_runs(config))]
     for way, settings in SAMPLED.items():
         for t, options in settings.items():
@@ -221,7 +226,7 @@ def make_results(config: RealConfig) -> Results:
 
 def optimum_name(population: str, x: float) -> str:
     """The row of the known optimum at alpha / beta = x."""
-    name = f"optimum, α/β = {x}" + ("" if x == 1 else ", min-p")
+    name = f"optimum{'' if x == 1 else ' after min-p'}, α/β = {x}"
     return name if population == "one" else f"{population}: {name}"
 
 
@@ -231,7 +236,7 @@ CURVES = {  # of the picture: (policies, style, color)
     "DPL on pairs": (["DPO", *(f"DPL, α/β = {x}" for x in RATIOS[1:])], "o-", lab.BLUE),
     "DPL per token": ([f"DPL per token, α/β = {x}" for x in PER_TOKEN_RATIOS], "o--", lab.SKY),
     "RL": ([f"RL, α/β = {x}" for x in RL_RATIOS], "D-", lab.RED),
-    "DPO with β = α": (["DPO", *(f"DPO, β = {x * BETA:g}" for x in DPO_RATIOS)], "s--", lab.ORANGE),
+    "DPO, larger β": (["DPO", *(f"DPO, β = {x * BETA:g}" for x in DPO_RATIOS)], "s--", lab.ORANGE),
     **{
         f"DPO, {way}": (["DPO", *(f"DPO, {way} {t}" for t in SAMPLED[way])], style, color)
         for way, (style, color) in {
@@ -258,7 +263,7 @@ def draw(results: Results, path: Path) -> None:
     """Draw quality against diversity; bars are standard errors over prompts."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 5))
     labels = {
-        "features": "entropy of what a text says, bits",
+        "features": "sum of five features' entropies, bits",
         "distance": "mean cosine distance of two texts",
         "utility": "expected utility, nats",
         "nats_per_token": "cross-entropy to the reference, nats a token (reversed)",

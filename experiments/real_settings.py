@@ -10,7 +10,7 @@ setting trains on the same number of rankings by the raters of real_texts.py:
     similar length,        only rankings whose texts have nearly the same number of words,
     similar likelihood     or nearly the same probability under the reference
     off policy             texts of the model at token temperature 1, which the reference rarely writes
-    RL                     train_rl.py, on as many texts; it knows their utility, not an order
+    RL                     train_rl.py, on as many texts of eight prompts; it knows utilities, no order
 
 DPL is to maximise J = E[r] + alpha H(pi) - beta H(pi, pi_ref). Entropy grows with length, so a policy that
 writes on until it is cut has a high J. The picture shows what a reader of its texts sees instead. The
@@ -20,6 +20,7 @@ reference and DPO have a row, too: a setting that does not pass them is not wort
 """
 
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,8 +131,11 @@ def make_results(config: SettingsConfig) -> Results:
         if learns == "rl":
             train_by_rl(config, runs[name], path, flags | {"--max_steps": config.rankings // 8})
         else:
-            warm = warm_objective(config.rankings // 16) if name == "warm start" else train_dpl.objective
-            train_on_rankings(config, runs[name], rankings[learns], flags, warm)
+            loss = train_dpl.objective
+            if name == "warm start" and not lab.is_finished(runs[name]):
+                loss = warm_objective(config.rankings // 16)
+                shutil.rmtree(runs[name], ignore_errors=True)  # its steps are counted from the first
+            train_on_rankings(config, runs[name], rankings[learns], flags, loss)
     drawn = {name: write_texts(config, name, run, prompts, config.samples) for name, run in runs.items()}
     return {name: [measure_texts(config, by_prompt, known)] for name, by_prompt in drawn.items()}
 
@@ -139,7 +143,7 @@ def make_results(config: SettingsConfig) -> Results:
 def draw(results: Results, path: Path) -> None:
     """Draw what each setting reaches; bars are standard errors over prompts."""
     figure, axes = plt.subplots(1, 4, figsize=(14, 4.6), sharey=True)
-    titles = {"utility": "expected utility, nats", "features": "entropy of what a text says, bits"}
+    titles = {"utility": "expected utility, nats", "features": "sum of five features' entropies, bits"}
     titles |= {"nats_per_token": "cross-entropy, nats a token", "tokens": "length, tokens a text"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         values = [over_prompts(runs, key) for runs in results.values()]

@@ -2,8 +2,8 @@
 
 A small chat model writes a sentence about a person. A rater puts eight of its sentences in an order, by
 utility and chance, such that every two of them are a Bradley-Terry choice (Plackett-Luce). The utility of a
-sentence is a sum over what it says (VALUES): who it is about, whether the person has a name, how it begins,
-how long it is, and whether it repeats a word.
+sentence is a sum over its features (VALUES): its first pronoun, she or he; whether there is a title or a full
+name; how it begins; at most 14 words; and whether a word of five letters or more comes twice.
 
 The reference is the model at token temperature 0.6, near which such models are used: its last norm's weight
 is divided by 0.6. At temperature 1 most of what SmolLM2-135M writes is broken.
@@ -120,8 +120,9 @@ def utility(text: str) -> float:
 
 
 def half_utility(text: str) -> float:
-    """log of the share of the other population that wants this "who"; nats, nan for nobody."""
-    return math.log(HALVES.get(features(text)["who"], math.nan))
+    """log of the share of the other population that wants this "who"; nats, -inf for nobody."""
+    share = HALVES.get(features(text)["who"])
+    return math.log(share) if share else -math.inf
 
 
 def write_prompts(config: RealConfig) -> Path:
@@ -175,7 +176,7 @@ def write_rankings(
         for rows in map(texts_of, texts):
             ended = [row for row in rows if row["finish"] == "eos" and row["text"].strip()]
             rated = [row | {"utility": u(row["text"])} for row in ended]
-            pools.append([row for row in rated if not math.isnan(row["utility"])])
+            pools.append([row for row in rated if math.isfinite(row["utility"])])
         for _ in range(100 * count):
             n = rng.integers(len(prompts))
             first = pools[n][rng.integers(len(pools[n]))] if pools[n] else None
@@ -294,9 +295,10 @@ def known_words(texts: list[Rows]) -> set[str]:
 def measure(rows: Rows, known_words: set[str], tilt: np.ndarray | None = None) -> dict[str, float]:
     """One prompt's values of a policy. `tilt` (texts,) in nats: weigh the texts by exp(tilt).
 
-    "features" is the sum of the features' entropies in bits; "new_words" the share of words that no text of
-    MANY has; "openings" how many of the first three words differ, as a share; "J 2" the objective at alpha =
-    2 beta. Entropies are in nats a text.
+    "features" is the sum of the features' entropies in bits, low by about 5 bits / effective texts;
+    "new_words" the share of words that no text of MANY has; "openings" how many of the first three words
+    differ, as a share; "J 2" the objective at alpha = 2 beta. Entropies are in nats a text. "effective" is
+    at most how many independent texts the weighted ones are worth.
     """
     tilt = np.zeros(len(rows)) if tilt is None else tilt
     log_z = np.logaddexp.reduce(tilt) - math.log(len(rows))
@@ -309,7 +311,7 @@ def measure(rows: Rows, known_words: set[str], tilt: np.ndarray | None = None) -
     new = sum(word not in known_words for some in split for word in some)
     value, entropy, cross = (
         float(w @ list(map(utility, texts))),
-        float(-w @ (logp + tilt - log_z)),
+        float(-w @ np.where(w > 0, logp + tilt - log_z, 0)),
         float(-w @ ref),
     )
     return {
@@ -322,7 +324,7 @@ def measure(rows: Rows, known_words: set[str], tilt: np.ndarray | None = None) -
         "new_words": math.nan if tilt.any() else new / max(1, sum(map(len, split))),
         "openings": math.nan if tilt.any() else len({tuple(some[:3]) for some in split}) / len(texts),
         "unfinished": float(w @ [row["finish"] != "eos" for row in rows]),
-        "effective": min(1 / float(np.square(w).sum()), rows[0]["ess"]),
+        "effective": 1 / float(np.square(w).sum() + 1 / rows[0]["ess"] - 1 / len(rows)),
         **shares["who"],
         **{f"J {x}": value + x * BETA * entropy - BETA * cross for x in RATIOS},
     }
@@ -365,19 +367,29 @@ COLUMNS = {  # of the table: (title, factor, digits)
 }
 
 
-def over_prompts(runs: list[list[dict[str, float]]], name: str) -> tuple[float, float]:
-    """A value's mean over seeds and prompts, and its standard error over prompts."""
-    values = [[row.get(name, math.nan) for row in prompts] for prompts in runs]
-    mean, error = mean_and_error(np.mean(values, axis=0))
+def over_prompts(
+    runs: list[list[dict[str, float]]], name: str, less: list[list[dict[str, float]]] | None = None
+) -> tuple[float, float]:
+    """A value's mean over seeds and prompts, and its standard error over prompts; less another policy's.
+
+    The error of a difference is that of the prompts' differences. A 95% interval of eight prompts is the mean
+    ± 2.4 errors (Student's t). How training runs differ is not in it.
+    """
+    values, others = (
+        np.mean([[row.get(name, math.nan) for row in prompts] for prompts in some], axis=0)
+        for some in (runs, less or runs)
+    )
+    mean, error = mean_and_error(values - others if less else values)
     return float(mean), float(error)
 
 
 def print_table(results: Results) -> None:
-    """Print every policy's values: means over prompts and seeds, with standard errors over prompts."""
-    print(f"\n{'':28}" + "".join(f"{title:>17}" for title, _, _ in COLUMNS.values()))
-    for name, runs in results.items():
-        line = f"{name:28}"
-        for column, (_, factor, digits) in COLUMNS.items():
-            mean, error = (factor * value for value in over_prompts(runs, column))
-            line += f"{mean:.{digits}f} ± {error:.{digits}f}".replace("nan ± nan", "-").rjust(17)
-        print(line)
+    """Print every policy's values, over_prompts(), and how they differ from DPO's."""
+    for title, less in ("", None), ("less DPO", results["DPO"]):
+        print(f"\n{title:34}" + "".join(f"{title:>17}" for title, _, _ in COLUMNS.values()))
+        for name, runs in results.items():
+            line = f"{name:34}"
+            for column, (_, factor, digits) in COLUMNS.items():
+                mean, error = (factor * value for value in over_prompts(runs, column, less))
+                line += f"{mean:.{digits}f} ± {error:.{digits}f}".replace("nan ± nan", "-").rjust(17)
+            print(line)

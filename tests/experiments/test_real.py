@@ -80,6 +80,18 @@ def test_weighted_texts_are_those_of_the_optimum(tmp_path, ratio):
     assert found["effective"] < len(rows)
 
 
+def test_texts_that_no_rater_wants_are_not_in_the_optimum():
+    """Of four equally likely texts two are left, with the shares of HALVES."""
+    texts = ("She sings.", "He sings.", "The sea.", "A song.")
+    row = {"sampled_logp": math.log(1 / 4), "ref_logp": math.log(1 / 4), "finish": "eos", "ess": 4.0}
+    rows = [row | {"text": text, "tokens": 2 if "sings" in text else 9} for text in texts]
+    found = measure(rows, set(), np.array([real_texts.half_utility(text) for text in texts]))
+    assert [found[who] for who in ("she", "he", "nobody")] == pytest.approx([0.62, 0.38, 0])
+    assert found["entropy"] == pytest.approx(-0.62 * math.log(0.62) - 0.38 * math.log(0.38))
+    assert found["tokens"] == pytest.approx(2)
+    assert found["effective"] == pytest.approx(1 / (0.62**2 + 0.38**2))
+
+
 def test_raters_choose_by_their_utilities(tmp_path):
     texts = [
         "The cat saw her.",
@@ -91,7 +103,7 @@ def test_raters_choose_by_their_utilities(tmp_path):
     rows = [{"text": text, "finish": "eos"} for text in (*texts, "") * 24]  # the first eighth is held out
     rows += [{"text": "The cut cat saw her", "finish": "length"}]
     config = RealConfig(rankings=400, out_dir=str(tmp_path))
-    for name, (u, _) in real.POPULATIONS.items():
+    for name, (u, *_) in real.POPULATIONS.items():
         paths = real_texts.write_rankings(config, name, ["Write."], [rows], u)
         rankings, held_out = ([row["ranking"] for _, row in read_rows(path)] for path in paths)
         assert len(rankings) == 400 and len(held_out) == 50
@@ -125,7 +137,7 @@ def test_real_runs(tmp_path, monkeypatch, capsys):
     call(real, **flags, out_dir=out, out_file=picture)
     table = capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
-    assert set(results) >= {*kept, "reference", "DPO, top-p 2", "optimum, α/β = 4, min-p"}
+    assert set(results) >= {*kept, "reference", "DPO, top-p 2", "optimum after min-p, α/β = 4"}
     assert f"{results['DPO'][0][0]['utility']:.2f} ± 0.00" in table
     for name in ("real.png", "real_who.png", "real_runs.png"):
         assert (tmp_path / name).stat().st_size > 10_000
@@ -138,7 +150,7 @@ def test_real_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_settings_run(tmp_path, monkeypatch, capsys):
-    kept = ("DPL", "warm start", "off policy", "RL")
+    kept = ("DPO", "DPL", "warm start", "off policy", "RL")
     settings = {name: value for name, value in real_settings.SETTINGS.items() if name in kept}
     monkeypatch.setattr(real_settings, "SETTINGS", settings)
     flags = {"model": SOCIETY, "prompts": "data/society/story.jsonl", "out_dir": tmp_path / "real"}
