@@ -12,7 +12,8 @@ take turns, and each measurement has its own process. The first pass over the ba
 because memory is mapped then. The later passes ("warm") count.
 
 The floor is the time of the matrix products alone, at the rate of a large one measured in the same run. Every
-token passes the layers forward and backward; every completion token also passes the head both ways.
+token passes the layers forward and backward; every completion token also passes the head both ways. The last
+lines say where the time of train_dpl.py goes, by torch.profiler.
 
     python bench/train.py
     python bench/train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data hh.jsonl.gz --pairs 16 --chat
@@ -21,6 +22,7 @@ token passes the layers forward and backward; every completion token also passes
 import contextlib
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -140,6 +142,26 @@ def ours(config: BenchConfig, folder: Path, tokens: int) -> Result:
     )
 
 
+def profile(config: BenchConfig, folder: Path, tokens: int) -> dict[str, tuple[float, float]]:
+    """Seconds and floating-point operations of a warm pass of train_dpl.py, by what they are spent on."""
+    model, _, pairs, reference = load(config, folder)
+    load_lora(model, folder / "adapter")
+    vocab = model.get_output_embeddings().weight.shape[0]
+    for _ in range(2):
+        with torch.profiler.profile(record_shapes=True, with_flops=True) as profiler:
+            forward_backward(model, pairs, range(len(pairs)), reference, DPO, tokens)
+    spent: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+    for event in profiler.key_averages(group_by_input_shape=True):
+        sizes = {size for shape in event.input_shapes for size in shape if isinstance(size, int)}
+        kind, flops = "attention" if "attention" in event.key else "the rest", 0
+        if event.key in ("aten::mm", "aten::addmm", "aten::bmm"):
+            kind = "head" if vocab in sizes else "LoRA" if config.lora_rank in sizes else "layers"
+            flops = event.flops
+        micros = event.self_device_time_total if CUDA else event.self_cpu_time_total
+        spent[kind] = (spent[kind][0] + micros / 1e6, spent[kind][1] + flops)
+    return dict(spent)
+
+
 def padded(config: BenchConfig, folder: Path, size: int) -> Result:
     """DPO as one writes it first, `size` pairs at a time."""
     model, _, pairs, reference = load(config, folder)
@@ -224,6 +246,8 @@ def main() -> None:
         for name in tqdm(list(contenders) * config.rounds, unit="process", disable=None):
             contender, size = contenders[name]
             results[name].append(apart(contender, config, Path(folder), size))
+        tokens = next(iter(contenders.values()))[1]
+        spent = apart(profile, config, Path(folder), tokens)
     first = next(iter(results.values()))[0]
     for name, runs in results.items():
         for key in ("loss", "norm"):
@@ -241,6 +265,10 @@ def main() -> None:
         cold, memory = config.pairs / min(run.cold for run in runs), min(run.memory for run in runs)
         line = f"{speed[name]:10.2f}{cold:10.2f}{best / speed[name]:10.2f}{speed[name] / floor:10.1%}"
         print(f"{name:28}{line}{memory:10.2f}{runs[0].loss:10.5f}{runs[0].norm:10.5f}", flush=True)
+    total, peak = sum(seconds for seconds, _ in spent.values()), rates()[0]
+    print(f"the time of train_dpl.py, {tokens:,} tokens, and the rate of its products, of a large one's:")
+    for kind, (seconds, flops) in sorted(spent.items(), key=lambda item: -item[1][0]):
+        print(f"    {kind:10}{seconds / total:6.1%}" + (f"{flops / seconds / peak:8.0%}" if flops else ""))
 
 
 if __name__ == "__main__":
