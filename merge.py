@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.files import InputError
 from common.flags import raise_input_error, run_command
-from core.hub import load_model, save_model, save_tokenizer
+from core.hub import load_model, load_reward_model, save_model, save_tokenizer
 from core.lora import read_adapter_config
 
 
@@ -28,7 +28,7 @@ def write_merged(adapter: str | Path, out: str | Path, overwrite: bool = False) 
     if out.exists() and (not (out / "config.json").is_file() or (out / "run.json").exists()):
         raise InputError(f"{out}: is no merged model that --overwrite could replace")
     is_reward_model = read_adapter_config(adapter).get("task_type") == "SEQ_CLS"
-    model, tokenizer = load_model(adapter, dtype=None, reward=is_reward_model)
+    model, tokenizer = (load_reward_model if is_reward_model else load_model)(adapter, dtype=None)
     new = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         save_model(model, new)

@@ -55,7 +55,7 @@ from core.checks import max_positions
 from core.decode import Batch, Completion, exponential_noise, gumbel_max, next_token_probs
 from core.hub import load_model
 
-MAY_CHANGE = {"out_file", "overwrite", "resume"}  # flags that may change when a run is resumed
+MAY_CHANGE = {"out_file", "overwrite", "resume", "batch_size", "compile"}  # when a run is resumed
 
 
 def sample_completions(
@@ -187,12 +187,8 @@ def sample(
         batch = Batch(model, [prompt_ids], [0] * (particles or num_samples), max_new_tokens, eos_token_id)
         rng = np.random.default_rng(seed)
         return sample_global_batch(batch, num_samples, global_temperature, rng, **sampling_params)[0]
-    limits = max_new_tokens, eos_token_id
-    return next(
-        sample_completions(
-            model, [prompt_ids], [[seed]], num_samples, *limits, num_samples, **sampling_params
-        )
-    )
+    size = num_samples, max_new_tokens, eos_token_id, num_samples
+    return next(sample_completions(model, [prompt_ids], [[seed]], *size, **sampling_params))
 
 
 @dataclass

@@ -212,8 +212,10 @@ def objective(
         loss = mallows_ipo_loss(p, r, c, config.beta)
     elif config.loss == "simpo":
         loss = mallows_simpo_loss(policy, c, config.beta, config.gamma)
-    else:  # theta is dpl with alpha = beta
+    elif config.loss == "dpl":
         loss = mallows_dpl_loss(p, r, c, alpha, config.beta)
+    else:
+        loss = mallows_theta_loss(p, r, c, config.beta)
     margin = dpl_margin(p, r, alpha, 0.0 if config.loss == "simpo" else config.beta)
     return {"loss": loss, "reward_margin": margin, "neg_log_dispersion": c}
 
@@ -230,11 +232,8 @@ def fit_dispersion(
     vocab_size = model.get_input_embeddings().weight.shape[0]
     unscaled = neg_log_dispersion(reference.entropy.double(), vocab_size)
     scale = config.dispersion_scale or 1 / unscaled.mean().item()
-    if get_rank() == 0:
-        for path in Path(config.out_dir).glob("dispersion.*"):  # of a run that is overwritten
-            path.unlink()
-        if config.dispersion == "on":
-            report_dispersion(scale * unscaled, scale, examples, tokenizer, Path(config.out_dir))
+    if get_rank() == 0 and config.dispersion == "on":
+        report_dispersion(scale * unscaled, scale, examples, tokenizer, Path(config.out_dir))
     return {"scale": scale, "vocab_size": vocab_size}
 
 

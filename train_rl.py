@@ -174,8 +174,8 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
             encoded[path] = encode_prompts(prompts, tokenizer, [row.get("options") for row in rows[path]])
     with error_prefix(f"--model {config.model}"):
         ends = end_tokens(model, tokenizer, [row["prompt"] for row in rows[config.data]])
-    # as long as the texts may get
-    longest = {path: [(ids, [0] * config.max_new_tokens) for ids in some] for path, some in encoded.items()}
+    text = [0] * config.max_new_tokens  # as long as a text may get
+    longest = {path: [(ids, text) for ids in some] for path, some in encoded.items()}
     print(f"the first prompt, as the model sees it:\n{describe(encoded[config.data][:1], tokenizer)}")
     digests = {"model": digest_model(model), "data": digest_json(encoded[config.data])}
     some = longest[config.data], longest.get(config.eval_data, [])

@@ -9,10 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.parallel import all_gather, distributed, get_device, get_world_size, shard, to_local
+from common.parallel import all_gather, distributed, get_device, get_world_size, to_local
 from core.hub import load_model
 from core.lora import add_lora
-from core.model import packed_forward, pair_stats
+from core.model import pair_stats, set_forward
 from core.pairs import pack
 
 
@@ -23,7 +23,7 @@ def main() -> None:
         model, _ = load_model(ROOT / "data/society/reference")
         if rank:
             add_lora(model, rank, 8.0)
-        shard(model, get_device(), mixed=False, method=packed_forward)
+        set_forward(model, get_device(), mixed=False, fsdp=True)
         pair_stats(model, pack([([5, 6], [7, 8, 9], [7, 9])])).logp.sum().backward()
         weights = list(model.parameters())
         held = sum(to_local(weight).untyped_storage().nbytes() for weight in weights)

@@ -47,6 +47,7 @@ from common.parallel import all_gather, barrier, get_rank, get_world_size, to_lo
 MAY_CHANGE = {"out_dir", "overwrite", "resume", "model", "data", "eval_data", "max_steps", "epochs"}
 MAY_CHANGE |= {"log_every", "eval_every", "save_every", "keep", "wandb", "tensorboard"}
 MAY_CHANGE |= {"parallel", "checkpoint_activations", "micro_batch_tokens", "compile"}
+MAY_CHANGE |= {"sample_batch_size", "log_samples"}
 LOGS = {".log", ".txt", ".out", ".err"}  # files that a user may write into the folder before the run
 
 
@@ -115,7 +116,7 @@ def read_run(out: Path) -> dict[str, Any]:
 
 
 def run_id(out: Path) -> str | None:
-    """Which run a folder holds; None if it has no run.json, or one without an id (version 0.1)."""
+    """Which run a folder holds; None if it has no run.json, or one from before there were ids."""
     return read_run(out).get("run_id") if (out / "run.json").is_file() else None
 
 
@@ -177,7 +178,9 @@ def _start_run(config: Any, out: Path, metrics: list[bytes]) -> None:
     flags = asdict(config) | {"run_id": saved.get("run_id")}
     write_json(out / "run.json", flags | {"overwrite": overwrite})  # first: a folder with it can be resumed
     if overwrite:
-        old = ["adapter_*", "*.safetensors*", "*config.json", "*.jinja", "samples.jsonl*"]
+        old = ["adapter_*", "*.safetensors*", "*config.json", "README.md", "dispersion.*", "samples.jsonl*"]
+        old += ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
+        old += ["*.jinja", "chat_template.json", "*piece*.model", "tekken.json"]
         old += ["samples/*", "tensorboard/*", "checkpoint/*"]
         for path in {path for pattern in old for path in out.glob(pattern)}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # checkpoint/ itself may be a link

@@ -111,7 +111,10 @@ def answer_lead(prompt: Text, tokenizer: PreTrainedTokenizerBase, options: dict 
 
 @functools.lru_cache(maxsize=8)
 def _turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
-    """The special token that follows an answer in the middle of a conversation; None if none does."""
+    """The special token that follows an answer in the middle of a conversation; None if none does.
+
+    `template` is part of the cache's key: a tokenizer's may be replaced.
+    """
     turns = [message(role, text)[0] for role, text in (("user", "a"), ("assistant", MARKER), ("user", "b"))]
     try:
         after = render(turns, tokenizer, False).partition(MARKER)[2].strip()

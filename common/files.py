@@ -41,7 +41,7 @@ def print_error(error: Exception) -> None:
 
 @contextlib.contextmanager
 def error_prefix(path: str | Path) -> Iterator[None]:
-    """Put the name of a file in front of the message of any InputError raised in the block."""
+    """Put `path`, or a flag, row or step, in front of the message of any InputError raised in the block."""
     try:
         yield
     except InputError as error:

@@ -2,7 +2,7 @@
 
 torchrun starts one process per device and tells each its place (RANK, LOCAL_RANK, WORLD_SIZE). Every process
 reads the same data and knows the same global batch, takes its share of the pairs, and the gradients are
-summed with one all_reduce. Without torchrun there is one process, rank 0 of 1, and nothing is sent.
+summed over all processes. Without torchrun there is one process, rank 0 of 1, and nothing is sent.
 
     torchrun --nproc_per_node 8 train_dpl.py                      # DDP: each process holds the whole model
     torchrun --nproc_per_node 8 train_dpl.py --parallel fsdp      # FSDP2: each holds an eighth of it
@@ -14,16 +14,15 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from common.files import InputError, print_error, release_locks
@@ -33,7 +32,7 @@ TIMEOUT = timedelta(hours=1)  # for a collective: rank 0 may be writing a large 
 
 
 def get_rank() -> int:
-    """This process's number. Only rank 0 prints and writes."""
+    """This process's number. Only rank 0 prints, and writes all files but FSDP's checkpoints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -198,22 +197,16 @@ def unsharded(model: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
-def shard(model: nn.Module, device: torch.device, mixed: bool, method: Callable) -> None:
+def shard(model: nn.Module, device: torch.device, mixed: bool) -> None:
     """Shard a model that is on the CPU over all processes with FSDP2, in place, onto `device`.
 
     Blocks are moved and sharded one at a time, so the whole model need not fit on one device. If `mixed`,
-    weights are gathered in bfloat16 and gradients are summed in float32. `method(model, ...)` is the function
-    that the caller runs instead of model.forward: it becomes a method of the model, and FSDP gathers the
-    weights around it.
+    weights are gathered in bfloat16 and gradients are summed in float32.
     """
     mesh = init_device_mesh(device.type, (get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
     for module in [*decoder_layers(model), model]:
         # reshard the root too: by default FSDP2 keeps it whole after a forward, and a checkpoint needs shards
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        module.set_gradient_divide_factor(
-            1.0
-        )  # sum gradients: losses are divided by the global batch already
+        module.set_gradient_divide_factor(1.0)  # a sum: losses are divided by the global batch already
         module.set_force_sum_reduction_for_comms(True)
-    setattr(model, method.__name__, partial(method, model))
-    register_fsdp_forward_method(model, method.__name__)

@@ -35,8 +35,8 @@ def read_pairs(path: str | Path, chat: bool = False) -> list[dict[str, Any]]:
     formats above.
     """
     rows, pairs = list(read_rows(path)), []
-    texts = [row for _, row in rows if isinstance(row.get("prompt"), str)]
-    texts_repeat = all(map(_repeats_prompt, texts))  # of one row, it may be chance: "Hi", "High time"
+    # of all rows of strings: of one it may be chance, "Hi" and "High time"
+    texts_repeat = all(_repeats_prompt(row) for _, row in rows if isinstance(row.get("prompt"), str))
     repeats = 0
     for index, (where, row) in enumerate(rows):
         rows[index] = None  # a million rows need not be held twice
@@ -293,8 +293,6 @@ def read_samples(path: str | Path, allow_empty: bool = False) -> dict[str, list[
 
 # ---- files of rows
 
-# ---- reading
-
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("file:row", row) for each JSON object of a .jsonl, .jsonl.gz, .json or .parquet file.
@@ -317,7 +315,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _is_json_lines(path: Path) -> bool:
     """Whether a .json file begins with a line that is a whole JSON object, and goes on."""
-    with open(path, "rb") as file, contextlib.suppress(ValueError):
+    with open(path, "rb") as file, contextlib.suppress(ValueError, RecursionError):
         lines = filter(bytes.strip, file)
         return isinstance(json.loads(next(lines, b"")), dict) and any(lines)
     return False

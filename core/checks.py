@@ -3,6 +3,7 @@
 - check_memory: models that are too large for the device
 - check_inputs: token ids without an embedding, texts that are too long, too few pairs for the processes
 - check_packable: models whose log-probabilities change when pairs are packed into one row
+- check_compile: models whose layers --compile cannot compile
 - check_objective: losses that return a mean, mix pairs, or have no gradient
 """
 

@@ -33,14 +33,8 @@ from core.lora import find_base, load_lora, merge_lora, save_lora
 transformers_logging.disable_progress_bar()  # a small model loads faster than its bar draws
 MAX_LAYERS = 10_000
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-TOKENIZER_FILES += (
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "spiece.model",
-    "tekken.json",
-)
-TOKENIZER_FILES += ("vocab.json", "merges.txt", "vocab.txt", "sentencepiece.bpe.model")
+TOKENIZER_FILES += ("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt")
+TOKENIZER_FILES += ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 
 
 def load_model(
@@ -144,7 +138,7 @@ def loading(flag: str) -> Iterator[None]:
 
 
 def load_reward_model(
-    path: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path, device: str = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A reward model and its tokenizer, from a folder or the hub; a causal LM gets a head of zeros.
 

@@ -137,9 +137,8 @@ class SharedPromptCache:
         `grid` is None if the batch fills it in order.
         """
         # new prompt p is old prompt kept[p]
-        kept = torch.tensor(
-            keep_in_place(torch.cat([prompt_index, self.last]).unique().tolist()), dtype=torch.long
-        )
+        used = torch.cat([prompt_index, self.last]).unique().tolist()
+        kept = torch.tensor(keep_in_place(used), dtype=torch.long)
         self.move([x for layer in self.layers for x in layer[:2]], kept)
         new_index = torch.zeros(len(self.prompt_lengths), dtype=torch.long)
         new_index[kept] = torch.arange(len(kept))

@@ -286,9 +286,8 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
             )
         by_layer.setdefault(match[1], {})[match[2]] = tensor
     with error_prefix(path):
-        add_lora(
-            model, config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0, sorted(by_layer)
-        )
+        dropout = config.get("lora_dropout") or 0.0
+        add_lora(model, config["r"], config["lora_alpha"], dropout, sorted(by_layer))
     for name, layer in lora_layers(model):
         for part in ("lora_A", "lora_B"):
             tensor, weight = by_layer.get(name, {}).get(part), getattr(layer, part)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -63,11 +64,11 @@ def set_forward(model: PreTrainedModel, device: torch.device, mixed: bool, fsdp:
     weight, on `device`, and FSDP gathers whole weights around the method.
     """
     model.mixed = mixed
-    forward = torch.autocast(device.type, torch.bfloat16, enabled=mixed)(packed_forward)
     if fsdp:
-        shard(model, device, mixed, forward)
-    else:
-        model.packed_forward = partial(forward, model)
+        shard(model, device, mixed)
+    forward = torch.autocast(device.type, torch.bfloat16, enabled=mixed)(packed_forward)
+    model.packed_forward = partial(forward, model)
+    register_fsdp_forward_method(model, "packed_forward")  # does nothing to a model without shards
 
 
 def wrap_layers(layers: Sequence[nn.Module], compile: bool, checkpoint_activations: bool) -> None:

@@ -123,10 +123,8 @@ def score_completions(
         for part in parts:
             examples[len(part)].append((prompt, *part))
     count = sum(map(len, by_prompt.values()))
-    scores, bar = (
-        {},
-        tqdm(total=count, desc="scores", unit="text", leave=False, disable=get_rank() > 0 or None),
-    )
+    scores = {}
+    bar = tqdm(total=count, desc="scores", unit="text", leave=False, disable=get_rank() > 0 or None)
     for some in examples.values():
         for batch in micro_batches(range(len(some)), some, max_tokens):
             values = pair_stats(model, pack([some[i] for i in batch])).logp.tolist()

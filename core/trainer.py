@@ -36,16 +36,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common import logs, parallel
-from common.checkpoint import (
-    Plan,
-    load_checkpoint,
-    open_run,
-    plan_run,
-    save_checkpoint,
-    saved_args,
-    start_run,
-)
+from common import checkpoint, logs, parallel
 from common.files import ROOT, InputError, digest_json, error_prefix
 from common.flags import Flags, flag, parse, require
 from core.checks import check_compile, check_inputs, check_memory, check_objective, check_packable
@@ -142,7 +133,7 @@ def parse_run(
 
     def default_args(args: argparse.Namespace) -> list[str]:
         if args.resume and Path(args.out_dir, "run.json").is_file():
-            return saved_args(Path(args.out_dir), {one.name for one in fields(config)})
+            return checkpoint.saved_args(Path(args.out_dir), {one.name for one in fields(config)})
         return [f"@{ROOT / society}"] if society and args.model is None and args.data is None else []
 
     return parse(config, description, default_args=default_args)
@@ -267,7 +258,7 @@ def train(
     and exit with code 128 + the signal's number.
     """
     # ---- flags and paths, model and data; nothing is written yet
-    out, device = open_run(config), parallel.get_device()
+    out, device = checkpoint.open_run(config), parallel.get_device()
     max_tokens = config.micro_batch_tokens or default_micro_batch_tokens(device)
     model, tokenizer = load_policy(config, device, load_model)
     examples, held_out = (
@@ -280,7 +271,7 @@ def train(
     make_trainable(config, model, device)
 
     # ---- the run's folder: what is wrong with it, or with the objective, is told before the reference pass
-    plan = plan_run(config, out, digests, len(examples))
+    plan = checkpoint.plan_run(config, out, digests, len(examples))
     if not prepare:
         check_objective(objective, len(examples[0]) - 1, reference, device)
 
@@ -296,7 +287,7 @@ def train(
             )
 
     # ---- the objective
-    start_run(config, out, plan)
+    checkpoint.start_run(config, out, plan)
     if prepare:
         objective = partial(objective, **prepare(model, tokenizer, examples, ref))
     # again, now with prepare()'s arguments, and to find out whether it uses policy.entropy
@@ -320,7 +311,7 @@ def train(
 def run_steps(
     config: TrainConfig,
     out: Path,
-    plan: Plan,
+    plan: checkpoint.Plan,
     model: PreTrainedModel,
     digests: dict[str, str],
     gradient: Callable[[int, list[int]], tuple[dict[str, float], int]],
@@ -340,7 +331,7 @@ def run_steps(
     else:
         optimizer = torch.optim.RMSprop(parameters, lr=config.lr)
     if plan.checkpoint:
-        load_checkpoint(*plan.checkpoint, model, optimizer)
+        checkpoint.load_checkpoint(*plan.checkpoint, model, optimizer)
     loggers = logs.open_loggers(config, out) if parallel.get_rank() == 0 else []
     logs.print_start(parameters, plan.count, steps, size, config)
     flops, signals, began = logs.flops_per_token(model), parallel.record_signals(), time.monotonic()
@@ -351,7 +342,7 @@ def run_steps(
             logger(row)
         logs.print_row(row, steps, start, began)
 
-    hide = True if parallel.get_rank() > 0 else None  # None: tqdm shows its bar on a terminal only
+    hide = parallel.get_rank() > 0 or None  # None: tqdm shows its bar on a terminal only
     bar = tqdm(range(start, steps), out.name, steps, initial=start, unit="step", disable=hide)
     for step in bar:
         row = {"step": step}  # a row of metrics.jsonl: the policy after `step` updates, before this step's
@@ -383,7 +374,7 @@ def run_steps(
             log(row)
         stop = max(parallel.all_gather(max(signals, default=0)))  # all processes stop at the same step
         if stop or step + 1 == steps or (step + 1) % config.save_every == 0:
-            save_checkpoint(out / "checkpoint", step + 1, digests, model, optimizer, config.keep)
+            checkpoint.save_checkpoint(out / "checkpoint", step + 1, digests, model, optimizer, config.keep)
         if stop:
             bar.close()
             if parallel.get_rank() == 0:
@@ -395,5 +386,6 @@ def run_steps(
     row = {"step": steps}
     with torch.no_grad():
         row |= gradient(steps, batch_indices(steps, size, plan.count, config.seed))[0]
-    log(row | (evaluate() if evaluate else {}))
+    row |= evaluate() if evaluate else {}
+    log(row)
     return row

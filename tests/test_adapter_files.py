@@ -153,10 +153,12 @@ def test_a_bfloat16_base_stays_one(write, tmp_path):
 
 
 def test_a_reward_model_keeps_its_head(write, tmp_path):
-    base = make(CONFIGS["llama"])
-    base.config.pad_token_id = 0
+    """Its configuration gets a padding token, which transformers needs for more than one text."""
+    base = make(copy.deepcopy(CONFIGS["llama"]))
+    base.config.pad_token_id = None
     base.save_pretrained(tmp_path / "base")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1).eval()
+    model.config.pad_token_id = 0
     for _, layer in lora_layers(add_lora(model, 4, 8)):
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     write_merged(write(base, model), tmp_path / "merged")

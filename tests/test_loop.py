@@ -218,7 +218,7 @@ def test_loss_that_is_not_finite_stops_the_run(refused, tiny_model_folder, data,
 def test_the_model_card_says_how_to_repeat_the_run(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "__main__", train_dpl)  # the script that was started
     monkeypatch.setattr(sys, "argv", ["train_dpl.py", "--alpha", "0.3", "--out_dir", "out/two words"])
-    rows = run_dpl(replace(config, alpha=0.3, max_steps=1))
+    rows = run_dpl(replace(config, alpha=0.3, max_steps=1, eval_data=config.data))
     text = Path(config.out_dir, "README.md").read_text()
     assert ModelCard(text).data.to_dict() == {"library_name": "transformers"}  # a folder is no hub name
     for line in (
@@ -229,6 +229,7 @@ def test_the_model_card_says_how_to_repeat_the_run(config, monkeypatch):
         "- command: `python train_dpl.py --alpha 0.3 --out_dir 'out/two words'`",
         f"- versions: torch {torch.__version__}, transformers {transformers.__version__}",
         f"    loss {rows[-1]['loss']:.4g}",
+        f"    eval_loss {rows[-1]['eval_loss']:.4g}",
         "    --alpha 0.3",
         "    --beta 0.1",
     ):

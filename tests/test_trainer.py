@@ -254,13 +254,16 @@ def test_a_run_stopped_before_its_first_step_can_be_resumed(data, tmp_path):
     same_end(cut, data)
 
 
-def test_overwriting_with_all_weights_leaves_no_adapter(data, tmp_path):
+def test_overwriting_leaves_nothing_of_the_run_before(data, tmp_path):
     run_dpl(data)
-    (tmp_path / "run" / "chat_template.jinja").write_text("an old tokenizer's")
-    run_dpl(replace(data, overwrite=True, lora_rank=0, lr=1e-4))
-    assert not list((tmp_path / "run").glob("adapter_*"))
-    _, tokenizer = load_model(data.out_dir)
-    assert not tokenizer.chat_template
+    old = ("chat_template.jinja", "special_tokens_map.json", "vocab.json", "spiece.model", "dispersion.png")
+    for name in old:
+        (tmp_path / "run" / name).write_text("another run's")
+    new = replace(data, overwrite=True, lora_rank=0, lr=1e-4)
+    run_dpl(new)
+    run_dpl(replace(new, out_dir=str(tmp_path / "new")))
+    names, expected = ({path.name for path in (tmp_path / run).iterdir()} for run in ("run", "new"))
+    assert names == expected and "model.safetensors" in names
 
 
 def test_rows_go_to_the_loggers_that_are_asked_for(data, monkeypatch):

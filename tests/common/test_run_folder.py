@@ -164,7 +164,7 @@ def test_the_working_directory_may_be_the_folder(config, monkeypatch):
     monkeypatch.chdir(config.out_dir)
     here = replace(config, out_dir=".")
     with pytest.raises(ZeroDivisionError), monkeypatch.context() as patch:
-        patch.setattr(trainer, "start_run", lambda *_: 1 / 0)  # after the reference pass
+        patch.setattr(checkpoint, "start_run", lambda *_: 1 / 0)  # after the reference pass
         run(here)
     assert [path.name for path in Path().iterdir()] == ["reference_cache"]
     assert run(replace(here, resume=True))

@@ -90,6 +90,7 @@ FILES = {
     "plain.jsonl.gz": (lines(PAIR), "plain.jsonl.gz: damaged or cut-short gzip file, after row 0"),
     "object.json": (b'{"data": []}', "object.json: expected a JSON list of objects, found dict"),
     "half.json": (b'[{"prompt":\n', "half.json:2: not JSON"),
+    "deep.json": (b"[" * 200_000, "deep.json:1: not JSON: nested too deeply"),
     "none.json": (b"[]", "none.json: the file is empty"),
     "rows.parquet": (b"PAR1 not really", "rows.parquet: not a readable parquet file"),
     "empty.csv": (b"", "empty.csv: the file is empty"),
