@@ -6,8 +6,8 @@ ranking are a pair: 16,800, not independent), or on the raters' utility itself (
 texts of its own, half as many, but it knows their utility, where choices are random), and sampled.
 
     DPO, larger beta    the other way to stay diverse: DPL's alpha for both weights
-    DPO, sampled hotter at a token temperature, with min-p or top-p, or at a global temperature. The last is
-                        sequential Monte Carlo: it repeats texts, so it is more diverse than measured
+    DPO, sampled hotter at a token temperature, with min-p or top-p, or at a global temperature after min-p.
+                        The last is sequential Monte Carlo: "effective texts" says how few it rests on
     DPL per token       --length_normalize averages log-probabilities over tokens, so a longer text has no
                         larger margin before training; both weights are multiplied by the 24 tokens of a
                         text. Its optimum is another: pi_ref^(beta / alpha) exp(tokens (u + c) / alpha), with
@@ -16,9 +16,7 @@ texts of its own, half as many, but it knows their utility, where choices are ra
 The truth. For alpha = beta, the optimum is pi_ref exp(u / beta) / Z: the reference's own sentences, weighted
 by exp(u / beta). A policy's KL to it is (the highest J - its own J) / alpha. For alpha > beta, the weights
 have pi_ref^(beta / alpha - 1) in them too, and a few unlikely sentences outweigh all others, above all long
-ones: each further token multiplies the number of texts. So it is unknown. "optimum after min-p" is that of
-another reference, whose unlikely tokens are cut: it is sampled at the global temperature alpha / beta
-(sequential Monte Carlo) and weighted by exp(u / alpha). The highest J is at least as high as its J.
+ones: each further token multiplies the number of texts. So that optimum is unknown.
 
 Another population chooses between a sentence about her and one about him: 62% want her, 38% him. Nothing says
 how it likes one without a pronoun.
@@ -96,7 +94,8 @@ def per_token(ratio: float) -> dict[str, object]:
     return {"--length_normalize": True} | weights(ratio, TOKENS * BETA)
 
 
-POPULATIONS = {"one": (utility, BETA, RATIOS), "halves": (half_utility, HALVES_BETA, (1, 4))}
+POPULATIONS = {"one": (utility, BETA), "halves": (half_utility, HALVES_BETA)}
+OPTIMUM = {"one": "optimum, α = β", "halves": "halves: optimum, α = β"}
 DPO_RATIOS = (2, 4)  # DPO with a larger beta, in place of a larger alpha
 PER_TOKEN_RATIOS = (1, 2, 4)
 RL_RATIOS = (1, 1.5, 2)  # at 2 its texts are cut at the limit already
@@ -181,14 +180,12 @@ def reward(rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
 def make_results(config: RealConfig) -> Results:
     """Train and sample what is missing; returns measure() of each policy's prompts, (seeds, prompts).
 
-    "optimum, α/β = x" is the known optimum, "halves: optimum, ..." that of the other population.
+    So do the known optima, whose names are in OPTIMUM.
     """
     path = write_prompts(config)
     prompts, folder = [row["prompt"] for row in read_prompts(path)], write_reference(config)
     plain = write_texts(config, MANY, folder, prompts, config.reference_samples, seed=99)
-    rankings = {
-        name: write_rankings(config, name, prompts, plain, u) for name, (u, *_) in POPULATIONS.items()
-    }
+    rankings = {name: write_rankings(config, name, prompts, plain, u) for name, (u, _) in POPULATIONS.items()}
     for name, seed, run in tqdm(list_runs(config), desc="policies", unit="run", disable=None):
         learns, flags = POLICIES[name]
         flags = flags | {"--seed": seed}
@@ -199,15 +196,10 @@ def make_results(config: RealConfig) -> Results:
     known = known_words(plain)
 
     results: Results = {}
-    for x in RATIOS:
-        cut, count = f"reference, global temperature {x}, min-p", config.reference_samples
-        smc = {"global_temperature": x, "min_p": 0.01, "particles": count, "seed": 98}
-        texts = plain if x == 1 else write_texts(config, cut, folder, prompts, count, **smc)
-        for population, (u, beta, ratios) in POPULATIONS.items():
-            if x in ratios:
-                tilts = [np.array([u(row["text"]) for row in rows]) / (x * beta) for rows in texts]
-                values = [measure(rows, known, tilt) for rows, tilt in zip(texts, tilts, strict=True)]
-                results[optimum_name(population, x)] = [values]
+    for population, (u, beta) in POPULATIONS.items():
+        tilts = [np.array([u(row["text"]) for row in rows]) / beta for rows in plain]
+        values = [measure(rows, known, tilt) for rows, tilt in zip(plain, tilts, strict=True)]
+        results[OPTIMUM[population]] = [values]
     runs = [("reference", 0, folder, {}), *((*run, {}) for run in list_runs(config))]
     for way, settings in SAMPLED.items():
         for t, options in settings.items():
@@ -222,12 +214,6 @@ def make_results(config: RealConfig) -> Results:
                 row |= dict.fromkeys(("utility", "features", *(f"J {x}" for x in RATIOS)), math.nan)
                 row |= {who: row[who] / both for who in HALVES}
     return results
-
-
-def optimum_name(population: str, x: float) -> str:
-    """The row of the known optimum at alpha / beta = x."""
-    name = f"optimum{'' if x == 1 else ' after min-p'}, α/β = {x}"
-    return name if population == "one" else f"{population}: {name}"
 
 
 # ---- tables and pictures
@@ -275,7 +261,7 @@ def draw(results: Results, path: Path) -> None:
             axis.errorbar(x, y, dy, dx, fmt=style, color=color, label=label, lw=1.2, elinewidth=0.6)
         axis.set(xlabel=labels[keys[0]], ylabel=labels[keys[1]])
     axes[2].invert_yaxis()
-    best = [over_prompts(results[optimum_name("one", 1)], key)[0] for key in panels[0]]
+    best = [over_prompts(results[OPTIMUM["one"]], key)[0] for key in panels[0]]
     axes[0].plot(*best, "o", color="0.75", ms=14, zorder=0, label="optimum, α = β")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=10)
     save_figure(figure, path)
@@ -285,8 +271,7 @@ def draw_who(results: Results, path: Path) -> None:
     """Draw who the first prompt's person is, a bar per policy, for both populations."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=(3, 2))
     halves = [name for name in results if name.startswith("halves")]
-    one = [optimum_name("one", x) for x in RATIOS]
-    one = ["reference", *one, *(name for name in POLICIES if not name.startswith("halves"))]
+    one = ["reference", OPTIMUM["one"], *(name for name in POLICIES if not name.startswith("halves"))]
     for axis, names, whos in zip(axes, (one, halves), (list(VALUES["who"]), list(HALVES)), strict=True):
         for y, name in enumerate(names):
             shares = {who: 100 * np.mean([run[0][who] for run in results[name]]) for who in whos}

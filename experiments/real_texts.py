@@ -297,8 +297,7 @@ def measure(rows: Rows, known_words: set[str], tilt: np.ndarray | None = None) -
 
     "features" is the sum of the features' entropies in bits, low by about 5 bits / effective texts;
     "new_words" the share of words that no text of MANY has; "openings" how many of the first three words
-    differ, as a share; "J 2" the objective at alpha = 2 beta. Entropies are in nats a text. "effective" is
-    at most how many independent texts the weighted ones are worth.
+    differ, as a share; "J 2" the objective at alpha = 2 beta. Entropies are in nats a text.
     """
     tilt = np.zeros(len(rows)) if tilt is None else tilt
     log_z = np.logaddexp.reduce(tilt) - math.log(len(rows))
@@ -324,7 +323,7 @@ def measure(rows: Rows, known_words: set[str], tilt: np.ndarray | None = None) -
         "new_words": math.nan if tilt.any() else new / max(1, sum(map(len, split))),
         "openings": math.nan if tilt.any() else len({tuple(some[:3]) for some in split}) / len(texts),
         "unfinished": float(w @ [row["finish"] != "eos" for row in rows]),
-        "effective": 1 / float(np.square(w).sum() + 1 / rows[0]["ess"] - 1 / len(rows)),
+        "effective": min(1 / float(np.square(w).sum()), rows[0]["ess"]),
         **shares["who"],
         **{f"J {x}": value + x * BETA * entropy - BETA * cross for x in RATIOS},
     }

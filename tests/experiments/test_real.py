@@ -57,23 +57,20 @@ def test_a_reference_whose_last_norm_has_a_bias_is_refused(tmp_path, monkeypatch
         real_texts.write_reference(RealConfig(model=SOCIETY, out_dir=str(tmp_path)))
 
 
-@pytest.mark.parametrize("ratio", (1, 2))
-def test_weighted_texts_are_those_of_the_optimum(tmp_path, ratio):
+def test_weighted_texts_are_those_of_the_optimum(tmp_path):
     """The society's stories can be listed, so their optimum is known."""
     world = lab.read_world()
     config = RealConfig(model=SOCIETY, temperature=1.0, out_dir=str(tmp_path), max_new_tokens=32)
     folder = real_texts.write_reference(config)
-    options = {"global_temperature": ratio, "min_p": 0.01, "particles": 1500} if ratio > 1 else {}
-    [rows] = real_texts.write_texts(config, "many", folder, [world["story_prompt"]], 1500, **options)
-    alpha = ratio * real_texts.BETA
-    found = measure(rows, set(), np.array([utility(row["text"]) for row in rows]) / alpha)
+    [rows] = real_texts.write_texts(config, "many", folder, [world["story_prompt"]], 1500)
+    found = measure(rows, set(), np.array([utility(row["text"]) for row in rows]) / real_texts.BETA)
     stories = list_stories(world)
     u = np.array([utility(story) for story in stories])
-    exact = optimum(np.array(world["story_reference_logp"]), u, alpha, real_texts.BETA)
+    exact = optimum(np.array(world["story_reference_logp"]), u, real_texts.BETA, real_texts.BETA)
     for who in ("she", "he"):
         share = exact @ [features(story)["who"] == who for story in stories]
         error = math.sqrt(share * (1 - share) / found["effective"])
-        assert found[who] == pytest.approx(share, abs=4 * error + 0.02)  # min-p and misspelt names: 0.02
+        assert found[who] == pytest.approx(share, abs=4 * error + 0.02)  # misspelt names: 0.02
     assert found["utility"] == pytest.approx(exact @ u, abs=0.03)
     nats = -exact @ np.log(exact)
     assert found["entropy"] == pytest.approx(nats, abs=0.3)
@@ -103,7 +100,7 @@ def test_raters_choose_by_their_utilities(tmp_path):
     rows = [{"text": text, "finish": "eos"} for text in (*texts, "") * 24]  # the first eighth is held out
     rows += [{"text": "The cut cat saw her", "finish": "length"}]
     config = RealConfig(rankings=400, out_dir=str(tmp_path))
-    for name, (u, *_) in real.POPULATIONS.items():
+    for name, (u, _) in real.POPULATIONS.items():
         paths = real_texts.write_rankings(config, name, ["Write."], [rows], u)
         rankings, held_out = ([row["ranking"] for _, row in read_rows(path)] for path in paths)
         assert len(rankings) == 400 and len(held_out) == 50
@@ -137,7 +134,7 @@ def test_real_runs(tmp_path, monkeypatch, capsys):
     call(real, **flags, out_dir=out, out_file=picture)
     table = capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
-    assert set(results) >= {*kept, "reference", "DPO, top-p 2", "optimum after min-p, α/β = 4"}
+    assert set(results) >= {*kept, "reference", "DPO, top-p 2", "optimum, α = β", "halves: optimum, α = β"}
     assert f"{results['DPO'][0][0]['utility']:.2f} ± 0.00" in table
     for name in ("real.png", "real_who.png", "real_runs.png"):
         assert (tmp_path / name).stat().st_size > 10_000
