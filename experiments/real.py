@@ -201,9 +201,9 @@ def make_results(config: RealConfig) -> Results:
         values = [measure(rows, known, tilt) for rows, tilt in zip(plain, tilts, strict=True)]
         results[OPTIMUM[population]] = [values]
     runs = [("reference", 0, folder, {}), *((*run, {}) for run in list_runs(config))]
+    dpo = Path(config.out_dir, "dpo-seed0")
     for way, settings in SAMPLED.items():
-        for t, options in settings.items():
-            runs += [(f"DPO, {way} {t}", s, f, options) for n, s, f in list_runs(config) if n == "DPO"]
+        runs += [(f"DPO, {way} {t}", 0, dpo, options) for t, options in settings.items()]
     for name, seed, policy, options in runs:
         texts = write_texts(config, name, policy, prompts, config.samples, seed, **options)
         results.setdefault(name, []).append(measure_texts(config, texts, known))
