@@ -33,7 +33,7 @@ from common.files import InputError, error_prefix
 from common.flags import flag, run_command
 from common.parallel import get_device, get_dtype
 from common.rows import Text, message, read_pairs
-from core.checks import check_packable, max_positions
+from core.checks import check_packable
 from core.hub import load_reward_model
 from core.model import Stats
 from core.pairs import Pair
@@ -130,9 +130,6 @@ def score_texts(
 ) -> np.ndarray:
     """The reward of each answer to its prompt, (texts,). Raises InputError for a text that is too long."""
     texts = encode_texts(prompts, answers, tokenizer, options)
-    longest = max(len(start) + len(end) for start, end in texts) - 1
-    if longest > max_positions(model):
-        raise InputError(f"a text has {longest} tokens, and the model {max_positions(model)} positions")
     return score_completions(model, *zip(*texts, strict=True))
 
 

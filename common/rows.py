@@ -76,8 +76,10 @@ def template_options(row: dict[str, Any], prompt: Text, where: str) -> dict[str,
     Adds a row's 'system' to the messages of `prompt`, in place. Raises InputError with `where` if one of
     these keys cannot have its effect, since the prompt is a string.
     """
-    options = {"tools": row["tools"]} if row.get("tools") else {}
-    options |= row.get("chat_template_kwargs") or {}
+    options, more = {"tools": row["tools"]} if row.get("tools") else {}, row.get("chat_template_kwargs") or {}
+    if not isinstance(more, dict):
+        raise InputError(f"{where}: 'chat_template_kwargs' must be an object")
+    options |= more
     for key in ("system", "tools", "chat_template_kwargs"):
         if row.get(key) and isinstance(prompt, str):
             raise InputError(f"{where}: '{key}' is for message lists: give --chat, or put it into the prompt")
@@ -243,7 +245,7 @@ def read_sample(row: dict[str, Any], where: str) -> Sample:
         parts = [turn[key] for turn in turns for key in ("role", "content")] + [text]
         options = template_options(row, prompt, where).get("options")
         sample = Sample(prompt, text, row.get("finish"), "completion" not in row, options)
-    except (KeyError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError):
         parts = []
     if len(parts) < 3 or not all(isinstance(part, str) for part in parts):
         raise InputError(f"{where}: needs string 'prompt' and 'completion', or another --format of sample.py")

@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from common.files import digest_json, digest_tensors, is_writable, write_tensors
+from common.files import InputError, digest_json, digest_tensors, is_writable, write_tensors
 from common.parallel import all_reduce, get_rank, get_world_size
+from core.checks import max_positions
 from core.model import Stats, pair_stats
 from core.pairs import micro_batches, pack
 
@@ -106,8 +107,12 @@ def score_completions(
     """log pi(completion | prompt) of every completion in nats, or its reward under a reward model; (n,).
 
     Prompts and completions are token ids. A prompt is computed once for all of its completions that fit into
-    a row of `max_tokens` tokens, and equal completions are computed once, so that they tie.
+    a row of `max_tokens` tokens, and equal completions are computed once, so that they tie. Raises InputError
+    for a text that is too long for the model.
     """
+    lengths = [len(p) + len(c) - 1 for p, c in zip(prompts, completions, strict=True)]  # the last is not fed
+    if max(lengths, default=0) > max_positions(model):
+        raise InputError(f"a text has {max(lengths)} tokens, and the model {max_positions(model)} positions")
     by_prompt: dict[tuple, dict[tuple, None]] = defaultdict(dict)
     for prompt, completion in zip(prompts, completions, strict=True):
         by_prompt[tuple(prompt)][tuple(completion)] = None

@@ -17,9 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.files import atomic_write
+from common.files import InputError, atomic_write
 from common.flags import Flags, flag, parse, require, require_new, run_command
-from common.rows import last_turn, message, read_rows, read_sample
+from common.rows import last_turn, message, read_prompts, read_rows, read_sample
 
 
 @dataclass
@@ -37,6 +37,8 @@ class ExportConfig(Flags):
         super().__post_init__()
         require(self, "out_file", self.out_file is not None, "given")
         require_new(self, "out_file")
+        known = self.prompts is not None or self.format != "arena_hard"
+        require(self, "prompts", known, "given for arena_hard, whose rows have the uid of their prompt")
 
 
 def convert(config: ExportConfig, uids: dict[str, Any]) -> list[dict[str, Any]]:
@@ -56,7 +58,9 @@ def convert(config: ExportConfig, uids: dict[str, Any]) -> list[dict[str, Any]]:
                 rows.append({"instruction": question, "output": text, "generator": config.name} | stats)
             else:
                 answer = {"role": "assistant", "content": {"answer": text}}
-                new = {"uid": uids.get(question, question), "ans_id": str(len(rows)), "model": config.name}
+                if question not in uids:
+                    raise InputError(f"{where}: its question has no uid in --prompts {config.prompts}")
+                new = {"uid": uids[question], "ans_id": str(len(rows)), "model": config.name}
                 new |= {"messages": [*turns, answer], "metadata": {"token_len": row.get("tokens")}}
                 rows.append(new | stats)
     return rows
@@ -65,8 +69,8 @@ def convert(config: ExportConfig, uids: dict[str, Any]) -> list[dict[str, Any]]:
 def main() -> None:
     """Write --out_file."""
     config = parse(ExportConfig, __doc__)
-    prompts = read_rows(config.prompts) if config.prompts else ()
-    uids = {last_turn(row["prompt"]): row["uid"] for _, row in prompts if "prompt" in row and "uid" in row}
+    prompts = read_prompts(config.prompts) if config.prompts else ()
+    uids = {last_turn(row["prompt"]): row["uid"] for row in prompts if "uid" in row}
     rows = convert(config, uids)
     with atomic_write(config.out_file) as file:
         if config.format == "alpaca_eval":

@@ -240,7 +240,8 @@ def convert_rows(source: Source, paths: list[Path]) -> Iterator[Row | None]:
         for where, row in read_rows(path):
             try:
                 row = source.convert(row)
-                empty = row and "chosen" in row and not all(last_turn(row[k]) for k in ("chosen", "rejected"))
+                answers = [row["chosen"], row["rejected"]] if row and "chosen" in row else []
+                empty = not all(last_turn(answer).strip() for answer in answers)
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 reason = f"{type(error).__name__}: {error}"
                 raise InputError(f"{where}: not in the layout of {source.repo} ({reason})") from None

@@ -33,7 +33,7 @@ from common.files import InputError, error_prefix, fill, read_template, write_js
 from common.flags import Flags, flag, require
 from common.parallel import get_device, get_dtype
 from common.rows import message, read_rows
-from core.checks import check_packable, max_positions
+from core.checks import check_packable
 from core.hub import load_model
 from core.reference import score_completions
 from metrics import formulas
@@ -127,9 +127,6 @@ def choice_probs(
         [prompts[0]] * len(LETTERS), [lead + letter for letter in LETTERS], tokenizer
     )
     ids = {letter: ids[:-1] for letter, ids in zip(LETTERS, continuations, strict=True)}  # no end token
-    longest = max(map(len, encoded)) + max(map(len, continuations)) - 1  # the last token is no input
-    if longest > max_positions(model):
-        raise InputError(f"a question has {longest} tokens, and the model {max_positions(model)} positions")
     rows = [(prompt, ids[x]) for prompt, own in zip(encoded, letters, strict=True) for x in own]
     logp = score_completions(model, *zip(*rows, strict=True), max_tokens=2048)
     parts = np.split(logp, np.cumsum([len(own) for own in letters])[:-1])

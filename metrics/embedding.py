@@ -81,8 +81,8 @@ def read_dense(encoder: str, folder: str) -> Callable[[Tensor], Tensor]:
     path = cached_file(encoder, name, subfolder=folder, _raise_exceptions_for_missing_entries=False)
     if path is None:
         raise InputError(f"--embedder {encoder}: {folder} has no {name}; other weights are not read")
-    weights = {name: tensor.to(get_device()) for name, tensor in load_file(path).items()}
-    return lambda x: activation(F.linear(x, weights["linear.weight"].float(), weights.get("linear.bias")))
+    weights = {name: tensor.to(get_device(), torch.float32) for name, tensor in load_file(path).items()}
+    return lambda x: activation(F.linear(x, weights["linear.weight"], weights.get("linear.bias")))
 
 
 def read_modules(encoder: str) -> tuple[str, Callable[[Tensor, Tensor], Tensor], list[Callable]]:

@@ -70,8 +70,8 @@ class EndpointConfig(Flags):
 
 def _read_key(api_key_env: str) -> str:
     """The endpoint's key, or NO_KEY. Raises InputError, without its value, if it cannot be a key."""
-    if not api_key_env.isidentifier():  # perhaps the key itself: not printed
-        raise InputError("--api_key_env: must be the name of an environment variable, not the key itself")
+    if not re.fullmatch("[A-Z_][A-Z0-9_]*", api_key_env):  # perhaps the key itself: not printed
+        raise InputError("--api_key_env: must name an environment variable, in capitals; not the key itself")
     key = os.environ.get(api_key_env, "").strip() or NO_KEY
     if not re.fullmatch(r"[!-~]+", key):
         raise InputError(f"environment variable {api_key_env}: a key has only ASCII characters, no spaces")

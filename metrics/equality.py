@@ -20,7 +20,7 @@ Two traps:
   child process with a limit on time and memory, and False means "not shown to be equal".
 - Some texts have no readable answer. The first two functions return None for them. Report how many there are.
 
-    python -c "from answers import answers_equal; print(answers_equal(r'\frac{\sqrt2}{2}', r'1/\sqrt{2}'))"
+    python -c "from metrics.equality import answers_equal as equal; print(equal(r'\sqrt2/2', r'1/\sqrt{2}'))"
 """
 
 import atexit

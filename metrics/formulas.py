@@ -24,7 +24,7 @@ Problems with a right answer, and multiple choice:
     expected_calibration_error   mean |accuracy - confidence| over bins of confidence
     brier_score                  squared distance of the probabilities from the right answer
 
-Is model A better than model B? win_rate averages a judge's answers over both orders of showing the two texts.
+Is model A better than model B? pair_score averages a judge's answers over both orders of showing two texts.
 How far can chance move a mean over prompts? bootstrap gives a 95% interval.
 """
 
@@ -239,17 +239,6 @@ def pair_score(first: str, swapped: str) -> float:
             raise ValueError(f"a judgement must be 'A', 'B' or 'tie', found {answer!r}")
     total = points[first] + points[swapped]
     return 1.0 if total > 0 else 0.0 if total < 0 else 0.5
-
-
-def win_rate(first_order: Sequence[str], swapped_order: Sequence[str]) -> float:
-    """wins/n + ties/(2n) of the first contestant over n comparisons, each in two orders. (MallowsPO, C.3.1)
-
-    The arguments are equally long lists of the answers that pair_score describes. Range 0 to 1, 0.5 = even.
-    Raises ValueError for unequal lengths, empty lists and other answers.
-    """
-    if len(first_order) != len(swapped_order) or not first_order:
-        raise ValueError("need two lists of judgements, equally long and not empty")
-    return sum(map(pair_score, first_order, swapped_order)) / len(first_order)
 
 
 # ---- problems with a right answer

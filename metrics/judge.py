@@ -87,11 +87,11 @@ def run(config: Config) -> None:
     files = read_files(config)
     prompts = [transcript(group[0].prompt) for group in files[0].values()]
     texts = [texts_by_prompt(groups) for groups in files]
-    least, pool = min(len(group) for groups in texts for group in groups), max(DIVERSITY.values())
-    if least < pool:
-        raise InputError(
-            f"{config.samples}: a prompt has {least} samples, and the judge rates {pool} at a time"
-        )
+    pool = max(DIVERSITY.values())
+    for path, groups in zip((config.samples, config.baseline), texts, strict=False):
+        least = min(map(len, groups))
+        if least < pool:
+            raise InputError(f"{path}: a prompt has {least} samples, and the judge rates {pool} at a time")
     if config.dry_run:
         questions = [q for groups in texts for *_, q in pool_prompts(prompts, groups, config)]
         print(f"{count_calls(questions, config):,} requests would be sent")

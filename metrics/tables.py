@@ -64,10 +64,7 @@ def equally_many(config: SamplesConfig, files: list[Groups]) -> list[Groups]:
     for path, groups, kept in zip((config.samples, config.baseline), files, cut, strict=False):
         if len(flatten(groups)) > sum(map(len, kept)):
             most = f"{max(map(len, kept))} of up to {max(map(len, groups.values()))}"
-            reason = "as many as the other file has, because the metrics depend on their number"
-            print(
-                f"warning: {path}: the first {most} samples of a prompt are used, {reason}", file=sys.stderr
-            )
+            print(f"warning: {path}: only the first {most} samples of a prompt are compared", file=sys.stderr)
     return [dict(zip(groups, kept, strict=True)) for groups, kept in zip(files, cut, strict=True)]
 
 

@@ -18,7 +18,7 @@ from common.rows import transcript
 from metrics import formulas, judge
 from metrics.endpoint import EndpointConfig, Texts, ask, count_calls, read_judge_prompt
 from metrics.equality import after_thinking
-from metrics.tables import prompt_means, read_files, report_means, sample_rewards
+from metrics.tables import equally_many, prompt_means, read_files, report_means, sample_rewards
 
 SWAPPED = {"A": "B", "B": "A", "tie": "tie", None: None}
 
@@ -62,9 +62,9 @@ class Config(judge.Config):
 
 def run(config: Config) -> None:
     """Print the win rate, and what it hides: ties, verdicts that flip, the share of longer winners."""
-    groups, others = read_files(config)
+    groups, others = equally_many(config, read_files(config))
     both = zip(groups.items(), others.values(), strict=True)
-    pairs = {prompt: list(zip(ours, theirs, strict=False)) for (prompt, ours), theirs in both}
+    pairs = {prompt: list(zip(ours, theirs, strict=True)) for (prompt, ours), theirs in both}
     ours, theirs = ([pair[side] for group in pairs.values() for pair in group] for side in (0, 1))
     if config.reward_model:
         sides = [{"": ours}, {"": theirs}]

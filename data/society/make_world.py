@@ -21,6 +21,7 @@ import json
 import random
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -209,7 +210,6 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 def train_reference(work: Path) -> None:
     """Write the corpus, train the tokenizer and the model on it, and ship them as data/society/reference."""
-    shutil.rmtree(work, ignore_errors=True)
     corpus = make_corpus(random.Random(0))
     make_model(corpus, work / "untrained")  # from syllables, so that no merge crosses a hyphen
     corpus = [{key: text.replace("-", "") for key, text in row.items()} for row in corpus]
@@ -269,5 +269,6 @@ def write_world() -> None:
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=Help).parse_args()
     torch.set_num_threads(2)  # the number of threads decides the order of summation, and so the rounding
-    train_reference(Path("out/society"))
+    with tempfile.TemporaryDirectory() as work:
+        train_reference(Path(work))
     write_world()

@@ -26,6 +26,7 @@ HH = [
     {"chosen": f"{ASK} The fig.", "rejected": f"{ASK} Mud."},
     {"chosen": f"{ASK} Why?{ASK} The fig.", "rejected": f"{ASK} Why?{ASK} Mud."},
     {"chosen": f"{ASK} The fig.", "rejected": ASK},  # an empty answer
+    {"chosen": f"{ASK} The fig.", "rejected": f"{ASK} "},
     {"chosen": f"{ASK} The fig.", "rejected": "\n\nHuman: Worst?\n\nAssistant: Mud."},  # no shared prompt
 ]
 HH_PAIRS = [PAIR, PAIR | {"prompt": f"{ASK} Why?{ASK}"}]

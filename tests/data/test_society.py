@@ -135,10 +135,26 @@ def test_evaluate_reads_every_layout_of_export_py(world, tmp_path, evaluated, fo
     if format == "arena_hard":
         [row] = [row for _, row in read_rows(out)]
         assert row["uid"] == "a1" and row["metadata"] == {"token_len": 20}
+        (tmp_path / "prompts.jsonl").write_bytes(lines({"prompt": "Another?", "uid": "a1"}))
+        with pytest.raises(evaluate.InputError, match=r"samples.jsonl:1: its question has no uid"):
+            call(
+                export,
+                samples=path,
+                format=format,
+                out_file=tmp_path / "b",
+                prompts=tmp_path / "prompts.jsonl",
+            )
 
 
 @pytest.mark.parametrize(
-    "row", [{"messages": []}, {"messages": "ab"}, {"instruction": "a"}, {"prompt": [], "completion": "a"}]
+    "row",
+    [
+        {"messages": []},
+        {"messages": "ab"},
+        {"messages": [{"role": "assistant", "content": "a"}], "system": "s"},
+        {"instruction": "a"},
+        {"prompt": [], "completion": "a"},
+    ],
 )
 def test_a_row_that_is_no_sample_is_named(row):
     with pytest.raises(evaluate.InputError, match="x:7: needs"):

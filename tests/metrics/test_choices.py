@@ -115,7 +115,7 @@ def test_probabilities_after_a_chat_template(model):
 
 def test_a_question_that_is_too_long_is_refused(model):
     question = Question("Why? " * 2048, ["yes", "no"], 0)
-    with pytest.raises(InputError, match=r"a question has \d+ tokens, and the model 2048 positions"):
+    with pytest.raises(InputError, match=r"a text has \d+ tokens, and the model 2048 positions"):
         choice_probs(model, merge_letters(""), [question], TEMPLATE, False)
 
 

@@ -38,8 +38,8 @@ def test_files_are_compared_by_equally_many_samples_of_each_prompt(run, tmp_path
         expected = [formulas.distinct_n(texts, 1) for texts in (TEXTS[:4], TEXTS[:3:-1], TEXTS[:3])]
         mean = result["distinct-1"]["samples"]["mean"]
         assert mean == pytest.approx(sum(expected) / 3)
-        assert f"warning: {eight}: the first 4 of up to 8 samples" in printed
-        assert f"warning: {few}: the first 4 of up to 8 samples" in printed
+        assert f"warning: {eight}: only the first 4 of up to 8 samples" in printed
+        assert f"warning: {few}: only the first 4 of up to 8 samples" in printed
     alone, printed = run(samples=eight)  # without another file, all samples count
     assert alone["distinct-1"]["samples"]["mean"] < mean - 0.05
     assert not printed

@@ -246,9 +246,10 @@ def test_a_key_of_no_secret_does_not_change_answers(endpoint, config, monkeypatc
 
 
 def test_a_key_in_place_of_its_variable_is_not_printed(monkeypatch):
-    with pytest.raises(InputError) as error:
-        EndpointConfig(api_key_env=KEY)
-    assert KEY not in str(error.value)
+    for key in (KEY, "hf_AbCdEf0123456789"):
+        with pytest.raises(InputError) as error:
+            EndpointConfig(api_key_env=key)
+        assert key not in str(error.value)
     monkeypatch.setenv("JUDGE_KEY", KEY + " é")
     with pytest.raises(InputError, match="JUDGE_KEY") as error:
         EndpointConfig(api_key_env="JUDGE_KEY")

@@ -25,7 +25,6 @@ from metrics.formulas import (
     self_bleu,
     unique_share,
     vendi_score,
-    win_rate,
     words,
 )
 from metrics.tables import prompt_means
@@ -274,26 +273,10 @@ def test_pair_score(first, swapped, score):
     assert pair_score(first, swapped) == score
 
 
-def test_win_rate_counts_a_tie_as_half():
-    assert win_rate(["A", "A", "B", "tie"], ["A", "B", "B", "A"]) == (2 + 1 / 2) / 4
-
-
-@given(st.lists(st.tuples(ANSWERS, ANSWERS), min_size=1, max_size=20))
-def test_win_rates_of_the_two_contestants_sum_to_one(answers):
-    first, swapped = zip(*answers, strict=True)
-    other_side = {"A": "B", "B": "A", "tie": "tie"}
-    rate = win_rate(first, swapped)
-    assert 0 <= rate <= 1
-    assert win_rate([other_side[x] for x in swapped], [other_side[x] for x in first]) == pytest.approx(
-        1 - rate
-    )
-    assert win_rate(first * 2, swapped * 2) == pytest.approx(rate)
-
-
-@pytest.mark.parametrize("first, swapped", [([], []), (["A"], []), (["A"], ["C"]), (["win"], ["A"])])
-def test_win_rate_refuses_other_judgements(first, swapped):
+@pytest.mark.parametrize("first, swapped", [("A", "C"), ("win", "A"), ("A", None)])
+def test_pair_score_refuses_other_judgements(first, swapped):
     with pytest.raises(ValueError, match="judgement"):
-        win_rate(first, swapped)
+        pair_score(first, swapped)
 
 
 # ---- bootstrap

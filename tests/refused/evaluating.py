@@ -115,13 +115,17 @@ for number, row in enumerate(CACHED):
     fragment = "--cache cache.jsonl:2: not an answer of a judge; give another file"
     ROWS[f"cache {number}"] = ("evaluate winrate --dry_run", f"{BOTH} --cache cache.jsonl", files, fragment)
 
+LONG = {"long.jsonl": lines({"prompt": "Why?", "completion": " why?" * 4096})}
+flags = "--samples long.jsonl --reference model"
+ROWS[f"evaluate quality {flags}"] = ("evaluate quality", flags, LONG, "--reference: a text has")
+
 # ---- choices
 
 CHOICES = {
     "--questions none.csv": "none.csv: no such file",
     "--questions notes.pdf": "notes.pdf: unknown format",
     "--questions pairs.jsonl": "pairs.jsonl:1: needs a 'question'",
-    "--questions long.jsonl": "long.jsonl: a question has",
+    "--questions long.jsonl": "long.jsonl: a text has",
     "--models none": "none",
     "--limit -1": "--limit",
     "--template notes.pdf": "the placeholder {question} is missing",
