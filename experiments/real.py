@@ -249,7 +249,7 @@ def draw(results: Results, path: Path) -> None:
     """Draw quality against diversity; bars are standard errors over prompts."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 5))
     labels = {
-        "features": "sum of five features' entropies, bits",
+        "features": "entropies of pronoun, name, opening, bits",
         "distance": "mean cosine distance of two texts",
         "utility": "expected utility, nats",
         "nats_per_token": "cross-entropy to the reference, nats a token (reversed)",

@@ -143,7 +143,7 @@ def make_results(config: SettingsConfig) -> Results:
 def draw(results: Results, path: Path) -> None:
     """Draw what each setting reaches; bars are standard errors over prompts."""
     figure, axes = plt.subplots(1, 4, figsize=(14, 4.6), sharey=True)
-    titles = {"utility": "expected utility, nats", "features": "sum of five features' entropies, bits"}
+    titles = {"utility": "expected utility, nats", "features": "entropies of pronoun, name, opening, bits"}
     titles |= {"nats_per_token": "cross-entropy, nats a token", "tokens": "length, tokens a text"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         values = [over_prompts(runs, key) for runs in results.values()]

@@ -49,6 +49,7 @@ VALUES = {  # what raters like, in nats: a feature of a text and its values
     "length": {"short": 0.8, "long": 0.0},
     "repeats": {"nothing": 0.8, "a word": 0.0},
 }
+SAID = ("who", "name", "opening")  # length and repeats say how long a text is, not what it says
 HALVES = {"she": 0.62, "he": 0.38}  # of another population: which of the two they choose
 HALVES_BETA = 0.25  # so alpha = 1 is alpha / beta = 4
 RATIOS = (1, 1.5, 2, 4)  # alpha / beta
@@ -295,7 +296,7 @@ def known_words(texts: list[Rows]) -> set[str]:
 def measure(rows: Rows, known_words: set[str], tilt: np.ndarray | None = None) -> dict[str, float]:
     """One prompt's values of a policy. `tilt` (texts,) in nats: weigh the texts by exp(tilt).
 
-    "features" is the sum of the features' entropies in bits, low by about 5 bits / effective texts;
+    "features" is the sum of SAID's entropies in bits, low by about 4 bits / effective texts;
     "new_words" the share of words that no text of MANY has; "openings" how many of the first three words
     differ, as a share; "J 2" the objective at alpha = 2 beta. Entropies are in nats a text.
     """
@@ -315,7 +316,7 @@ def measure(rows: Rows, known_words: set[str], tilt: np.ndarray | None = None) -
     )
     return {
         "utility": value,
-        "features": sum(entropy_bits(share) for share in shares.values()),
+        "features": sum(entropy_bits(shares[name]) for name in SAID),
         "entropy": entropy,
         "cross_entropy": cross,
         "nats_per_token": cross / float(w @ tokens),
