@@ -21,7 +21,7 @@ ones: each further token multiplies the number of texts. So that optimum is unkn
 Another population chooses between a sentence about her and one about him: 62% want her, 38% him. Nothing says
 how it likes one without a pronoun.
 
-    python experiments/real.py --model SMOLLM2 --embedder MINILM       # about 10 hours on two cores
+    python experiments/real.py --model SMOLLM2 --embedder MINILM       # 3 to 10 hours on two cores
     python experiments/real.py --model SMOLLM2 --rankings 120 --rl_steps 20 \
         --out_dir out/short --out_file out/short.png
 
