@@ -211,7 +211,7 @@ def make_results(config: RealConfig) -> Results:
         if name.startswith("halves"):  # these raters have other utilities
             for row in results[name][0]:
                 both = sum(row[who] for who in HALVES) or math.nan  # nan: no text is about her or him
-                row |= dict.fromkeys(("utility", "features", *(f"J {x}" for x in RATIOS)), math.nan)
+                row |= dict.fromkeys(("utility", "said", "features", *(f"J {x}" for x in RATIOS)), math.nan)
                 row |= {who: row[who] / both for who in HALVES}
     return results
 
@@ -285,17 +285,22 @@ def draw_who(results: Results, path: Path) -> None:
 
 def draw_runs(config: RealConfig, path: Path) -> None:
     """Draw the held-out loss of runs on pairs, and J of runs by RL, against steps."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5))
+    dashes = ["--", ":", "-.", "-"]
+    looks = {n: (c, dashes[i]) for names, _, c in CURVES.values() for i, n in enumerate(names)}
     for name, seed, folder in list_runs(config):
         learns, _ = POLICIES[name]
         if learns != "halves" and seed == 0:
             key, axis = ("objective", axes[1]) if learns == "rl" else ("eval_loss", axes[0])
             rows = [row for _, row in read_rows(folder / "metrics.jsonl") if key in row]
-            axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=name)
-    axes[0].set_yscale("log")
+            points, (color, dash) = [[row[k] for row in rows] for k in ("step", key)], looks[name]
+            axis.plot(*points, dash, color=color, label=name)
     for axis, label in zip(axes, ("held-out loss, nats", "J, nats: mean of a step's texts"), strict=True):
         axis.set(xlabel="optimizer step", ylabel=label)
-        axis.legend()
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3)
     save_figure(figure, path)
 
 

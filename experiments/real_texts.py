@@ -12,7 +12,7 @@ is divided by 0.6. At temperature 1 most of what SmolLM2-135M writes is broken.
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -115,9 +115,9 @@ def features(text: str) -> dict[str, str]:
     }
 
 
-def utility(text: str) -> float:
-    """The raters' utility of a text, in nats."""
-    return sum(VALUES[name][value] for name, value in features(text).items())
+def utility(text: str, names: Collection[str] = VALUES) -> float:
+    """The raters' utility of a text, or the part of some features, in nats."""
+    return sum(VALUES[name][value] for name, value in features(text).items() if name in names)
 
 
 def half_utility(text: str) -> float:
@@ -296,7 +296,7 @@ def known_words(texts: list[Rows]) -> set[str]:
 def measure(rows: Rows, known_words: set[str], tilt: np.ndarray | None = None) -> dict[str, float]:
     """One prompt's values of a policy. `tilt` (texts,) in nats: weigh the texts by exp(tilt).
 
-    "features" is the sum of SAID's entropies in bits, low by about 4 bits / effective texts;
+    "said" is SAID's part of the utility, "features" its entropy in bits, low by about 4 / effective texts;
     "new_words" the share of words that no text of MANY has; "openings" how many of the first three words
     differ, as a share; "J 2" the objective at alpha = 2 beta. Entropies are in nats a text.
     """
@@ -316,6 +316,7 @@ def measure(rows: Rows, known_words: set[str], tilt: np.ndarray | None = None) -
     )
     return {
         "utility": value,
+        "said": float(w @ [utility(text, SAID) for text in texts]),
         "features": sum(entropy_bits(shares[name]) for name in SAID),
         "entropy": entropy,
         "cross_entropy": cross,
@@ -351,6 +352,7 @@ def measure_texts(config: RealConfig, texts: list[Rows], known_words: set[str]) 
 
 COLUMNS = {  # of the table: (title, factor, digits)
     "utility": ("utility, nats", 1, 2),
+    "said": ("of it said", 1, 2),
     "features": ("features, bits", 1, 2),
     "distance": ("distance", 1, 3),
     "openings": ("openings, %", 100, 0),

@@ -127,7 +127,8 @@ def test_real_runs(tmp_path, monkeypatch, capsys):
         "global temperature": real.SAMPLED["global temperature"],
     }
     monkeypatch.setattr(real, "SAMPLED", sampled)
-    monkeypatch.setattr(real, "CURVES", {"DPO": (["DPO", "DPO, top-p 2"], "o", "red")})
+    curves = {"DPO": (["DPO", "DPO, top-p 2"], "o", "red"), "RL": (["RL, α/β = 2"], "D", "blue")}
+    monkeypatch.setattr(real, "CURVES", curves)
     flags = {"model": SOCIETY, "prompts": "data/society/story.jsonl", "embedder": SOCIETY, "seeds": 1}
     flags |= {"rankings": 16, "reference_samples": 64, "samples": 8, "rl_steps": 1, "max_new_tokens": 24}
     out, picture = tmp_path / "real", tmp_path / "real.png"
