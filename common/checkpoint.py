@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from common.files import (
+    TOKENIZER_FILES,
     InputError,
     atomic_write,
     digest_file,
@@ -179,9 +180,7 @@ def _start_run(config: Any, out: Path, metrics: list[bytes]) -> None:
     write_json(out / "run.json", flags | {"overwrite": overwrite})  # first: a folder with it can be resumed
     if overwrite:
         old = ["adapter_*", "*.safetensors*", "*config.json", "README.md", "dispersion.*", "samples.jsonl*"]
-        old += ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
-        old += ["*.jinja", "chat_template.json", "*piece*.model", "tekken.json"]
-        old += ["samples/*", "tensorboard/*", "checkpoint/*"]
+        old += [*TOKENIZER_FILES, "*.jinja", "samples/*", "tensorboard/*", "checkpoint/*"]
         for path in {path for pattern in old for path in out.glob(pattern)}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # checkpoint/ itself may be a link
         write_json(out / "run.json", flags | {"overwrite": False})

@@ -20,6 +20,9 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent  # the project's folder
 MAX_DEPTH = 100  # of nested JSON
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES += ("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt")
+TOKENIZER_FILES += ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 SAFETENSORS_DTYPES = {
     "float64": "F64",
     "float32": "F32",

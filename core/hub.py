@@ -26,15 +26,12 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from common.files import InputError, atomic_write, write_json
+from common.files import TOKENIZER_FILES, InputError, atomic_write, write_json
 from common.parallel import full_tensor, get_rank, get_world_size
 from core.lora import find_base, load_lora, merge_lora, save_lora
 
 transformers_logging.disable_progress_bar()  # a small model loads faster than its bar draws
 MAX_LAYERS = 10_000
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-TOKENIZER_FILES += ("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt")
-TOKENIZER_FILES += ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 
 
 def load_model(

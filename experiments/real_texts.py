@@ -12,7 +12,7 @@ is divided by 0.6. At temperature 1 most of what SmolLM2-135M writes is broken.
 import json
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -115,9 +115,9 @@ def features(text: str) -> dict[str, str]:
     }
 
 
-def utility(text: str, names: Collection[str] = VALUES) -> float:
-    """The raters' utility of a text, or the part of some features, in nats."""
-    return sum(VALUES[name][value] for name, value in features(text).items() if name in names)
+def utility(text: str) -> float:
+    """The raters' utility of a text, in nats."""
+    return sum(VALUES[name][value] for name, value in features(text).items())
 
 
 def half_utility(text: str) -> float:
@@ -316,7 +316,7 @@ def measure(rows: Rows, known_words: set[str], tilt: np.ndarray | None = None) -
     )
     return {
         "utility": value,
-        "said": float(w @ [utility(text, SAID) for text in texts]),
+        "said": sum(VALUES[name][v] * share for name in SAID for v, share in shares[name].items()),
         "features": sum(entropy_bits(shares[name]) for name in SAID),
         "entropy": entropy,
         "cross_entropy": cross,
@@ -377,18 +377,18 @@ def over_prompts(
     The error of a difference is that of the prompts' differences. A 95% interval of eight prompts is the mean
     ± 2.4 errors (Student's t). How training runs differ is not in it.
     """
-    values, others = (
-        np.mean([[row.get(name, math.nan) for row in prompts] for prompts in some], axis=0)
-        for some in (runs, less or runs)
-    )
-    mean, error = mean_and_error(values - others if less else values)
+
+    def by_prompt(some: list[list[dict[str, float]]]) -> np.ndarray:
+        return np.mean([[row.get(name, math.nan) for row in prompts] for prompts in some], axis=0)
+
+    mean, error = mean_and_error(by_prompt(runs) - (by_prompt(less) if less else 0))
     return float(mean), float(error)
 
 
 def print_table(results: Results) -> None:
     """Print every policy's values, over_prompts(), and how they differ from DPO's."""
-    for title, less in ("", None), ("less DPO", results["DPO"]):
-        print(f"\n{title:34}" + "".join(f"{title:>17}" for title, _, _ in COLUMNS.values()))
+    for head, less in ("", None), ("less DPO", results["DPO"]):
+        print(f"\n{head:34}" + "".join(f"{title:>17}" for title, _, _ in COLUMNS.values()))
         for name, runs in results.items():
             line = f"{name:34}"
             for column, (_, factor, digits) in COLUMNS.items():

@@ -34,6 +34,7 @@ def test_no_two_files_import_each_other():
     for name in graph:
         allowed = {"common": ("common.",), "core": ("common.", "core.")}.get(name.partition(".")[0], ("",))
         assert all(other.startswith(allowed) for other in graph[name]), name
+    assert not any(other.startswith(("metrics.", "experiments.")) for other in graph["train_dpl"])
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_real_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_settings_run(tmp_path, monkeypatch, capsys):
-    kept = ("DPO", "DPL", "warm start", "off policy", "RL")
+    kept = ("DPO", "DPL", "warm start", "per token", "similar length", "off policy", "RL")
     settings = {name: value for name, value in real_settings.SETTINGS.items() if name in kept}
     monkeypatch.setattr(real_settings, "SETTINGS", settings)
     flags = {"model": SOCIETY, "prompts": "data/society/story.jsonl", "out_dir": tmp_path / "real"}

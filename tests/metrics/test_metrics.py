@@ -273,6 +273,14 @@ def test_pair_score(first, swapped, score):
     assert pair_score(first, swapped) == score
 
 
+@given(ANSWERS, ANSWERS)
+def test_pair_scores_of_the_two_contestants_sum_to_one(first, swapped):
+    other_side = {"A": "B", "B": "A", "tie": "tie"}
+    score = pair_score(first, swapped)
+    assert 0 <= score <= 1
+    assert pair_score(other_side[swapped], other_side[first]) == 1 - score
+
+
 @pytest.mark.parametrize("first, swapped", [("A", "C"), ("win", "A"), ("A", None)])
 def test_pair_score_refuses_other_judgements(first, swapped):
     with pytest.raises(ValueError, match="judgement"):
