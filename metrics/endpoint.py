@@ -62,10 +62,15 @@ class EndpointConfig(Flags):
     def __post_init__(self) -> None:
         super().__post_init__()
         _read_key(self.api_key_env)
-        require(
-            self, "endpoint", bool(URL.fullmatch(self.endpoint)), "a URL such as http://localhost:8000/v1"
-        )
+        _check_url("--endpoint", self.endpoint)
         require(self, "judge_model", bool(self.judge_model.strip()), "the name of a model")
+
+
+def _check_url(name: str, url: str) -> None:
+    """Raise InputError, without the password that it may hold, for what is no URL of an endpoint."""
+    if not URL.fullmatch(url):
+        shown = re.sub("//.*@", "//...@", url)
+        raise InputError(f"{name} {shown}: must be a URL such as http://localhost:8000/v1")
 
 
 def _read_key(api_key_env: str) -> str:
@@ -282,8 +287,7 @@ def fetch_embeddings(
 
     Requests are sent again as in ask(). Raises InputError if one fails for good: no embedding may be missing.
     """
-    if not URL.fullmatch(url):
-        raise InputError(f"{url}: must be a URL such as http://localhost:8000/v1")
+    _check_url("--embeddings_url", url)
     headers, arrays = {"authorization": f"Bearer {_read_key(api_key_env)}"}, []
 
     def send() -> np.ndarray:

@@ -76,6 +76,8 @@ FLAGS = {
     "winrate --samples samples.jsonl": "--baseline",
     "diversity --samples samples.jsonl --embeddings_url http://127.0.0.1:9/v1": "--embedder",
     "diversity --samples samples.jsonl --embeddings_url http://127.0.0.1:9/v1 --embedder m": "127.0.0.1:9",
+    "judge --samples samples.jsonl --endpoint http://me:secret@host/v1": "//...@host/v1: must be",
+    "diversity --samples samples.jsonl --embeddings_url http://me:secret@host --embedder m": "//...@host: ",
     "diversity --samples samples.jsonl --reward_model x": "--reward_threshold",
     "diversity --samples samples.jsonl --embedder nowhere": "--embedder",
     "diversity --samples samples.jsonl --budget 1": "--budget 1",
