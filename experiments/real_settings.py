@@ -86,7 +86,6 @@ class SettingsConfig(RealConfig):
     """Flags of real_settings.py."""
 
     rankings: int = flag(250, "Orders of eight texts in each setting.", "[16, inf)")
-    reference_samples: int = flag(200, "Texts of the reference per prompt, to rank.", "[64, inf)")
     out_dir: str = flag("out/real_settings", "Folder of everything.")
     out_file: str = flag("assets/real_settings.png", "The picture.")
 
