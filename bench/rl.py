@@ -53,9 +53,9 @@ class BenchConfig(Flags):
     data: str = flag("data/society/debates.jsonl.gz", "Preference pairs, of which the prompts are used.")
     chat: bool = flag(False, "Put prompts that are strings through the chat template.")
     prompts: int = flag(4, "Prompts of a step: the first ones of --data that differ.", "[1, inf)")
-    num_samples: list[int] | None = flag(None, "K: texts of each prompt (default: 8 16).")
+    num_samples: list[int] | None = flag(None, "K: texts of each prompt (default: 8 16).", "[2, inf)")
     max_new_tokens: int = flag(64, "Longest text, in tokens.", "[1, inf)")
-    sizes: list[int] | None = flag(None, "TRL: texts in a forward pass (default: 1 4 16).")
+    sizes: list[int] | None = flag(None, "TRL: texts in a forward pass (default: 1 4 16).", "[1, inf)")
     steps: int = flag(3, "Warm steps of each process; their median counts.", "[1, inf)")
     rounds: int = flag(2, "Processes of each contender.", "[1, inf)")
 

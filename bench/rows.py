@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from machine import apart
 
 from common.files import digest_json
-from common.flags import Flags, flag, parse, require, run_command
+from common.flags import Flags, flag, parse, run_command
 from common.logs import peak_memory
 from common.rows import read_rows
 from core.pairs import count_tokens, load_pairs
@@ -35,7 +35,7 @@ class BenchConfig(Flags):
     model: str = flag("data/society/reference", "Folder or hub name of a model.")
     data: str = flag("data/society/debates.jsonl.gz", "Pairs to repeat.")
     chat: bool = flag(False, "Put rows of strings through the chat template.")
-    rows: list[int] | None = flag(None, "Numbers of rows (default: 1000 10000 100000).")
+    rows: list[int] | None = flag(None, "Numbers of rows (default: 1000 10000 100000).", "[1, inf)")
 
 
 def repeat(config: BenchConfig, count: int, path: Path) -> None:
@@ -58,7 +58,6 @@ def main() -> None:
     """Measure each number of rows, in a process of its own, and print a line."""
     config = parse(BenchConfig, __doc__)
     counts = config.rows or [1000, 10_000, 100_000]
-    require(config, "rows", min(counts) > 0, "at least 1")
     print(f"{'rows':>9} {'seconds':>8} {'ms a row':>9} {'GB':>6} {'KB a row':>9} {'tokens a pair':>14}")
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ With --natural, answers to the first prompts of --data end where they end, at th
 continuous batching. "fill" is the mean share of a batch's places that a step computes a needed token for.
 The bound is the speed of sample.py's full steps.
 
-    python bench/sample.py --natural --model MODEL --data hh.jsonl.gz --chat --num_samples 16 --new_tokens 256
+    python bench/sample.py --natural --model MODEL --data hh.jsonl.gz --chat --prompts 32 --new_tokens 256
 """
 
 import itertools
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from machine import CUDA, DEVICE, DTYPE, apart, clock, rates
 
 from common.encode import encode_prompts, end_tokens
-from common.flags import Flags, flag, parse, run_command
+from common.flags import Flags, flag, parse, require, run_command
 from common.logs import peak_memory
 from common.rows import read_pairs
 from core.decode import Batch
@@ -50,17 +50,17 @@ class BenchConfig(Flags):
     """Flags of bench/sample.py."""
 
     model: str = flag("data/society/reference", "Folder or hub name of a model.")
-    num_samples: list[int] | None = flag(None, "Completions per prompt (default: 1 16 64 128).")
-    batch_size: int = flag(128, "Completions per batch: as many prompts as fit, at most 4.")
-    prompt_tokens: int = flag(200, "Tokens of each prompt.")
-    new_tokens: int = flag(64, "Tokens of each completion.")
+    num_samples: list[int] | None = flag(None, "Completions per prompt (default: 1 16 64 128).", "[1, inf)")
+    batch_size: int = flag(128, "Completions per batch: as many prompts as fit, at most 4.", "[1, inf)")
+    prompt_tokens: int = flag(200, "Tokens of each prompt.", "[1, inf)")
+    new_tokens: int = flag(64, "Tokens of each completion.", "[1, inf)")
     compile: bool = flag(False, "Compile our decoding step; the time of compiling is not counted.")
-    repeats: int = flag(2, "Measurements of each contender; the best counts.")
+    repeats: int = flag(2, "Measurements of each contender; the best counts.", "[1, inf)")
     natural: bool = flag(False, "Completions end by themselves.")
     data: str = flag("data/society/debates.jsonl.gz", "For --natural: pairs, of which the prompts are used.")
     chat: bool = flag(False, "For --natural: put prompts that are strings through the chat template.")
-    prompts: int = flag(32, "For --natural: prompts, the first that differ.", "[1, inf)")
-    contenders: list[str] | None = flag(None, "For --natural: which to run (default: all).")
+    prompts: int = flag(16, "For --natural: prompts, the first that differ.", "[1, inf)")
+    contenders: list[str] | None = flag(None, "For --natural: which to run (default: all).", NATURAL)
 
 
 def load(path: str) -> PreTrainedModel:
@@ -117,6 +117,7 @@ def natural(contender: str, config: BenchConfig, num_samples: int) -> dict[str, 
     rows = [row["prompt"] for row in read_pairs(config.data, config.chat)]
     new = (prompt for i, prompt in enumerate(rows) if prompt not in rows[:i])
     prompts = list(itertools.islice(new, config.prompts))
+    require(config, "prompts", len(prompts) == config.prompts, f"at most {len(prompts)} with this --data")
     encoded, ends = encode_prompts(prompts, tokenizer), end_tokens(model, tokenizer, prompts)
     steps: list[tuple[float, int]] = []  # seconds and the completions that got a token
     flags = GenerationConfig(max_new_tokens=config.new_tokens, eos_token_id=ends, pad_token_id=ends[0])
@@ -164,7 +165,8 @@ def natural(contender: str, config: BenchConfig, num_samples: int) -> dict[str, 
         "memory": peak_memory(DEVICE),
         "tokens": sum(lengths) / len(lengths),
     }
-    result["fill"] = float(np.mean([n for _, n in steps])) / config.batch_size if steps else math.nan
+    places = num_samples if contender == "generate" and num_samples > config.batch_size else config.batch_size
+    result["fill"] = float(np.mean([n for _, n in steps])) / places if steps else math.nan
     full = [after - now for (now, n), (after, _) in itertools.pairwise(steps) if n == config.batch_size]
     result["bound"] = config.batch_size / np.median(full) if contender == "sample.py" and full else math.nan
     return result

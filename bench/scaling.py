@@ -52,7 +52,7 @@ class ScalingConfig(Flags):
     """Flags of bench/scaling.py."""
 
     out_file: str = flag(str(ROOT / "assets/scaling.png"), "Where to draw.")
-    passes: int = flag(3, "Warm passes at each size, the fastest counts; one of long passes.")
+    passes: int = flag(3, "Warm passes at each size, the fastest counts; one of long passes.", "[1, inf)")
 
 
 @dataclass(frozen=True)

@@ -61,13 +61,17 @@ class BenchConfig(Flags):
     model: str = flag("data/society/reference", "Folder or hub name of a model.")
     data: str = flag("data/society/train.jsonl.gz", "Preference pairs.")
     chat: bool = flag(False, "Put rows of strings through the chat template.")
-    pairs: int = flag(256, "Pairs of the batch: the first ones of --data.")
-    max_length: int = flag(512, "Longest prompt + completion, in tokens.")
-    lora_rank: int = flag(16, "Rank of the adapter.")
-    micro_batch_tokens: list[int] | None = flag(None, "Ours: tokens in a forward pass (default: 512 2048).")
-    sizes: list[int] | None = flag(None, "Pairs in a forward pass of the others (default: 1 4 8).")
-    rounds: int = flag(2, "Processes of each contender.")
-    passes: int = flag(3, "Warm passes in each; the median of all counts.")
+    pairs: int = flag(256, "Pairs of the batch: the first ones of --data.", "[1, inf)")
+    max_length: int = flag(512, "Longest prompt + completion, in tokens.", "[1, inf)")
+    lora_rank: int = flag(16, "Rank of the adapter.", "[1, inf)")
+    micro_batch_tokens: list[int] | None = flag(
+        None, "Ours: tokens in a forward pass (default: 512 2048).", "[1, inf)"
+    )
+    sizes: list[int] | None = flag(
+        None, "Pairs in a forward pass of the others (default: 1 4 8).", "[1, inf)"
+    )
+    rounds: int = flag(2, "Processes of each contender.", "[1, inf)")
+    passes: int = flag(3, "Warm passes in each; the median of all counts.", "[1, inf)")
 
 
 class Result(NamedTuple):

@@ -58,7 +58,8 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 def flag(default: Any, help: str, allowed: str | tuple[str, ...] | None = None) -> Any:
     """A field of a Flags dataclass, which parse() turns into a command-line flag with this help text.
 
-    `allowed` is an interval, such as "(0, 1]" or "[1, inf)", or the words that the flag may be.
+    `allowed` is an interval, such as "(0, 1]" or "[1, inf)", or the words that the flag may be; of a list,
+    what each of its values may be.
     """
     text = _FlagHelp(f"{help} ({', '.join(allowed)})" if isinstance(allowed, tuple) else help)
     text.allowed = allowed
@@ -77,12 +78,16 @@ class Flags:
     def __post_init__(self) -> None:
         for one in fields(self):
             value, allowed = getattr(self, one.name), one.metadata["help"].allowed
-            if value is not None and allowed is not None:
-                require(self, one.name, *_check(value, allowed))
+            for single in value if isinstance(value, list) else [value]:
+                is_allowed, wanted = _check(single, allowed)
+                if not is_allowed:
+                    raise InputError(f"--{one.name} {single}: must be {wanted}")
 
 
-def _check(value: Any, allowed: str | tuple[str, ...]) -> tuple[bool, str]:
+def _check(value: Any, allowed: str | tuple[str, ...] | None) -> tuple[bool, str]:
     """Whether a flag's value is allowed, and what is allowed in words."""
+    if value is None or allowed is None:
+        return True, ""
     if isinstance(allowed, tuple):
         return value in allowed, f"one of {', '.join(allowed)}"
     low, high = map(float, allowed[1:-1].split(","))

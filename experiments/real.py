@@ -30,6 +30,7 @@ DPL on pairs.
 """
 
 import gc
+import itertools
 import json
 import math
 import sys
@@ -108,6 +109,7 @@ POLICIES = {  # name: (whose rankings it is trained on, or "rl"; flags)
     "halves: DPL, α/β = 4": ("halves", weights(4, HALVES_BETA)),
 }
 SEEDS = ("DPO", "DPL, α/β = 2", "DPL per token, α/β = 2")  # trained with every seed, the others with one
+COMPARED = ("DPO", "DPL per token, α/β = 2", "DPL per token, α/β = 4")  # others' differences are printed
 SAMPLED = {  # way: how DPO is sampled besides plainly, {setting: options of write_texts()}
     "token temperature": {t: {"temperature": t} for t in (1.25, 1.5, 2)},
     "min-p": {t: {"temperature": t, "min_p": 0.1} for t in (1.5, 2, 3)},
@@ -236,13 +238,15 @@ CURVES = {  # of the picture: (policies, style, color)
 }
 
 
-def print_texts(config: RealConfig) -> None:
+def print_texts(config: RealConfig, names: list[str]) -> None:
     """Print the first five texts of each policy, of the first prompt, as Markdown."""
-    for name in ("reference", *POLICIES):
+    for name in names:
+        if name in OPTIMUM.values():  # it has the reference's texts
+            continue
         path = Path(config.out_dir, "texts", f"{slug(name)}-seed0.json")
         print(f"\n**{name}**\n")
         for row in json.loads(path.read_text())[0][:5]:
-            print(f"- {' '.join(row['text'].split())}{'' if row['finish'] == 'eos' else ' [unfinished]'}")
+            print(f"- {' '.join(row['text'].split())}{'' if row['finish'] == 'eos' else ' [cut]'}")
 
 
 def draw(results: Results, path: Path) -> None:
@@ -272,15 +276,27 @@ def draw_who(results: Results, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=(3, 2))
     halves = [name for name in results if name.startswith("halves")]
     one = ["reference", OPTIMUM["one"], *(name for name in POLICIES if not name.startswith("halves"))]
-    for axis, names, whos in zip(axes, (one, halves), (list(VALUES["who"]), list(HALVES)), strict=True):
+    for axis, names, whos in zip(axes, (one, halves), (VALUES["who"], HALVES), strict=True):
         for y, name in enumerate(names):
-            shares = {who: 100 * np.mean([run[0][who] for run in results[name]]) for who in whos}
+            shares = {
+                who: 100 * np.mean([run[0][who] for run in results[name]]) if who in whos else 0.0
+                for who in VALUES["who"]  # all three in both, for the same shades
+            }
             lab.stack(axis, y, 0.7, shares, 9)
         axis.set_yticks(range(len(names)), [name.removeprefix("halves: ") for name in names])
         axis.invert_yaxis()
         axis.set(xlim=(0, 100), xlabel="share of the first prompt's texts, %")
     axes[1].set_xlabel("share of its texts about her or him, %")
     save_figure(figure, path)
+
+
+def utility_loss(path: Path) -> float:
+    """The loss of the raters' own utility on a file of their rankings, in nats a pair."""
+    losses = []
+    for _, row in read_rows(path):
+        values = [utility(text if isinstance(text, str) else text[0]["content"]) for text in row["ranking"]]
+        losses += [np.logaddexp(0, worse - better) for better, worse in itertools.combinations(values, 2)]
+    return float(np.mean(losses))
 
 
 def draw_runs(config: RealConfig, path: Path) -> None:
@@ -295,6 +311,8 @@ def draw_runs(config: RealConfig, path: Path) -> None:
             rows = [row for _, row in read_rows(folder / "metrics.jsonl") if key in row]
             points, (color, dash) = [[row[k] for row in rows] for k in ("step", key)], looks[name]
             axis.plot(*points, dash, color=color, label=name)
+    least = utility_loss(Path(config.out_dir, "one_held_out.jsonl"))
+    axes[0].axhline(least, **lab.EXACT, label=f"the raters' own utility: {least:.3f}")
     for axis, label in zip(axes, ("held-out loss, nats", "J, nats: mean of a step's texts"), strict=True):
         axis.set(xlabel="optimizer step", ylabel=label)
         axis.set_yscale("log")
@@ -310,8 +328,8 @@ def main() -> None:
     open_folder(config)
     results = make_results(config)
     lab.write_arrays(Path(config.out_dir, "results.json"), results)
-    print_table(results)
-    print_texts(config)
+    print_table(results, COMPARED)
+    print_texts(config, list(results))
     path = Path(config.out_file)
     draw(results, path)
     draw_who(results, path.with_name(f"{path.stem}_who{path.suffix}"))

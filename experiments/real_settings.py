@@ -161,7 +161,7 @@ def main() -> None:
     open_folder(config)
     results = make_results(config)
     lab.write_arrays(Path(config.out_dir, "results.json"), results)
-    print_table(results)
+    print_table(results, ("DPO", "DPL"))
     draw(results, Path(config.out_file))
 
 

@@ -12,7 +12,7 @@ is divided by 0.6. At temperature 1 most of what SmolLM2-135M writes is broken.
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -385,9 +385,9 @@ def over_prompts(
     return float(mean), float(error)
 
 
-def print_table(results: Results) -> None:
-    """Print every policy's values, over_prompts(), and how they differ from DPO's."""
-    for head, less in ("", None), ("less DPO", results["DPO"]):
+def print_table(results: Results, compared: Sequence[str]) -> None:
+    """Print every policy's values, over_prompts(), and how they differ from those of each of `compared`."""
+    for head, less in ("", None), *((f"less {name}", results[name]) for name in compared):
         print(f"\n{head:34}" + "".join(f"{title:>17}" for title, _, _ in COLUMNS.values()))
         for name, runs in results.items():
             line = f"{name:34}"

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.encode import encode_prompts
 from common.files import InputError
-from common.flags import flag, parse, run_command
+from common.flags import Flags, flag, parse, run_command
 from core.decode import Batch
 from core.hub import load_model
 from data.society.truth import compare_samples, list_stories, read_story
@@ -48,11 +48,11 @@ POLICIES = {"dpo": 1, "dpl2": 2, "dpl4": 4}  # folder: alpha / beta
 
 
 @dataclass
-class TemperatureConfig:
+class TemperatureConfig(Flags):
     """Flags of experiments/temperature.py."""
 
     policies: str = flag("out/doctor", "Folder in which experiments/doctor.py trained dpo, dpl2 and dpl4.")
-    samples: int = flag(2000, "Samples at each temperature; also the number of particles.")
+    samples: int = flag(2000, "Samples at each temperature; also the number of particles.", "[1, inf)")
     out_file: str = flag("assets/temperature.png", "The picture.")
 
 

@@ -27,7 +27,7 @@ from common.files import (
     write_json,
     write_tensors,
 )
-from common.flags import flag, parse, run_command
+from common.flags import Flags, flag, parse, run_command
 from common.rows import read_rows
 
 
@@ -39,6 +39,20 @@ class Config:
     size: int = flag(1, "A whole number.")
     fast: bool = flag(False, "A switch.")
     layers: list[str] | None = flag(None, "A list.")
+
+
+@dataclass
+class Sizes(Flags):
+    """A list whose values are bounded."""
+
+    sizes: list[int] | None = flag(None, "Sizes.", "[1, inf)")
+
+
+def test_each_value_of_a_list_must_be_allowed():
+    assert parse(Sizes, None, []).sizes is None
+    assert parse(Sizes, None, ["--sizes", "1", "2"]).sizes == [1, 2]
+    with pytest.raises(InputError, match=r"^--sizes 0: must be at least 1$"):
+        parse(Sizes, None, ["--sizes", "1", "0"])
 
 
 def parse_arguments(*arguments):

@@ -127,6 +127,7 @@ def test_real_runs(tmp_path, monkeypatch, capsys):
         "global temperature": real.SAMPLED["global temperature"],
     }
     monkeypatch.setattr(real, "SAMPLED", sampled)
+    monkeypatch.setattr(real, "COMPARED", ("DPO",))
     curves = {"DPO": (["DPO", "DPO, top-p 2"], "o", "red"), "RL": (["RL, α/β = 2"], "D", "blue")}
     monkeypatch.setattr(real, "CURVES", curves)
     flags = {"model": SOCIETY, "prompts": "data/society/story.jsonl", "embedder": SOCIETY, "seeds": 1}
@@ -161,6 +162,15 @@ def test_settings_run(tmp_path, monkeypatch, capsys):
         assert row["J 2"] == pytest.approx(row["utility"] + 0.8 * row["entropy"] - 0.4 * row["cross_entropy"])
         assert f"{row['J 2']:.2f} ± 0.00" in table, name
     assert (tmp_path / "settings.png").stat().st_size > 10_000
+
+
+def test_the_loss_of_the_raters_utility(tmp_path):
+    """Two texts that she or he is in differ by 1.2 nats: log(1 + exp(-1.2)) and log(1 + exp(1.2))."""
+    texts = ["She sings.", "He sings."]
+    rows = [{"ranking": texts}, {"ranking": [real_texts.message("assistant", text) for text in texts[::-1]]}]
+    (tmp_path / "rankings.jsonl").write_bytes(lines(*rows))
+    expected = (math.log1p(math.exp(-1.2)) + math.log1p(math.exp(1.2))) / 2
+    assert real.utility_loss(tmp_path / "rankings.jsonl") == pytest.approx(expected)
 
 
 def test_the_loss_of_a_ranking_is_the_mean_over_its_pairs(tmp_path, tiny_model_folder):
