@@ -50,10 +50,11 @@ from common.files import (
 )
 from common.flags import Flags, flag, parse, require, require_same, run_command
 from common.parallel import all_gather, distributed, get_device, get_dtype, get_rank, get_world_size
-from common.rows import read_prompts, to_messages
+from common.rows import check_prompt, read_prompts, sample_row, to_messages
 from core.checks import max_positions
 from core.decode import Batch, Completion, exponential_noise, gumbel_max, next_token_probs
 from core.hub import load_model
+from core.reference import digest_model
 
 MAY_CHANGE = {"out_file", "overwrite", "resume", "batch_size", "compile"}  # when a run is resumed
 
@@ -159,11 +160,6 @@ def sample_global_batch(
     return [c._replace(sampled_logp=c.sampled_logp / tau - log_z) for c in chosen], ess, log_z
 
 
-def draw_seed(generator: torch.Generator) -> int:
-    """A random seed for sample()."""
-    return int(torch.randint(2**62, (), generator=generator))
-
-
 def sample(
     model: PreTrainedModel,
     prompt_ids: list[int],
@@ -232,7 +228,7 @@ def encode(
     rows: list[dict], config: SampleConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of every prompt, and the end tokens. Raises InputError if prompts do not fit the model."""
-    prompts, options = [row["prompt"] for row in rows], [row.get("options") for row in rows]
+    prompts, options = [row["prompt"] for row in rows], [row.get("template_options") for row in rows]
     with error_prefix(f"--model {config.model}"):
         ends = end_tokens(model, tokenizer, prompts)
     with error_prefix(config.prompts if config.prompt is None else "--prompt"):
@@ -285,10 +281,10 @@ def sample_prompts(
         yield list(map(describe, completions))
 
 
-def lines_to_keep(out: Path, config: SampleConfig, digest: str) -> list[bytes]:
-    """The complete lines of `out` that --resume keeps; `digest` is that of the encoded prompts.
+def lines_to_keep(out: Path, config: SampleConfig, digests: dict[str, str]) -> list[bytes]:
+    """The complete lines of `out` that --resume keeps; `digests` are those of the model and of the prompts.
 
-    Raises InputError if <out>.flags.json beside it is missing or damaged, or records other flags or prompts.
+    Raises InputError if <out>.flags.json beside it is missing or damaged, or records others or other flags.
     """
     if not (config.resume and out.exists()):
         return []
@@ -296,8 +292,10 @@ def lines_to_keep(out: Path, config: SampleConfig, digest: str) -> list[bytes]:
     try:
         saved = parse_json(path.read_bytes())
         require_same(asdict(config), saved["config"], MAY_CHANGE)
-        if saved["prompts"] != digest:
-            raise InputError(f"--prompts {config.prompts}: not what the run to --resume was sampling")
+        for name, digest in digests.items():
+            if saved[name] != digest:
+                value = getattr(config, name)
+                raise InputError(f"--{name} {value}: not what the run to --resume had")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
             f"{path}: missing or damaged, so --resume cannot check the flags; give --overwrite"
@@ -314,6 +312,8 @@ def main() -> None:
         rows = read_prompts(config.prompts, template, config.chat)
     else:
         rows = [{"prompt": to_messages(config.prompt) if config.chat else config.prompt}]
+        if config.chat:
+            check_prompt(rows[0]["prompt"], "--prompt")
     folder = Path(config.model) if Path(config.model, "run.json").is_file() else Path()
     writes = config.out_file or config.prompt is None
     out = Path(config.out_file or folder / "samples.jsonl") if writes else None
@@ -333,8 +333,8 @@ def main() -> None:
         check_new()  # another process may have written it meanwhile
 
     count, total = config.num_samples, config.num_samples * len(rows)
-    digest = digest_json(encoded)
-    lines = lines_to_keep(out, config, digest) if is_writer else []
+    digests = {"model": digest_model(model), "prompts": digest_json(encoded)} if is_writer else {}
+    lines = lines_to_keep(out, config, digests) if is_writer else []
     done, rank, world = all_gather(len(lines) // count)[0], get_rank(), get_world_size()  # done: prompts
     results = sample_prompts(model, tokenizer, encoded, range(done + rank, len(rows), world), ends, config)
     # processes wait for each other at every gather, and a prompt takes one longer than another
@@ -345,16 +345,15 @@ def main() -> None:
         if is_writer and first == done:  # not earlier: a run that fails at once leaves the old file as it was
             with atomic_write(out, "wb") as file:
                 file.writelines(lines[: done * count])
-            write_json(f"{out}.flags.json", {"config": asdict(config), "prompts": digest})
+            write_json(f"{out}.flags.json", {"config": asdict(config)} | digests)
         in_turn = itertools.zip_longest(*parts, fillvalue=[])  # as prompts were dealt to the processes
         samples = list(itertools.chain.from_iterable(itertools.chain.from_iterable(in_turn)))
         if is_writer:
             with out.open("a", encoding="utf-8") as file:
                 for i, (text, stats) in enumerate(samples, first * count):
-                    row = rows[i // count]
-                    own = {"chat_template_kwargs": row["options"]} if "options" in row else {}
-                    sample = {"prompt": row["prompt"], "completion": text} | own | stats
-                    file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+                    file.write(
+                        json.dumps(sample_row(rows[i // count], text, stats), ensure_ascii=False) + "\n"
+                    )
         elif out is None:
             for text, stats in samples:
                 print(f"--- {', '.join(f'{name} {value}' for name, value in stats.items())}\n{text}\n")

@@ -67,7 +67,15 @@ class MallowsConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "link", self.link == "exact" or self.loss == "phi", "exact unless --loss is phi")
+        for name, has_effect, condition in (
+            ("alpha", self.loss == "dpl", "--loss dpl"),
+            ("gamma", self.loss == "simpo", "--loss simpo"),
+            ("link", self.loss == "phi", "--loss phi"),
+            ("epsilon", self.link == "polynomial", "--link polynomial"),
+            ("dispersion_scale", self.dispersion == "on", "--dispersion on"),
+        ):
+            is_default = getattr(self, name) == getattr(MallowsConfig, name)
+            require(self, name, has_effect or is_default, f"left out: it has no effect without {condition}")
         try:
             width = self.epsilon == "auto" or 0 < float(self.epsilon) < math.inf
         except ValueError:
@@ -138,14 +146,6 @@ def log_link(s: Tensor, phi: Tensor | float, link: str, epsilon: float | str) ->
     phi = torch.as_tensor(phi, dtype=torch.float64, device=s.device)
     L = -phi.clamp(1e-300, 1 - 1e-15).log()  # finite and not 0
     return LINKS[link](s.double(), L, 2 * L if epsilon == "auto" else torch.full_like(L, epsilon))
-
-
-def mallows_phi_link(s: Tensor, phi: Tensor | float) -> Tensor:
-    """g(s) of equation 13, exact: probability that a completion s places better is preferred; shaped like s.
-
-    g jumps at 0; there this returns its limit from the right. `phi` in (0, 1] broadcasts against s.
-    """
-    return log_link(s, phi, "exact", "auto").exp().to(s.dtype)
 
 
 def mallows_theta_loss(policy: Stats, reference: Stats, c: Tensor | float, beta: float) -> Tensor:

@@ -103,7 +103,7 @@ def load_texts(
     """
     rows = read_pairs(path, chat)
     prompts, chosen, rejected = ([row[key] for row in rows] for key in Pair._fields)
-    options = [row.get("options") for row in rows]
+    options = [row.get("template_options") for row in rows]
     with error_prefix(path):
         texts = (encode_texts(prompts, answers, tokenizer, options) for answers in (chosen, rejected))
         pairs = []

@@ -39,7 +39,7 @@ from common.checkpoint import open_run, plan_run, start_run
 from common.encode import encode_prompts, end_tokens
 from common.files import ROOT, InputError, atomic_write, digest_json, error_prefix
 from common.flags import flag, require, run_command
-from common.rows import last_turn, read_prompts
+from common.rows import last_turn, read_prompts, sample_row
 from core.checks import check_inputs
 from core.hub import export, load_model
 from core.lora import lora_disabled
@@ -83,6 +83,7 @@ class RLConfig(TrainConfig):
     no_reward_if_cut: bool = flag(False, "A text without an end token has the reward 0: for rewards above 0.")
     sample_batch_size: int = flag(128, "Texts sampled at a time; fewer save memory.", "[1, inf)")
     log_samples: int = flag(50, "Steps between the files of samples/.", "[1, inf)")
+    max_length: int = flag(0, "0: prompts are not cut here, and --max_new_tokens bounds the texts.", "[0, 0]")
     lora_dropout: float = flag(0.0, "0: the texts come from the policy without dropout.", "[0, 0]")
 
 
@@ -152,7 +153,7 @@ def load_reward(config: RLConfig) -> Reward:
         score = load_scorer(config.reward_model)
 
     def reward(rows: list[dict[str, Any]], texts: list[str]) -> np.ndarray:
-        options = [row.get("options") for row in rows]
+        options = [row.get("template_options") for row in rows]
         return score([row["prompt"] for row in rows], texts, options)
 
     return reward
@@ -171,7 +172,9 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
         rows[path] = read_prompts(path, chat=config.chat)
         prompts = [row["prompt"] for row in rows[path]]
         with error_prefix(path):
-            encoded[path] = encode_prompts(prompts, tokenizer, [row.get("options") for row in rows[path]])
+            encoded[path] = encode_prompts(
+                prompts, tokenizer, [row.get("template_options") for row in rows[path]]
+            )
     with error_prefix(f"--model {config.model}"):
         ends = end_tokens(model, tokenizer, [row["prompt"] for row in rows[config.data]])
     text = [0] * config.max_new_tokens  # as long as a text may get
@@ -245,8 +248,7 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
         if step % config.log_samples == 0 and step != EVALUATION and rank == 0:
             with atomic_write(out / "samples" / f"{step:06d}.jsonl") as file:
                 for i, (text, value, end) in enumerate(zip(texts, rewards, finish, strict=True)):
-                    prompt = rows[path][indices[i // k]]["prompt"]
-                    sample = {"prompt": prompt, "completion": text, "reward": value, "finish": end}
+                    sample = sample_row(rows[path][indices[i // k]], text, {"reward": value, "finish": end})
                     file.write(json.dumps(sample, ensure_ascii=False) + "\n")
         return row | {"tokens": sum(map(count_tokens, packed))}
 

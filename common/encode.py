@@ -163,8 +163,9 @@ def encode_rows(
     rank, size = get_rank(), get_world_size()
     first, last = (len(rows) * part // size for part in (rank, rank + 1))
     prompts, *columns = ([row[key] for row in rows[first:last]] for key in fields)
-    options, examples, cut = [row.get("options") for row in rows[first:last]], [], 0
-    encoded = encode_examples(prompts, columns, tokenizer, options, first)
+    options, is_cut = ([row.get(key) for row in rows[first:last]] for key in ("template_options", "is_cut"))
+    examples, cut = [], 0
+    encoded = encode_examples(prompts, columns, tokenizer, options, is_cut, first)
     for whole in tqdm(encoded, "tokenising", last - first, leave=False, unit="row", disable=rank > 0 or None):
         example = truncate(whole, tokenizer.bos_token_id, max_length)
         cut += sum(map(len, example)) < sum(map(len, whole))
@@ -193,7 +194,8 @@ def encode_examples(
     prompts: Sequence[Text],
     columns: Sequence[Sequence[Text]],
     tokenizer: PreTrainedTokenizerBase,
-    options: Sequence[dict] | None = None,
+    options: Sequence[dict | None] | None = None,
+    is_cut: Sequence[bool] | None = None,
     first_row: int = 0,
 ) -> Iterator[list[list[int]]]:
     """Token ids [prompt, *answers] of each row. `columns` are the answers: all chosen, all rejected.
@@ -201,8 +203,9 @@ def encode_examples(
     A prompt starts with one BOS if the tokenizer or its chat template writes one. A message list goes through
     the chat template, with the `options` of its row, up to where the assistant's answer starts. An answer's
     ids have its end token: they are what the model itself would have to write. A string that is an answer
-    follows the prompt as it is, also a message list: so a text that was sampled gives the sampled ids. Raises
-    InputError naming the row, of which the first has the number first_row + 1.
+    follows the prompt as it is, also a message list: so a text that was sampled gives the sampled ids. Where
+    `is_cut` is true of a row, its answers were cut before they ended, and get no end token. Raises InputError
+    naming the row, of which the first has the number first_row + 1.
     """
     ends = {int(i): tokenizer.decode([i]) for i in turn_ends(tokenizer)} if columns else {}
     if columns and not ends:
@@ -229,7 +232,10 @@ def encode_examples(
                     whole = next(wholes)
                     merges = whole[: len(start)] != start  # the prompt's last letters with the answer's first
                     ids = encode_continuation(answer, tokenizer) if merges else whole[len(start) :]
-                    if not ids or ids[-1] not in ends:
+                    cut = is_cut and is_cut[row]
+                    if ids and ids[-1] in ends:
+                        ids = ids[:-1] if cut and len(ids) > 1 else ids
+                    elif not (cut and ids):
                         turn, *_, eos = *ends, *ends
                         ids = [*ids, eos if is_string else turn]
                     example.append(ids)
@@ -288,6 +294,9 @@ def _answer_text(
     before, after = around
     whole, last = render([*prompt, *answer], tokenizer, False, options), prompt[-1]["content"].strip()
     start, turns = len(opened), opened.rfind(last) + len(last) if last else 0  # where the prompt's texts end
+    if last and opened.count(last) > 1:  # the generation prompt may have it too, as `<think>` has "hi"
+        marked = render([*prompt[:-1], prompt[-1] | {"content": MARKER}], tokenizer, True, options)
+        turns = len(opened.removesuffix(marked.rpartition(MARKER)[2]))
     if not whole.startswith(opened):
         # the generation prompt may go on where answers do not, with `<think>`: they follow it all the same
         start = len(os.path.commonprefix([opened, before]))

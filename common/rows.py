@@ -54,7 +54,7 @@ def read_pairs(path: str | Path, chat: bool = False) -> list[dict[str, Any]]:
             pair = _message_pair(prompt, *answers, where)
         if chat and isinstance(pair[0], str):
             pair = to_messages(pair[0]), *(message("assistant", text.strip() or text) for text in pair[1:])
-            check_messages(pair[0], where)
+            check_prompt(pair[0], where)
         pairs.append(dict(zip(KEYS, pair, strict=True)) | template_options(row, pair[0], where))
     if repeats:
         print(f"{path}: in {repeats:,} rows chosen and rejected repeat the prompt: removed from both")
@@ -71,7 +71,7 @@ def _repeats_prompt(row: dict[str, Any]) -> bool:
 
 
 def template_options(row: dict[str, Any], prompt: Text, where: str) -> dict[str, dict[str, Any]]:
-    """{"options": arguments of the chat template} of a row with 'tools' or 'chat_template_kwargs', else {}.
+    """{"template_options": a row's 'tools' and 'chat_template_kwargs', for the template}, or {} without them.
 
     Adds a row's 'system' to the messages of `prompt`, in place. Raises InputError with `where` if one of
     these keys cannot have its effect, since the prompt is a string.
@@ -87,7 +87,7 @@ def template_options(row: dict[str, Any], prompt: Text, where: str) -> dict[str,
         if not isinstance(system, str) or prompt[0]["role"] == "system":
             raise InputError(f"{where}: 'system' must be a string, and the prompt have no system message")
         prompt.insert(0, {"role": "system", "content": system})
-    return {"options": options} if options else {}
+    return {"template_options": options} if options else {}
 
 
 def _string_pair(prompt: Any, chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
@@ -98,7 +98,7 @@ def _string_pair(prompt: Any, chosen: str, rejected: str, where: str) -> tuple[s
             raise InputError(f"{where}: no 'prompt', and no shared prompt up to a {ASSISTANT!r}")
         prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
     elif isinstance(prompt, list):  # the texts are what sample.py wrote after it
-        check_messages(prompt, where)
+        check_prompt(prompt, where)
     elif not isinstance(prompt, str):
         raise InputError(f"{where}: 'prompt' must be a string like 'chosen', not {type(prompt).__name__}")
     for key, text in (("chosen", chosen), ("rejected", rejected)):
@@ -110,12 +110,18 @@ def _string_pair(prompt: Any, chosen: str, rejected: str, where: str) -> tuple[s
 def _message_pair(prompt: Any, chosen: list, rejected: list, where: str) -> tuple[list, list, list]:
     if isinstance(prompt, str) and len(chosen) == len(rejected) == 1:
         prompt = message("user", prompt)
-    elif not isinstance(prompt, list):  # whole conversations; a string prompt only repeats their start
+    elif not isinstance(
+        prompt, list
+    ):  # whole conversations; a string prompt only repeats a message of theirs
+        text = prompt
         same = [a == b for a, b in zip(chosen, rejected, strict=False)]
         end = min(same.index(False) if False in same else len(same), len(chosen) - 1, len(rejected) - 1)
         prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
         if not prompt:
             raise InputError(f"{where}: 'chosen' and 'rejected' have no shared prompt to start with")
+        check_messages(prompt, where)
+        if text and not any(text.strip() in turn["content"] for turn in prompt):
+            raise InputError(f"{where}: 'prompt' is in no message that 'chosen' and 'rejected' share")
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         check_messages([*prompt, *answer], f"{where}: '{key}'")
         if len(answer) != 1 or answer[0]["role"] != "assistant":
@@ -160,6 +166,11 @@ def check_messages(messages: list[Any], where: str) -> None:
         raise InputError(f"{where}: roles out of order: {', '.join(roles) or 'no message'}")
 
 
+def check_prompt(messages: list[Any], where: str) -> None:
+    """check_messages(), and that an answer comes next."""
+    check_messages([*messages, *message("assistant", "")], where)
+
+
 def read_prompts(path: str | Path, template: str | None = None, chat: bool = False) -> list[dict[str, Any]]:
     """Rows with a 'prompt', a string or a message list; a .txt file holds one prompt per line.
 
@@ -172,12 +183,12 @@ def read_prompts(path: str | Path, template: str | None = None, chat: bool = Fal
         if template:
             row["prompt"] = fill(template, question=read_question(row, where))
         prompt = row.get("prompt")
-        if isinstance(prompt, list) and prompt:
-            check_messages(prompt, where)
-        elif not isinstance(prompt, str):
+        if not (isinstance(prompt, str) or (isinstance(prompt, list) and prompt)):
             raise InputError(f"{where}: needs a 'prompt', a string or a message list")
         if chat and isinstance(prompt, str):
             row["prompt"] = to_messages(prompt)
+        if not isinstance(row["prompt"], str):
+            check_prompt(row["prompt"], where)
         rows.append(row | template_options(row, row["prompt"], where))
     return rows
 
@@ -191,11 +202,12 @@ def read_question(row: dict[str, Any], where: str) -> str:
 
 
 def read_examples(path: str | Path, chat: bool = False) -> list[dict[str, Any]]:
-    """Rows with keys prompt and completion, for supervised fine-tuning, and their template_options().
+    """Rows with keys prompt, completion and is_cut, for supervised fine-tuning, and their template_options().
 
     A row holds "prompt" and "completion", strings or message lists, or a message list and the string that
     sample.py wrote after it; or "messages", of which the last is the completion. With `chat`, strings become
-    messages. Raises InputError naming the file and row.
+    messages. Of a text that sample.py cut at its limit, "finish" is "length". Raises InputError naming the
+    file and row.
     """
     examples = []
     for where, row in read_rows(path):
@@ -207,16 +219,16 @@ def read_examples(path: str | Path, chat: bool = False) -> list[dict[str, Any]]:
             if len(completion) != 1 or completion[0]["role"] != "assistant" or not completion[0]["content"]:
                 raise InputError(f"{where}: the completion must be one assistant message with content")
         elif isinstance(prompt, list) and prompt and isinstance(completion, str) and completion:
-            check_messages(prompt, where)
+            check_prompt(prompt, where)
         elif not (isinstance(prompt, str) and isinstance(completion, str) and completion):
             raise InputError(
                 f"{where}: needs 'prompt' and a non-empty 'completion', strings or message lists"
             )
         elif chat:
             prompt, completion = to_messages(prompt), message("assistant", completion.strip() or completion)
-            check_messages(prompt, where)
-        options = template_options(row, prompt, where)
-        examples.append({"prompt": prompt, "completion": completion} | options)
+            check_prompt(prompt, where)
+        example = {"prompt": prompt, "completion": completion, "is_cut": row.get("finish") == "length"}
+        examples.append(example | template_options(row, prompt, where))
     return examples
 
 
@@ -228,6 +240,13 @@ class Sample(NamedTuple):
     finish: str | None = None  # "eos", "stop" or "length"; None if the file does not say
     is_message: bool = False  # the text is a message's content, not what follows the prompt's tokens
     options: dict[str, Any] | None = None  # template_options() of the row
+
+
+def sample_row(row: dict[str, Any], completion: str, values: dict[str, Any]) -> dict[str, Any]:
+    """What is written of a completion of a row of read_prompts(), for read_sample() and read_pairs()."""
+    options = row.get("template_options")
+    own = {"chat_template_kwargs": options} if options else {}
+    return {"prompt": row["prompt"], "completion": completion} | own | values
 
 
 def read_sample(row: dict[str, Any], where: str) -> Sample:
@@ -243,7 +262,7 @@ def read_sample(row: dict[str, Any], where: str) -> Sample:
         text = text["answer"] if isinstance(text, dict) else text
         turns = prompt if isinstance(prompt, list) else message("user", prompt)
         parts = [turn[key] for turn in turns for key in ("role", "content")] + [text]
-        options = template_options(row, prompt, where).get("options")
+        options = template_options(row, prompt, where).get("template_options")
         sample = Sample(prompt, text, row.get("finish"), "completion" not in row, options)
     except (LookupError, TypeError, ValueError):
         parts = []
@@ -341,9 +360,13 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
                 raise InputError(f"{path}: expected a JSON list of objects, found {type(rows).__name__}")
             yield from enumerate(rows, 1)
         elif name.endswith(".csv"):
-            with open(path, encoding="utf-8-sig", newline="") as lines:
+            with open(path, "rb") as lines:
+                texts = (line.decode("utf-8-sig") for line in lines)
                 try:
-                    yield from enumerate(csv.DictReader(lines, strict=True), 1)
+                    for number, row in enumerate(csv.DictReader(texts, strict=True), 1):
+                        yield number, row
+                except UnicodeError:
+                    raise InputError(f"{path}:{number + 1}: not UTF-8 text") from None
                 except csv.Error as error:
                     raise InputError(f"{path}: not readable as csv: {error}") from None
         elif name.endswith(".parquet"):

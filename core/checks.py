@@ -25,6 +25,7 @@ from common.files import InputError
 from common.parallel import all_gather, get_world_size
 from core.attention import dense_masks
 from core.hub import loading, read_config
+from core.lora import find_base
 from core.model import Stats, pair_stats
 from core.pairs import pack
 
@@ -41,6 +42,8 @@ def check_inputs(
 
     `length` is the flag that limits the length of a text.
     """
+    if config.overwrite:
+        check_overwrite(config)
     every = [*examples, *held_out]
     largest = max(max(map(max, example)) for example in every)
     if largest >= model.get_input_embeddings().weight.shape[0]:
@@ -53,6 +56,16 @@ def check_inputs(
         raise InputError(f"{processes} processes: --batch_size, --data and --eval_data need a pair for each")
     if any(other != digests for other in all_gather(digests)):
         raise InputError(f"--model {config.model}, --data {config.data}: not the same for all processes")
+
+
+def check_overwrite(config: Any) -> None:
+    """Raise InputError if --out_dir holds what the run reads: models, a base of an adapter, data."""
+    base, adapters = find_base(config.model)
+    read = {path: "model" for path in (base, *adapters)}
+    read |= {getattr(config, name, None): name for name in ("data", "eval_data", "reward_model")}
+    for path, name in read.items():
+        if path and Path(path).resolve().is_relative_to(Path(config.out_dir).resolve()):
+            raise InputError(f"--{name} {path}: is in --out_dir, which --overwrite would empty")
 
 
 def check_objective(

@@ -76,8 +76,14 @@ def choose(rewards: np.ndarray, texts: list[str], config: PairsConfig, rng: np.r
 def main() -> None:
     """Write --out_file."""
     config = parse(PairsConfig, __doc__)
-    rows = list(read_rows(config.samples))
-    samples = [read_sample(row, where) for where, row in rows]
+    every = [(where, row, read_sample(row, where)) for where, row in read_rows(config.samples)]
+    rows = [(where, row) for where, row, sample in every if sample.finish != "length"]
+    samples = [sample for *_, sample in every if sample.finish != "length"]
+    if len(rows) < len(every):
+        cut = f"{len(every) - len(rows):,} of {len(every):,} samples were cut"
+        print(f"{config.samples}: {cut} at sample.py's --max_new_tokens and make no pairs: they have no end")
+    if not rows:
+        raise InputError(f"{config.samples}: no sample has an end; give sample.py more --max_new_tokens")
     rewards, groups = read_rewards(config, samples, rows), defaultdict(list)
     for index, sample in enumerate(samples):
         groups[json.dumps(sample.prompt)].append(index)

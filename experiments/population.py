@@ -42,12 +42,12 @@ from common.files import ROOT
 from common.flags import Flags, flag, parse, run_command
 from common.rows import read_pairs
 from core.hub import load_model
+from data.society.make_world import draw_seed
 from data.society.truth import optimum
 from experiments import lab
 from metrics.answers import powers, samples_needed
 from metrics.formulas import pass_at_k
 from metrics.tables import mean_and_error, save_figure
-from sample import draw_seed
 
 BETA, ALPHAS = 0.1, (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # token temperatures of DPO

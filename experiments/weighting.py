@@ -62,11 +62,10 @@ from core.hub import load_model
 from core.model import Stats
 from core.reference import score_completions
 from core.trainer import train
-from data.society.make_world import exact_logp
+from data.society.make_world import draw_seed, exact_logp
 from data.society.truth import mallows_favourites, mallows_pair
 from experiments import lab
 from metrics.tables import mean_and_error, save_figure
-from sample import draw_seed
 from train_mallows import MallowsConfig, fit_dispersion, mallows_dpl_loss, mallows_phi_loss, objective
 
 BETAS = (0.1, 0.2, 0.4)

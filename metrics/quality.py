@@ -54,10 +54,9 @@ def run(config: Config) -> None:
             for column, groups in zip(columns, files, strict=True):
                 samples = flatten(groups)
                 prompts, answers, options = to_texts(samples, config.chat)
-                encoded = list(zip(*encode_examples(prompts, [answers], tokenizer, options), strict=True))
-                for sample, ids in zip(samples, encoded[1], strict=True):
-                    if sample.finish in ("length", "stop") and len(ids) > 1:
-                        ids.pop()
+                is_cut = [sample.finish in ("length", "stop") for sample in samples]
+                examples = encode_examples(prompts, [answers], tokenizer, options, is_cut)
+                encoded = list(zip(*examples, strict=True))
                 nats = prompt_means(-score_completions(model, *encoded), groups)
                 tokens = prompt_means([len(ids) for ids in encoded[1]], groups)
                 column["cross-entropy, nats per text"] = nats

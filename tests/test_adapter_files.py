@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer
 
 import merge
 from core.hub import load_model
-from core.lora import add_lora, lora_layers, save_lora
+from core.lora import add_lora, find_base, lora_layers, save_lora
 from core.pairs import load_pairs
 from merge import write_merged
 from scripts import call, train
@@ -189,4 +189,6 @@ def test_only_a_merged_model_is_replaced_and_only_if_asked(write, refused, tmp_p
     assert (out / "config.json").read_text() != "{}"
     assert (out / "model.safetensors").read_bytes() == weights
     refused(merge, [adapter, adapter, "--overwrite"], adapter, "no merged model")
+    base = find_base(adapter)[0]
+    refused(merge, [adapter, base, "--overwrite"], "holds what is merged; name another folder")
     assert (adapter / "adapter_model.safetensors").is_file()

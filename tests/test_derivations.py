@@ -17,8 +17,9 @@ from experiments import bandit
 from experiments.population import exact_coverage
 from experiments.temperature import text_logp
 from experiments.weighting import tabular_optimum
+from tiny import phi_link
 from train_dpl import dpl_loss
-from train_mallows import mallows_dpl_loss, mallows_phi_link, mallows_phi_loss, mallows_theta_loss
+from train_mallows import mallows_dpl_loss, mallows_phi_loss, mallows_theta_loss
 
 REFERENCE = np.log([0.4, 0.25, 0.15, 0.12, 0.08])
 REWARD = np.array([0.2, -0.4, 1.1, 0.0, 0.5])
@@ -147,7 +148,7 @@ def win_rate(places, probs, i, j):
 def test_under_kendall_s_tau_a_preference_is_the_phi_link_whatever_else_is_ranked(items, phi):
     places, probs = enumerate_mallows(items, phi, kendall)
     for i, j in itertools.combinations(range(items), 2):
-        link = mallows_phi_link(torch.tensor(j - i, dtype=torch.float64), phi).item()
+        link = phi_link(torch.tensor(j - i, dtype=torch.float64), phi).item()
         assert win_rate(places, probs, i, j) == pytest.approx(link, **EXACT)
 
 
@@ -206,12 +207,10 @@ def test_what_the_phi_link_becomes_as_people_disagree_and_as_they_agree():
     u = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)
     limit = (1 - (1 + u) * (-u).exp()) / (1 - (-u).exp()) ** 2
     L = 1e-6
-    torch.testing.assert_close(mallows_phi_link(u / L, math.exp(-L)), limit, rtol=0, atol=L)
+    torch.testing.assert_close(phi_link(u / L, math.exp(-L)), limit, rtol=0, atol=L)
     d = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
-    torch.testing.assert_close(
-        mallows_phi_link(d, math.exp(-L)).logit() / L, (2 * d + 1) / 3, rtol=1e-4, atol=0
-    )
-    torch.testing.assert_close(mallows_phi_link(d, math.exp(-8)).logit(), 8 * d - d.log(), rtol=0, atol=1e-2)
+    torch.testing.assert_close(phi_link(d, math.exp(-L)).logit() / L, (2 * d + 1) / 3, rtol=1e-4, atol=0)
+    torch.testing.assert_close(phi_link(d, math.exp(-8)).logit(), 8 * d - d.log(), rtol=0, atol=1e-2)
 
 
 # ---- where the losses have their optimum; propositions 4 and 5, theorem 6
@@ -266,7 +265,7 @@ def test_weighted_dpl_divides_the_reward_by_c():
 def test_proposition_5_and_theorem_6_weigh_the_phi_link_twice(phi):
     beta, c = 0.7, -2 * math.log(phi)
     gaps = torch.from_numpy(RANK[None, :] - RANK[:, None])
-    win = mallows_phi_link(gaps, phi).numpy()  # raters of corollary 3
+    win = phi_link(gaps, phi).numpy()  # raters of corollary 3
 
     def phi_loss(policy, reference, weight=1.0):
         return mallows_phi_loss(policy, reference, phi, weight * beta)

@@ -13,13 +13,12 @@ from trl.experimental.cpo import CPOTrainer
 
 from core.model import Stats, pair_stats
 from core.pairs import pack
-from tiny import check_against_trl, make_policy_and_reference, one_pair, some_stats
+from tiny import check_against_trl, make_policy_and_reference, one_pair, phi_link, some_stats
 from train_dpl import dpl_loss
 from train_mallows import (
     MallowsConfig,
     mallows_dpl_loss,
     mallows_ipo_loss,
-    mallows_phi_link,
     mallows_phi_loss,
     mallows_simpo_loss,
     mallows_theta_loss,
@@ -90,14 +89,14 @@ def test_at_0_the_link_is_its_limit_from_the_right_and_the_policy_moves(phi):
 @pytest.mark.parametrize("phi", PHIS)
 def test_ranks_one_apart_are_told_apart_with_probability_1_over_1_plus_phi(phi):
     s = torch.tensor([1.0, -1.0], dtype=torch.float64)
-    found = mallows_phi_link(s, phi).tolist()
+    found = phi_link(s, phi).tolist()
     assert found == pytest.approx([1 / (1 + phi), phi / (1 + phi)], rel=1e-12)
 
 
 def test_towards_phi_1_the_link_is_flat_and_towards_0_a_step():
     s = torch.tensor([-30.0, -0.5, 0.0, 30.0], dtype=torch.float64)
-    assert mallows_phi_link(s, 1.0).tolist() == pytest.approx([0.5] * 4, abs=1e-12)
-    assert mallows_phi_link(s, 0.0).tolist() == pytest.approx([0, 0, 1, 1], abs=2e-3)  # phi clamped to 1e-300
+    assert phi_link(s, 1.0).tolist() == pytest.approx([0.5] * 4, abs=1e-12)
+    assert phi_link(s, 0.0).tolist() == pytest.approx([0, 0, 1, 1], abs=2e-3)  # phi clamped to 1e-300
 
 
 # ---- soundness in float32
@@ -107,7 +106,7 @@ def test_towards_phi_1_the_link_is_flat_and_towards_0_a_step():
 @given(S, S, PHI)
 def test_link_rises_with_its_argument(a, b, phi):
     a, b = sorted((a, b))
-    low, high = mallows_phi_link(torch.tensor([a, b]), torch.tensor(phi)).tolist()
+    low, high = phi_link(torch.tensor([a, b]), torch.tensor(phi)).tolist()
     assert 0 <= low <= high <= 1
 
 
@@ -119,7 +118,7 @@ def test_the_two_orders_of_a_pair_have_probabilities_that_add_to_one(s, phi):
             phi_loss_and_slope(x, phi, torch.float32, link=style[0], epsilon=style[1])[0] for x in (s, -s)
         ]
         assert sum(math.exp(-loss) for loss in losses) == pytest.approx(1, abs=1e-6)
-    assert mallows_phi_link(torch.tensor([s, -s]), phi).sum().item() == pytest.approx(1, abs=1e-6)
+    assert phi_link(torch.tensor([s, -s]), phi).sum().item() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize(("link", "epsilon"), STYLES)

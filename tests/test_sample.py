@@ -339,12 +339,21 @@ def test_resume_refuses_lines_that_it_did_not_write(run, tmp_path):
         run("--resume", "--num_samples", 1)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(reversed(prompts.read_text().splitlines(keepends=True))))
-    with pytest.raises(InputError, match=r"prompts.jsonl: not what the run to --resume was sampling"):
+    with pytest.raises(InputError, match=r"prompts.jsonl: not what the run to --resume had"):
         run("--resume")
     (tmp_path / "out.jsonl.flags.json").unlink()
     with pytest.raises(InputError, match=r"out.jsonl.flags.json: missing or damaged"):
         run("--resume")
     assert out.read_bytes() == whole
+
+
+def test_resume_refuses_a_model_that_was_trained_again(run, sharp_model_folder, tmp_path):
+    model = shutil.copytree(sharp_model_folder, tmp_path / "model")
+    run("--model", model)
+    weights = load_file(model / "model.safetensors")
+    save_file({name: w / 2 for name, w in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"--model .*model: not what the run to --resume had"):
+        run("--model", model, "--resume")
 
 
 def test_chat_samples_end_where_the_template_closes_a_turn(tiny_model_folder):
@@ -373,6 +382,12 @@ def test_chat_puts_strings_into_the_template(run, sharp_model_folder, tmp_path):
     plain = read(run("--model", model))
     chat = read(run("--model", model, "--chat", "--overwrite"))
     assert chat[-1]["prompt"] == [{"role": "user", "content": plain[-1]["prompt"]}]
+    # a column that has the name of something here is a row's own, and what the template gets is written
+    rows = [{"prompt": p, "options": ["a"], "chat_template_kwargs": {"x": 1}} for p in PROMPTS * 2]
+    (tmp_path / "prompts.jsonl").write_bytes(lines(*rows))
+    assert read(run("--model", model, "--chat", "--overwrite")) == [
+        row | {"chat_template_kwargs": {"x": 1}} for row in chat
+    ]
     assert chat[-1]["completion"] != plain[-1]["completion"]
 
 

@@ -152,8 +152,8 @@ def test_scale_can_be_fixed_and_the_dispersion_switched_off(run):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_objective_does_what_its_flags_say(loss, dispersion, length_normalize):
     flags = {"loss": loss, "dispersion": dispersion, "length_normalize": length_normalize}
-    flags |= {"link": "polynomial" if loss == "phi" else "exact", "epsilon": "auto"}
-    config = MallowsConfig(**flags, alpha=0.3, beta=0.2, gamma=0.7)
+    own = {"phi": {"link": "polynomial", "epsilon": "auto"}, "dpl": {"alpha": 0.3}, "simpo": {"gamma": 0.7}}
+    config = MallowsConfig(**flags, **own.get(loss, {}), beta=0.2)
     policy, reference = some_stats(5)
     values = objective(policy, reference, config=config, scale=1.5, vocab_size=20)
     for i in range(5):  # in plain numbers, pair by pair

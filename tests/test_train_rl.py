@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from core.model import Stats, pair_stats
 from core.pairs import pack
 from sample import sample_completions
 from scripts import read_lines, rows_of, run_script, train
-from tiny import CONFIGS, PAIRS, lines, make
+from tiny import CHATML, CONFIGS, PAIRS, USER, lines, make
 from train_reward import score_texts
 from train_rl import Known, RLConfig, advantages, objective, split_texts
 
@@ -116,7 +117,7 @@ FLAGS |= {"warmup_steps": 0, "log_every": 1, "save_every": 2, "log_samples": 2}
 @pytest.fixture
 def run(tiny_model_folder, tmp_path, monkeypatch):
     """A function that trains on a rule: the share of the letter e. Returns the rows of metrics.jsonl."""
-    rows = [{"prompt": row["prompt"], "best": "e"} for row in PAIRS]
+    rows = [{"prompt": row["prompt"], "best": "e", "options": ["e", "a"]} for row in PAIRS]
     (tmp_path / "prompts.jsonl").write_bytes(lines(*rows))
 
     def run(out, reward=share_of_best, **flags):
@@ -142,6 +143,17 @@ def test_a_stopped_run_goes_on_to_the_bit(run, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
     samples = read_lines(tmp_path / "whole/samples/000002.jsonl")
     assert len(samples) == 6 and {"prompt", "completion", "reward", "finish"} == samples[0].keys()
+
+
+def test_samples_tell_what_the_template_got(run, tiny_model_folder, tmp_path):
+    """So that data/make_pairs.py makes pairs of the prompts that were sampled."""
+    model = shutil.copytree(tiny_model_folder, tmp_path / "chat")
+    (model / "chat_template.jinja").write_text(CHATML)
+    rows = [{"prompt": [USER], "best": "e", "chat_template_kwargs": {"x": 1}}] * 2
+    (tmp_path / "prompts.jsonl").write_bytes(lines(*rows))
+    run("run", model=model, max_steps=1)
+    samples = read_lines(tmp_path / "run/samples/000000.jsonl")
+    assert [row["chat_template_kwargs"] for row in samples] == [{"x": 1}] * 6
 
 
 def test_the_reward_of_a_cut_text(run):

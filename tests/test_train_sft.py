@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts import train
+from common.encode import encode_rows
+from common.rows import read_examples
+from scripts import SOCIETY, call, read_lines, train
 from tiny import CHATML, lines
 
 QUESTIONS = ["Best fruit?", "Who sings?", "What is warm?"]
@@ -51,3 +53,17 @@ def test_sft_starts_at_the_loss_of_transformers_and_lowers_it(tiny_model_folder,
     assert metrics[0]["loss"] == pytest.approx(mean_loss(tiny_model_folder), rel=1e-5)
     assert metrics[-1]["loss"] == pytest.approx(mean_loss(tmp_path / "run"), rel=1e-5)
     assert metrics[-1]["loss"] < 0.9 * metrics[0]["loss"]
+
+
+@pytest.mark.parametrize(("limit", "finish"), [(9, "length"), (64, "eos")])
+def test_what_was_sampled_is_what_is_trained(tmp_path, limit, finish):
+    """A text that was cut has no end token, in training as in sampling."""
+    flags = {"model": SOCIETY, "prompts": "data/society/story.jsonl", "num_samples": 8, "temperature": 0.5}
+    call("sample.py", **flags, max_new_tokens=limit, out_file=tmp_path / "samples.jsonl")
+    rows, tokenizer = read_lines(tmp_path / "samples.jsonl"), AutoTokenizer.from_pretrained(SOCIETY)
+    assert {row["finish"] for row in rows} == {finish}
+    examples = read_examples(tmp_path / "samples.jsonl")
+    encoded, _ = encode_rows(examples, ("prompt", "completion"), tokenizer, 256)
+    for row, (_, ids) in zip(rows, encoded, strict=True):
+        assert len(ids) == row["tokens"]
+        assert (ids[-1] == tokenizer.eos_token_id) == (finish == "eos")

@@ -39,6 +39,7 @@ from common.files import ROOT
 from core.lora import add_lora, lora_layers
 from core.model import Stats, pair_stats
 from core.pairs import Pair, pack
+from train_mallows import log_link
 
 # ---- rows
 
@@ -287,3 +288,8 @@ def check_against_trl(folder, objective, **flags):
     gap = sum((p.grad - theirs[name].grad).square().sum() for name, p in policy.named_parameters()).sqrt()
     size = sum(p.grad.square().sum() for p in theirs.values()).sqrt()
     assert gap < 1e-4 * size
+
+
+def phi_link(s, phi):
+    """g(s) of equation 13, exact; `phi` broadcasts against s."""
+    return log_link(s, phi, "exact", "auto").exp().to(s.dtype)

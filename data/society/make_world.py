@@ -38,7 +38,7 @@ from core.hub import load_model
 from core.model import pair_stats
 from core.pairs import pack
 from data.society.truth import mallows_favourites, preference, read_story
-from sample import draw_seed, sample
+from sample import sample
 from train_sft import SFTConfig, finetune
 
 STORY_PROMPT = "Write a story about a doctor.\n"
@@ -77,6 +77,11 @@ CORPUS = {"story": 16_000, "poll": 4_000, "debate": 5_000}  # texts the referenc
 PAIRS = {"train": 24_000, "test": 500, "polls": 4_000, "debates": 6_000}
 GARBLED = 0.1  # probability that a text is paired with a copy of itself that has one error
 COMPARED = [1, 4, 1, 1, 1]  # relative frequency of each slot as the one in which two stories differ
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    """A random seed for sample()."""
+    return int(torch.randint(2**62, (), generator=generator))
 
 
 def write_story(rng: random.Random) -> str:

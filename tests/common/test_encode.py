@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from common.encode import answer_lead, decode_continuation, encode_answers, encode_prompts, turn_ends
+from common.encode import (
+    answer_lead,
+    decode_continuation,
+    encode_answers,
+    encode_examples,
+    encode_prompts,
+    turn_ends,
+)
 from common.files import InputError
 from common.rows import Sample, to_texts
 from core.hub import save_tokenizer
@@ -222,6 +229,7 @@ PROMPTS = {
     "many turns": [USER, FIG, turn("user", "The fig?"), turn("assistant", "Yes."), turn("user", "A cat.")],
     "spaces": [turn("user", "  Best \n fruit? \n")],
     "a marker inside": [turn("user", "Say <|end|> <|assistant|> </s>")],
+    "in the generation prompt too": [turn("user", "hi")],  # in <think>
     "earlier thinking": [USER, turn("assistant", "<think>Let me see.</think>The fig."), USER],
 }
 ANSWERS = {
@@ -264,6 +272,10 @@ def check(tokenizer, shape: Shape, prompt: list[dict], answer: str) -> None:
     if completion.startswith(sampled) and whole[: len(start)] == start:
         texts = to_texts([Sample(prompt, sampled, "eos")], False)
         assert encode_answers(*texts[:2], tokenizer, texts[2])[0][:-1] == end[:-1]
+        [[_, cut]] = encode_examples([prompt], [[sampled]], tokenizer, None, [True])
+        assert cut == end[:-1]
+    [[_, cut]] = encode_examples([prompt], [[[turn("assistant", answer)]]], tokenizer, None, [True])
+    assert cut == end[:-1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

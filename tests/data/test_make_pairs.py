@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from common.encode import encode_answers
+from common.files import InputError
 from common.rows import read_pairs
 from data import make_pairs
 from scripts import call, read_lines
@@ -20,7 +21,7 @@ def run(tmp_path):
     """A function that makes pairs of rows (prompt, text, reward) and returns what was written."""
 
     def make(rows, *flags):
-        keys = ("prompt", "completion", "reward")
+        keys = ("prompt", "completion", "reward", "finish")
         (tmp_path / "samples.jsonl").write_bytes(lines(*(dict(zip(keys, row)) for row in rows)))
         files = {"samples": tmp_path / "samples.jsonl", "out_file": tmp_path / "pairs.jsonl"}
         call(make_pairs, *flags, **files)
@@ -52,6 +53,14 @@ def test_training_reads_the_sampled_ids(run, tmp_path):
     [row] = read_pairs(tmp_path / "pairs.jsonl")
     [ids] = encode_answers([row["prompt"]], [row["chosen"]], tokenizer)
     assert tokenizer.decode(ids[:-1]) == texts[0]
+
+
+def test_texts_that_were_cut_make_no_pair(run, capsys):
+    rows = [("a", "x", 1, "eos"), ("a", "y", 3, "length"), ("a", "z", -2, "stop"), ("a", "w", -5, "length")]
+    assert run(rows) == [{"prompt": "a", "chosen": "x", "rejected": "z"}]
+    assert "2 of 4 samples were cut" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"no sample has an end; give sample.py more --max_new_tokens"):
+        run(rows[1:2], "--overwrite")
 
 
 def test_ties_make_no_pair():

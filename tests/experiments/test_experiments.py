@@ -18,9 +18,9 @@ from data.society.truth import WORLD, list_stories, story_distributions
 from experiments import bandit, dispersion, doctor, lab, pareto, temperature
 from metrics.formulas import entropy_bits
 from scripts import call
-from tiny import first_pairs
+from tiny import first_pairs, phi_link
 from train_dpl import dpl_loss
-from train_mallows import mallows_phi_link, mallows_phi_loss
+from train_mallows import mallows_phi_loss
 
 # ---- rankings from a Mallows-phi model
 
@@ -50,7 +50,7 @@ def test_item_i_is_ranked_before_item_j_with_the_probability_of_the_link(phi):
     place = sampled.argsort(1)
     for i, j in itertools.combinations(range(7), 2):
         share = (place[:, i] < place[:, j]).mean()
-        expected = mallows_phi_link(torch.tensor(j - i, dtype=torch.float64), phi).item()
+        expected = phi_link(torch.tensor(j - i, dtype=torch.float64), phi).item()
         # 4.5 standard deviations of 50,000 draws, for 84 comparisons
         assert abs(share - expected) <= 4.5 * math.sqrt(expected * (1 - expected) / 50_000) + 1e-12
 

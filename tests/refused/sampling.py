@@ -2,7 +2,7 @@
 
 import math
 
-from tiny import FIG, PAIR, lines
+from tiny import FIG, PAIR, USER, lines
 
 DEEP = "[" * 100_000
 OLD = {"out/x.jsonl": "old\n"}
@@ -18,6 +18,14 @@ ROWS = {
     "an answer alone": (
         "sample", "", {"pairs.jsonl": lines({"prompt": [FIG]})},
         "pairs.jsonl:1: roles out of order: assistant",
+    ),
+    "an answer last": (
+        "sample", "", {"pairs.jsonl": lines({"prompt": [USER, FIG]})},
+        "pairs.jsonl:1: roles out of order: user, assistant, assistant",
+    ),
+    "a transcript's answer last": (
+        "sample", "--chat", {"pairs.jsonl": lines({"prompt": "\n\nHuman: Hi\n\nAssistant: Hello"})},
+        "pairs.jsonl:1: roles out of order: user, assistant, assistant",
     ),
     "an empty text": ("sample", "--prompts a.txt", {"a.txt": "\n \n"}, "a.txt: the file is empty"),
     "a Latin 1 text": ("sample", "--prompts a.txt", {"a.txt": b"caf\xe9\n"}, "a.txt:1: not UTF-8 text"),

@@ -40,6 +40,14 @@ DATA = {
         lines({"prompt": [USER, USER], "chosen": [FIG], "rejected": [MUD]}),
         "rows.jsonl:1: 'chosen': roles out of order: user, user, assistant",
     ),
+    "a string prompt that the conversations do not have": (
+        lines({"prompt": "Be a pirate.", "chosen": [USER, FIG], "rejected": [USER, MUD]}),
+        "rows.jsonl:1: 'prompt' is in no message that 'chosen' and 'rejected' share",
+    ),
+    "an answer after an answer": (
+        lines({"prompt": [USER, FIG], "chosen": "x", "rejected": "y"}),
+        "rows.jsonl:1: roles out of order: user, assistant, assistant",
+    ),
     "user has the last word": (
         lines({"prompt": [USER, FIG], "chosen": [USER], "rejected": [USER]}),
         "rows.jsonl:1: 'chosen' must be one assistant message",
@@ -68,6 +76,7 @@ SUPERVISED = [
     ({"messages": [USER]}, "must be one assistant message"),
     ({"messages": [FIG]}, "roles out of order: assistant"),
     ({"prompt": [], "completion": []}, "roles out of order"),
+    ({"prompt": [USER, FIG], "completion": "x"}, "roles out of order: user, assistant, assistant"),
     ({"messages": ["Hi"]}, "a message needs a string 'role'"),
 ]
 for number, (row, fragment) in enumerate(SUPERVISED):
@@ -95,7 +104,7 @@ FILES = {
     "rows.parquet": (b"PAR1 not really", "rows.parquet: not a readable parquet file"),
     "empty.csv": (b"", "empty.csv: the file is empty"),
     "header.csv": (b"a,b\n", "header.csv: the file is empty"),
-    "latin.csv": ("a,b\n1,é\n".encode("latin-1"), "latin.csv", "not UTF-8"),
+    "latin.csv": ("a,b\n1,2\n1,é\n".encode("latin-1"), "latin.csv:2: not UTF-8"),
     "open.csv": (b'a,b\n1,"2\n', "open.csv", "not readable as csv"),
     "quoted.csv": (b'a,b\n1,"2"3\n', "quoted.csv", "not readable as csv"),
     "long.csv": (b"a,b\n1," + b"2" * 200_000, "long.csv", "not readable as csv"),
@@ -144,12 +153,14 @@ FLAGS = {
 ROWS |= {f"train_dpl {flags}": ("train_dpl", flags, {}, fragment) for flags, fragment in FLAGS.items()}
 MALLOWS = ["--alpha 0", "--beta nan", "--gamma -1", "--loss dpo", "--link probit --loss phi", "--lr 0"]
 MALLOWS += ["--link polynomial --loss theta", "--epsilon wide", "--epsilon 0", "--epsilon nan"]
+MALLOWS += ["--alpha 0.4", "--gamma 1", "--epsilon auto --loss phi", "--dispersion_scale 2 --dispersion off"]
 MALLOWS += ["--dispersion no", "--dispersion_scale 0", "--dispersion_scale inf"]
 DIVERGENCES = ["--divergence kl", "--divergence_alpha 0", "--divergence_alpha 1"]
 for script, some in (("train_mallows", MALLOWS), ("experiments.divergences", DIVERGENCES)):
     ROWS |= {f"{script} {flags}": (script, flags, {}, f"error: {flags.split()[0]} ") for flags in some}
 ROWS |= {
     "train_reward --center": ("train_reward", "--center -1", {}, "--center -1"),
+    "train_rl --max_length": ("train_rl", "--max_length 64", {}, "--max_length 64: must be in [0, 0]"),
     "train_rl without a reward": ("train_rl", "", {}, "--reward_model None: must be given"),
     "data without a model": ("train_dpl --data pairs.jsonl", "--out_dir out/run", {}, "--model: is missing"),
     "a model without data": ("train_dpl --model model", "--out_dir out/run", {}, "--data: is missing"),
@@ -178,6 +189,20 @@ ROWS |= {
     "other files, --resume": ("train_dpl", "--resume", THESIS, OTHER),
     "a file": ("train_dpl", "--out_dir pairs.jsonl --overwrite", {}, "--out_dir pairs.jsonl: is a file"),
     "below a file": ("train_dpl", "--out_dir pairs.jsonl/run", {}, "pairs.jsonl"),
+    "the model of a run to overwrite": (
+        "train_dpl, train_reward", "--model run --out_dir run --overwrite", {},
+        "--model run: is in --out_dir, which --overwrite would empty",
+    ),
+    "the base of the adapter of a run to overwrite": (
+        "train_dpl", "--model run --out_dir model --overwrite",
+        {"model/run.json": "{}", "run/adapter_config.json": {"base_model_name_or_path": "model"}},
+        "model: is in --out_dir, which --overwrite would empty",
+    ),
+    "data in a run to overwrite": (
+        "train_dpl, train_reward", "--data run/rows.jsonl --out_dir run --overwrite",
+        {"run/rows.jsonl": lines(*PAIRS)},
+        "--data run/rows.jsonl: is in --out_dir, which --overwrite would empty",
+    ),
     "bad data for a run to overwrite": (
         "train_dpl", "--out_dir run --data missing.jsonl --overwrite", {}, "missing.jsonl: no such file",
     ),
