@@ -20,6 +20,7 @@ lines say where the time of train_dpl.py goes, by torch.profiler.
 """
 
 import contextlib
+import math
 import sys
 import tempfile
 from collections import defaultdict
@@ -37,7 +38,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from machine import CUDA, DEVICE, DTYPE, apart, clock, rates
+from machine import CUDA, DEVICE, DTYPE, apart, clock, product_rate, rates
 
 from common.files import InputError
 from common.flags import Flags, flag, parse, run_command
@@ -146,24 +147,24 @@ def ours(config: BenchConfig, folder: Path, tokens: int) -> Result:
     )
 
 
-def profile(config: BenchConfig, folder: Path, tokens: int) -> dict[str, tuple[float, float]]:
-    """Seconds and floating-point operations of a warm pass of train_dpl.py, by what they are spent on."""
+def profile(config: BenchConfig, folder: Path, tokens: int) -> tuple[dict[str, tuple[float, float]], float]:
+    """({what a warm pass of train_dpl.py spends: (seconds, operations)}, a large product's FLOP/s)."""
     model, _, pairs, reference = load(config, folder)
     load_lora(model, folder / "adapter")
     vocab = model.get_output_embeddings().weight.shape[0]
     for _ in range(2):
-        with torch.profiler.profile(record_shapes=True, with_flops=True) as profiler:
+        with torch.profiler.profile(record_shapes=True) as profiler:
             forward_backward(model, pairs, range(len(pairs)), reference, DPO, tokens)
     spent: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     for event in profiler.key_averages(group_by_input_shape=True):
-        sizes = {size for shape in event.input_shapes for size in shape if isinstance(size, int)}
         kind, flops = "attention" if "attention" in event.key else "the rest", 0
-        if event.key in ("aten::mm", "aten::addmm", "aten::bmm"):
-            kind = "head" if vocab in sizes else "LoRA" if config.lora_rank in sizes else "layers"
-            flops = event.flops
+        if event.key.rstrip("_") in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"):
+            a, b = [shape for shape in event.input_shapes if len(shape) > 1][-2:]
+            kind = "head" if vocab in (*a, *b) else "LoRA" if config.lora_rank in (*a, *b) else "layers"
+            flops = 2 * math.prod(a) * b[-1] * event.count
         micros = event.self_device_time_total if CUDA else event.self_cpu_time_total
         spent[kind] = (spent[kind][0] + micros / 1e6, spent[kind][1] + flops)
-    return dict(spent)
+    return dict(spent), product_rate()
 
 
 def padded(config: BenchConfig, folder: Path, size: int) -> Result:
@@ -251,7 +252,7 @@ def main() -> None:
             contender, size = contenders[name]
             results[name].append(apart(contender, config, Path(folder), size))
         tokens = next(iter(contenders.values()))[1]
-        spent = apart(profile, config, Path(folder), tokens)
+        spent, rate = apart(profile, config, Path(folder), tokens)
     first = next(iter(results.values()))[0]
     for name, runs in results.items():
         for key in ("loss", "norm"):
@@ -269,10 +270,13 @@ def main() -> None:
         cold, memory = config.pairs / min(run.cold for run in runs), min(run.memory for run in runs)
         line = f"{speed[name]:10.2f}{cold:10.2f}{best / speed[name]:10.2f}{speed[name] / floor:10.1%}"
         print(f"{name:28}{line}{memory:10.2f}{runs[0].loss:10.5f}{runs[0].norm:10.5f}", flush=True)
-    total, peak = sum(seconds for seconds, _ in spent.values()), rates()[0]
-    print(f"the time of train_dpl.py, {tokens:,} tokens, and the rate of its products, of a large one's:")
+    total = sum(seconds for seconds, _ in spent.values())
+    print(
+        f"{total:.2f} s of train_dpl.py, {tokens:,} tokens, under the profiler: share, and rate of products"
+    )
+    print(f"    (of a large one's, {rate / 1e9:.0f} GFLOP/s measured after it)")
     for kind, (seconds, flops) in sorted(spent.items(), key=lambda item: -item[1][0]):
-        print(f"    {kind:10}{seconds / total:6.1%}" + (f"{flops / seconds / peak:8.0%}" if flops else ""))
+        print(f"    {kind:10}{seconds / total:6.1%}" + (f"{flops / seconds / rate:8.0%}" if flops else ""))
 
 
 if __name__ == "__main__":
