@@ -34,7 +34,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,13 +138,12 @@ def train_on_rankings(
     folder: Path,
     files: tuple[Path, Path],
     flags: dict[str, object],
-    objective: Callable[..., dict[str, Tensor]] = train_dpl.objective,
 ) -> None:
     """Train a policy on `files` of rankings, to train on and held out, unless `folder` has it."""
     if not lab.is_finished(folder):
         flags = {"--data": files[0], "--eval_data": files[1], "--batch_size": 8, "--eval_every": 25} | flags
         run = parse(DPLConfig, None, run_flags(config, folder, flags))
-        train(run, partial(ranking_objective, objective=objective, config=run), load=load_rankings)
+        train(run, partial(ranking_objective, config=run), load=load_rankings)
         gc.collect()  # a model that was trained refers to itself
 
 
@@ -163,13 +162,11 @@ def load_rankings(path: str, tokenizer: Any, max_length: int, _chat: bool) -> li
     return encode_rows(rows, ("prompt", *range(RANKED)), tokenizer, max_length)[0]
 
 
-def ranking_objective(
-    policy: Stats, reference: Stats, *, objective: Callable[..., dict[str, Tensor]], config: DPLConfig
-) -> dict[str, Tensor]:
-    """Loss and accuracy of an objective of pairs, as means over the 28 pairs of each ranking, (rankings,)."""
+def ranking_objective(policy: Stats, reference: Stats, *, config: DPLConfig) -> dict[str, Tensor]:
+    """DPL's loss and accuracy, as means over the 28 pairs of each ranking, (rankings,)."""
     pairs = torch.combinations(torch.arange(RANKED))  # (better, worse)
     split = (Stats(*(x[:, pairs].flatten(0, 1) for x in stats[:2])) for stats in (policy, reference))
-    values = objective(*split, config=config)
+    values = train_dpl.objective(*split, config=config)
     values = {"loss": values["loss"], "accuracy": (values["reward_margin"] > 0).float()}
     return {name: x.view(len(policy.logp), -1).mean(1) for name, x in values.items()}
 

@@ -5,7 +5,6 @@ reference. On open text that is many nats, of length and likelihood, and nothing
 setting trains on the same number of rankings by the raters of real_texts.py:
 
     learning rate, clip    smaller steps, or larger ones
-    warm start             alpha rises from beta to its value over the first half of the steps
     per token              --length_normalize, with weights 24 times as large: 24 tokens are a text
     similar length,        only rankings whose texts have nearly the same number of words,
     similar likelihood     or nearly the same probability under the reference
@@ -19,29 +18,22 @@ reference and DPO have a row, too: a setting that does not pass them is not wort
     python experiments/real_settings.py --model SMOLLM2     # 2 hours on two cores
 """
 
-import math
-import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import train_dpl
 from common.flags import flag, parse, run_command
 from common.rows import read_prompts
-from core.model import Stats
 from experiments import lab
 from experiments.real import per_token, train_by_rl, train_on_rankings, weights
 from experiments.real_texts import (
     MANY,
-    RANKED,
     RealConfig,
     Results,
     known_words,
@@ -57,7 +49,6 @@ from experiments.real_texts import (
 )
 from metrics.formulas import words
 from metrics.tables import save_figure
-from train_dpl import DPLConfig, dpl_loss, dpl_margin
 
 RATIO = 2
 SETTINGS = {  # name: (which texts are ranked, or "rl"; flags)
@@ -66,7 +57,6 @@ SETTINGS = {  # name: (which texts are ranked, or "rl"; flags)
     "lr 5e-5": ("all", {"--lr": 5e-5}),
     "lr 8e-4": ("all", {"--lr": 8e-4}),
     "clip 0.1": ("all", {"--max_grad_norm": 0.1}),
-    "warm start": ("all", {}),
     "per token": ("all", per_token(RATIO)),
     "similar length": ("similar length", {}),
     "similar likelihood": ("similar likelihood", {}),
@@ -90,28 +80,6 @@ class SettingsConfig(RealConfig):
     out_file: str = flag("assets/real_settings.png", "The picture.")
 
 
-def warm_objective(steps: int) -> Callable[..., dict[str, Tensor]]:
-    """The loss of DPL, with alpha rising linearly from beta to its value over the first `steps` steps.
-
-    It counts the pairs that it is called with, so for one process only. What comes before the first
-    evaluation of held-out pairs is no step: the trainer tries an objective on random numbers first.
-    """
-    seen = None
-
-    def objective(policy: Stats, reference: Stats, *, config: DPLConfig) -> dict[str, Tensor]:
-        nonlocal seen
-        step = (seen or 0) // (math.comb(RANKED, 2) * config.batch_size)
-        alpha = config.beta + min(1, step / steps) * (config.alpha - config.beta)
-        if not policy.logp.requires_grad:
-            seen = seen or 0
-        elif seen is not None:
-            seen += len(policy.logp)
-        loss, margin = (f(policy, reference, alpha, config.beta) for f in (dpl_loss, dpl_margin))
-        return {"loss": loss, "reward_margin": margin}
-
-    return objective
-
-
 def make_results(config: SettingsConfig) -> Results:
     """Train and sample what is missing; returns measure() of each setting's prompts, (1, prompts)."""
     path = write_prompts(config)
@@ -130,11 +98,7 @@ def make_results(config: SettingsConfig) -> Results:
         if learns == "rl":
             train_by_rl(config, runs[name], path, flags | {"--max_steps": config.rankings // 8})
         else:
-            loss = train_dpl.objective
-            if name == "warm start" and not lab.is_finished(runs[name]):
-                loss = warm_objective(config.rankings // 16)
-                shutil.rmtree(runs[name], ignore_errors=True)  # its steps are counted from the first
-            train_on_rankings(config, runs[name], rankings[learns], flags, loss)
+            train_on_rankings(config, runs[name], rankings[learns], flags)
     drawn = {name: write_texts(config, name, run, prompts, config.samples) for name, run in runs.items()}
     return {name: [measure_texts(config, by_prompt, known)] for name, by_prompt in drawn.items()}
 

@@ -149,7 +149,7 @@ def test_real_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_settings_run(tmp_path, monkeypatch, capsys):
-    kept = ("DPO", "DPL", "warm start", "per token", "similar length", "off policy", "RL")
+    kept = ("DPO", "DPL", "per token", "similar length", "off policy", "RL")
     settings = {name: value for name, value in real_settings.SETTINGS.items() if name in kept}
     monkeypatch.setattr(real_settings, "SETTINGS", settings)
     flags = {"model": SOCIETY, "prompts": "data/society/story.jsonl", "out_dir": tmp_path / "real"}
@@ -181,9 +181,7 @@ def test_the_loss_of_a_ranking_is_the_mean_over_its_pairs(tmp_path, tiny_model_f
     examples = real.load_rankings(str(tmp_path / "rankings.jsonl"), tokenizer, 64, False)
     config = DPLConfig(model=SOCIETY, data="x", alpha=0.4, beta=0.1)
     ref = -torch.arange(16.0).view(2, 8)
-    found = real.ranking_objective(
-        pair_stats(model, pack(examples)), Stats(ref, ref), objective=objective, config=config
-    )
+    found = real.ranking_objective(pair_stats(model, pack(examples)), Stats(ref, ref), config=config)
     for i, row in enumerate(rows):
         values = []
         for better, worse in itertools.combinations(range(8), 2):
@@ -203,16 +201,3 @@ def test_names_of_files_differ_and_every_way_to_sample_is_drawn():
     ways = [f"DPO, {way} {t}" for way, settings in real.SAMPLED.items() for t in settings]
     assert set(drawn) == {"reference", *ways, *(n for n in real.POLICIES if not n.startswith("halves"))}
     assert all(drawn.count(name) == 1 for name in drawn if name != "DPO")
-
-
-def test_a_warm_start_ends_at_dpl():
-    config = DPLConfig(model=SOCIETY, data="x", alpha=0.4, beta=0.1, batch_size=1)
-    warm = real_settings.warm_objective(2)
-    policy = Stats(torch.tensor([[-3.0, -9.0]] * 28, requires_grad=True), torch.ones(28, 2))
-    held_out = Stats(policy.logp.detach(), policy.length)  # does not count
-    reference = Stats(torch.tensor([[-4.0, -5.0]] * 28), torch.ones(28, 2))
-    margins = []
-    for stats in (policy, held_out, held_out, *[policy] * 4):
-        margins.append(warm(stats, reference, config=config)["reward_margin"].mean().item())
-    # alpha is 0.1, 0.25, 0.4: times 6, less 0.1 times 1
-    assert margins == pytest.approx([0.5] * 4 + [1.4] + [2.3] * 2)
