@@ -28,7 +28,8 @@ def write_merged(adapter: str | Path, out: str | Path, overwrite: bool = False) 
     if out.exists() and (not (out / "config.json").is_file() or (out / "run.json").exists()):
         raise InputError(f"{out}: is no merged model that --overwrite could replace")
     base, adapters = find_base(str(adapter))
-    if any(Path(path).resolve().is_relative_to(out.resolve()) for path in (base, *adapters)):
+    merged = [Path(path).resolve() for path in (base, *adapters) if Path(path).exists()]
+    if any(path.is_relative_to(out.resolve()) for path in merged):
         raise InputError(f"{out}: holds what is merged; name another folder")
     is_reward_model = read_adapter_config(adapter).get("task_type") == "SEQ_CLS"
     model, tokenizer = (load_reward_model if is_reward_model else load_model)(adapter, dtype=None)

@@ -53,8 +53,7 @@ from common.parallel import all_gather, distributed, get_device, get_dtype, get_
 from common.rows import check_prompt, read_prompts, sample_row, to_messages
 from core.checks import max_positions
 from core.decode import Batch, Completion, exponential_noise, gumbel_max, next_token_probs
-from core.hub import load_model
-from core.reference import digest_model
+from core.hub import digest_weights, load_model
 
 MAY_CHANGE = {"out_file", "overwrite", "resume", "batch_size", "compile"}  # when a run is resumed
 
@@ -284,7 +283,7 @@ def sample_prompts(
 def lines_to_keep(out: Path, config: SampleConfig, digests: dict[str, str]) -> list[bytes]:
     """The complete lines of `out` that --resume keeps; `digests` are those of the model and of the prompts.
 
-    Raises InputError if <out>.flags.json beside it is missing or damaged, or records others or other flags.
+    Raises InputError if <out>.flags.json beside it is missing or damaged, or has other digests or flags.
     """
     if not (config.resume and out.exists()):
         return []
@@ -293,7 +292,7 @@ def lines_to_keep(out: Path, config: SampleConfig, digests: dict[str, str]) -> l
         saved = parse_json(path.read_bytes())
         require_same(asdict(config), saved["config"], MAY_CHANGE)
         for name, digest in digests.items():
-            if saved[name] != digest:
+            if saved.get(name, digest) != digest:
                 value = getattr(config, name)
                 raise InputError(f"--{name} {value}: not what the run to --resume had")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -333,7 +332,7 @@ def main() -> None:
         check_new()  # another process may have written it meanwhile
 
     count, total = config.num_samples, config.num_samples * len(rows)
-    digests = {"model": digest_model(model), "prompts": digest_json(encoded)} if is_writer else {}
+    digests = {"model": digest_weights(config.model), "prompts": digest_json(encoded)} if is_writer else {}
     lines = lines_to_keep(out, config, digests) if is_writer else []
     done, rank, world = all_gather(len(lines) // count)[0], get_rank(), get_world_size()  # done: prompts
     results = sample_prompts(model, tokenizer, encoded, range(done + rank, len(rows), world), ends, config)

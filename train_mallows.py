@@ -74,7 +74,7 @@ class MallowsConfig(TrainConfig):
             ("epsilon", self.link == "polynomial", "--link polynomial"),
             ("dispersion_scale", self.dispersion == "on", "--dispersion on"),
         ):
-            is_default = getattr(self, name) == getattr(MallowsConfig, name)
+            is_default = getattr(self, name) == getattr(type(self), name)
             require(self, name, has_effect or is_default, f"left out: it has no effect without {condition}")
         try:
             width = self.epsilon == "auto" or 0 < float(self.epsilon) < math.inf

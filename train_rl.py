@@ -83,8 +83,13 @@ class RLConfig(TrainConfig):
     no_reward_if_cut: bool = flag(False, "A text without an end token has the reward 0: for rewards above 0.")
     sample_batch_size: int = flag(128, "Texts sampled at a time; fewer save memory.", "[1, inf)")
     log_samples: int = flag(50, "Steps between the files of samples/.", "[1, inf)")
-    max_length: int = flag(0, "0: prompts are not cut here, and --max_new_tokens bounds the texts.", "[0, 0]")
+    max_length: int = flag(0, "0: prompts are not cut, and --max_new_tokens limits the texts.")
     lora_dropout: float = flag(0.0, "0: the texts come from the policy without dropout.", "[0, 0]")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # runs of before this was refused have another value
+        require(self, "max_length", self.max_length == 0 or self.resume, "left out: prompts are not cut")
 
 
 class Known(NamedTuple):

@@ -1,10 +1,11 @@
 """Supervised fine-tuning: makes a reference policy from (prompt, completion) rows by maximum likelihood.
 
-    loss = -log pi(completion | prompt), summed over the completion's tokens, end token included
+    loss = -log pi(completion | prompt), summed over the completion's tokens and its end token
 
     python train_sft.py --model HuggingFaceTB/SmolLM2-135M --data mine.jsonl --lora_rank 0 --out_dir out/sft
 
-Rows: {"prompt": ..., "completion": ...}, both strings or both message lists, or {"messages": [...]}.
+Rows: {"prompt": ..., "completion": ...}, both strings or both message lists, or {"messages": [...]}; also
+rows that sample.py wrote, of which a text that it cut ("finish": "length") gets no end token.
 """
 
 from collections.abc import Sequence

@@ -165,6 +165,13 @@ def plan_run(config: Any, out: Path, digests: dict[str, str], count: int) -> Pla
     return Plan(count, size, start, steps, checkpoint, metrics_before(out, start))
 
 
+def old_files(out: Path) -> set[Path]:
+    """What --overwrite removes from a run's folder; checkpoint/ itself stays, as it may be a link."""
+    patterns = ["adapter_*", "*.safetensors*", "*config.json", "README.md", "dispersion.*", "samples.jsonl*"]
+    patterns += [*TOKENIZER_FILES, "*.jinja", "samples/*", "tensorboard/*", "checkpoint/*"]
+    return {path for pattern in patterns for path in out.glob(pattern)}
+
+
 def start_run(config: Any, out: Path, plan: Plan) -> None:
     """Write run.json and metrics.jsonl, and remove a run that is overwritten. All processes must call it."""
     if get_rank() == 0:
@@ -179,10 +186,8 @@ def _start_run(config: Any, out: Path, metrics: list[bytes]) -> None:
     flags = asdict(config) | {"run_id": saved.get("run_id")}
     write_json(out / "run.json", flags | {"overwrite": overwrite})  # first: a folder with it can be resumed
     if overwrite:
-        old = ["adapter_*", "*.safetensors*", "*config.json", "README.md", "dispersion.*", "samples.jsonl*"]
-        old += [*TOKENIZER_FILES, "*.jinja", "samples/*", "tensorboard/*", "checkpoint/*"]
-        for path in {path for pattern in old for path in out.glob(pattern)}:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()  # checkpoint/ itself may be a link
+        for path in old_files(out):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_json(out / "run.json", flags | {"overwrite": False})
     with atomic_write(out / "metrics.jsonl", "wb") as file:
         file.writelines(metrics)

@@ -120,7 +120,7 @@ def _message_pair(prompt: Any, chosen: list, rejected: list, where: str) -> tupl
         if not prompt:
             raise InputError(f"{where}: 'chosen' and 'rejected' have no shared prompt to start with")
         check_messages(prompt, where)
-        if text and not any(text.strip() in turn["content"] for turn in prompt):
+        if isinstance(text, str) and not any(text.strip() in turn["content"] for turn in prompt):
             raise InputError(f"{where}: 'prompt' is in no message that 'chosen' and 'rejected' share")
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         check_messages([*prompt, *answer], f"{where}: '{key}'")
@@ -168,7 +168,9 @@ def check_messages(messages: list[Any], where: str) -> None:
 
 def check_prompt(messages: list[Any], where: str) -> None:
     """check_messages(), and that an answer comes next."""
-    check_messages([*messages, *message("assistant", "")], where)
+    check_messages(messages, where)
+    if messages[-1]["role"] != "user":
+        raise InputError(f"{where}: a prompt must end with a message of the user")
 
 
 def read_prompts(path: str | Path, template: str | None = None, chat: bool = False) -> list[dict[str, Any]]:
@@ -360,13 +362,11 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
                 raise InputError(f"{path}: expected a JSON list of objects, found {type(rows).__name__}")
             yield from enumerate(rows, 1)
         elif name.endswith(".csv"):
-            with open(path, "rb") as lines:
-                texts = (line.decode("utf-8-sig") for line in lines)
+            with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
                 try:
-                    for number, row in enumerate(csv.DictReader(texts, strict=True), 1):
+                    for number, row in enumerate(csv.DictReader(lines, strict=True), 1):
+                        json.dumps(row, ensure_ascii=False).encode()  # fails in the row that is not UTF-8
                         yield number, row
-                except UnicodeError:
-                    raise InputError(f"{path}:{number + 1}: not UTF-8 text") from None
                 except csv.Error as error:
                     raise InputError(f"{path}: not readable as csv: {error}") from None
         elif name.endswith(".parquet"):

@@ -1,7 +1,8 @@
 """Checks before training: refuse data, models and losses that would fail later or give wrong results.
 
 - check_memory: models that are too large for the device
-- check_inputs: token ids without an embedding, texts that are too long, too few pairs for the processes
+- check_inputs: token ids without an embedding, texts that are too long, too few pairs for the processes;
+  check_overwrite: models and data in the folder that --overwrite clears
 - check_packable: models whose log-probabilities change when pairs are packed into one row
 - check_compile: models whose layers --compile cannot compile
 - check_objective: losses that return a mean, mix pairs, or have no gradient
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from common.checkpoint import old_files
 from common.files import InputError
 from common.parallel import all_gather, get_world_size
 from core.attention import dense_masks
@@ -59,13 +61,14 @@ def check_inputs(
 
 
 def check_overwrite(config: Any) -> None:
-    """Raise InputError if --out_dir holds what the run reads: models, a base of an adapter, data."""
-    base, adapters = find_base(config.model)
-    read = {path: "model" for path in (base, *adapters)}
-    read |= {getattr(config, name, None): name for name in ("data", "eval_data", "reward_model")}
-    for path, name in read.items():
-        if path and Path(path).resolve().is_relative_to(Path(config.out_dir).resolve()):
-            raise InputError(f"--{name} {path}: is in --out_dir, which --overwrite would empty")
+    """Raise InputError if --overwrite would remove what the run reads: a model, the base of one, or data."""
+    names = {name: getattr(config, name, None) for name in ("model", "reward_model", "data", "eval_data")}
+    old = [path.resolve() for path in old_files(Path(config.out_dir))]
+    for name, value in names.items():
+        base, adapters = find_base(value) if value and name.endswith("model") else (value, [])
+        for read in (Path(path).resolve() for path in (base, *adapters) if path and Path(path).exists()):
+            if any(path.is_relative_to(read) or read.is_relative_to(path) for path in old):
+                raise InputError(f"--{name} {value}: --overwrite would remove {read}; name another --out_dir")
 
 
 def check_objective(

@@ -13,7 +13,6 @@ Without --reward_model, the rows' key "reward" is read, which the samples/ of tr
 import json
 import math
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +59,13 @@ def read_rewards(config: PairsConfig, samples: list[Sample], rows: list[tuple[st
 
 def choose(rewards: np.ndarray, texts: list[str], config: PairsConfig, rng: np.random.Generator) -> list:
     """(chosen, rejected) indices of one prompt's samples. Texts that are equal make no pair."""
+    if len(set(texts)) < 2:
+        return []
     if config.how == "best_worst":
         best, worst = int(rewards.argmax()), int(rewards.argmin())
         return [(best, worst)] if rewards[best] > rewards[worst] and texts[best] != texts[worst] else []
     pairs = []
-    for _ in range(config.pairs if len(set(texts)) > 1 else 0):
+    for _ in range(config.pairs):
         a, b = rng.choice(len(texts), 2, replace=False).tolist()
         while texts[a] == texts[b]:
             a, b = rng.choice(len(texts), 2, replace=False).tolist()
@@ -80,11 +81,11 @@ def main() -> None:
     rows = [(where, row) for where, row, sample in every if sample.finish != "length"]
     samples = [sample for *_, sample in every if sample.finish != "length"]
     if len(rows) < len(every):
-        cut = f"{len(every) - len(rows):,} of {len(every):,} samples were cut"
-        print(f"{config.samples}: {cut} at sample.py's --max_new_tokens and make no pairs: they have no end")
+        cut = f"{len(every) - len(rows):,} of {len(every):,} texts were cut at --max_new_tokens"
+        print(f"{config.samples}: {cut}, have no end and make no pairs")
     if not rows:
-        raise InputError(f"{config.samples}: no sample has an end; give sample.py more --max_new_tokens")
-    rewards, groups = read_rewards(config, samples, rows), defaultdict(list)
+        raise InputError(f"{config.samples}: no text has an end; sample with more --max_new_tokens")
+    rewards, groups = read_rewards(config, samples, rows), {json.dumps(s.prompt): [] for *_, s in every}
     for index, sample in enumerate(samples):
         groups[json.dumps(sample.prompt)].append(index)
     rng, pairs, without = np.random.default_rng(config.seed), [], 0

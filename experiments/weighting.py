@@ -119,7 +119,8 @@ def fit_true_dispersion(
 
 def train_policy(folder: Path, loss: str, weight: str, beta: float, seed: int) -> None:
     """Train one policy unless its folder is finished."""
-    flags = [RECIPE, *TRAIN, "--loss", LOSSES[loss], "--beta", beta, "--alpha", 2 * beta, "--seed", seed]
+    flags = [RECIPE, *TRAIN, "--loss", LOSSES[loss], "--beta", beta, "--seed", seed]
+    flags += ["--alpha", 2 * beta] if LOSSES[loss] == "dpl" else []
     flags += ["--dispersion", "off" if weight == "none" else "on"]
     if weight != "true":
         lab.train("train_mallows.py", folder, *flags)

@@ -69,7 +69,7 @@ class EndpointConfig(Flags):
 def _check_url(name: str, url: str) -> None:
     """Raise InputError, without the password that it may hold, for what is no URL of an endpoint."""
     if not URL.fullmatch(url):
-        shown = re.sub("//.*@", "//...@", url)
+        shown = re.sub(".*@", "...@", url)
         raise InputError(f"{name} {shown}: must be a URL such as http://localhost:8000/v1")
 
 

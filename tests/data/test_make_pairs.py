@@ -56,10 +56,11 @@ def test_training_reads_the_sampled_ids(run, tmp_path):
 
 
 def test_texts_that_were_cut_make_no_pair(run, capsys):
-    rows = [("a", "x", 1, "eos"), ("a", "y", 3, "length"), ("a", "z", -2, "stop"), ("a", "w", -5, "length")]
+    rows = [("a", "x", 1, "eos"), ("a", "y", 3, "length"), ("a", "z", -2, "stop"), ("b", "w", -5, "length")]
     assert run(rows) == [{"prompt": "a", "chosen": "x", "rejected": "z"}]
-    assert "2 of 4 samples were cut" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"no sample has an end; give sample.py more --max_new_tokens"):
+    out = capsys.readouterr().out
+    assert "2 of 4 texts were cut" in out and "1 pairs of 2 prompts" in out and "1 prompts gave none" in out
+    with pytest.raises(InputError, match=r"no text has an end; sample with more --max_new_tokens"):
         run(rows[1:2], "--overwrite")
 
 

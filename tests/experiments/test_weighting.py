@@ -10,6 +10,7 @@ import torch
 
 from common.encode import encode_prompts
 from common.files import ROOT
+from common.flags import parse
 from common.rows import read_pairs
 from core.hub import load_model
 from core.model import Stats
@@ -33,19 +34,29 @@ def test_weighting_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lab, "run", call)
     monkeypatch.setattr(weighting, "TRAIN", [*weighting.TRAIN, *short])
     monkeypatch.setattr(weighting, "LOSSES", {"DPO": "theta"})
-    monkeypatch.setattr(weighting, "BETAS", (0.1,))
+    monkeypatch.setattr(weighting, "BETAS", (0.2,))
     call(weighting, seeds=2, samples=8, out_dir=tmp_path / "w", out_file=tmp_path / "w.png")
     results = json.loads((tmp_path / "w/weighting.json").read_text())
     assert len(results) == 1 + 3 and {len(rows) for rows in results.values()} == {1, 2}
-    assert "change by the weight, within a seed\nDPO | estimate | 0.1" in capsys.readouterr().out
+    assert "change by the weight, within a seed\nDPO | estimate | 0.2" in capsys.readouterr().out
     assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
     # the true weights spread from -log 0.95 to -log 0.05, the estimated ones hardly
     spread = {}
     for weight in ("estimate", "true"):
-        summary = json.loads((tmp_path / f"w/theta-{weight}-0.1-seed0/dispersion.json").read_text())
+        summary = json.loads((tmp_path / f"w/theta-{weight}-0.2-seed0/dispersion.json").read_text())
         assert summary["mean"] == pytest.approx(1)
         spread[weight] = summary["quantiles"]["1"] / summary["quantiles"]["0"]
     assert spread["true"] > 20 > 2 > spread["estimate"]
+
+
+def test_the_flags_of_every_setting_are_taken(tmp_path, monkeypatch):
+    taken = []
+    read = lambda _, folder, *flags: parse(MallowsConfig, None, [*map(str, flags), f"--out_dir={folder}"])  # noqa: E731
+    monkeypatch.setattr(lab, "train", lambda *words: taken.append(read(*words)))
+    for loss, beta in itertools.product(weighting.LOSSES, weighting.BETAS):
+        weighting.train_policy(tmp_path, loss, "none", beta, 0)
+    assert len(taken) == 9
+    assert [config.alpha / config.beta for config in taken if config.loss == "dpl"] == [2, 2, 2]
 
 
 def test_the_true_dispersion_takes_the_place_of_the_estimate():

@@ -21,11 +21,11 @@ ROWS = {
     ),
     "an answer last": (
         "sample", "", {"pairs.jsonl": lines({"prompt": [USER, FIG]})},
-        "pairs.jsonl:1: roles out of order: user, assistant, assistant",
+        "pairs.jsonl:1: a prompt must end with a message of the user",
     ),
     "a transcript's answer last": (
         "sample", "--chat", {"pairs.jsonl": lines({"prompt": "\n\nHuman: Hi\n\nAssistant: Hello"})},
-        "pairs.jsonl:1: roles out of order: user, assistant, assistant",
+        "pairs.jsonl:1: a prompt must end with a message of the user",
     ),
     "an empty text": ("sample", "--prompts a.txt", {"a.txt": "\n \n"}, "a.txt: the file is empty"),
     "a Latin 1 text": ("sample", "--prompts a.txt", {"a.txt": b"caf\xe9\n"}, "a.txt:1: not UTF-8 text"),

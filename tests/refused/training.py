@@ -46,7 +46,7 @@ DATA = {
     ),
     "an answer after an answer": (
         lines({"prompt": [USER, FIG], "chosen": "x", "rejected": "y"}),
-        "rows.jsonl:1: roles out of order: user, assistant, assistant",
+        "rows.jsonl:1: a prompt must end with a message of the user",
     ),
     "user has the last word": (
         lines({"prompt": [USER, FIG], "chosen": [USER], "rejected": [USER]}),
@@ -76,7 +76,7 @@ SUPERVISED = [
     ({"messages": [USER]}, "must be one assistant message"),
     ({"messages": [FIG]}, "roles out of order: assistant"),
     ({"prompt": [], "completion": []}, "roles out of order"),
-    ({"prompt": [USER, FIG], "completion": "x"}, "roles out of order: user, assistant, assistant"),
+    ({"prompt": [USER, FIG], "completion": "x"}, "a prompt must end with a message of the user"),
     ({"messages": ["Hi"]}, "a message needs a string 'role'"),
 ]
 for number, (row, fragment) in enumerate(SUPERVISED):
@@ -152,7 +152,10 @@ FLAGS = {
 }
 ROWS |= {f"train_dpl {flags}": ("train_dpl", flags, {}, fragment) for flags, fragment in FLAGS.items()}
 MALLOWS = ["--alpha 0", "--beta nan", "--gamma -1", "--loss dpo", "--link probit --loss phi", "--lr 0"]
-MALLOWS += ["--link polynomial --loss theta", "--epsilon wide", "--epsilon 0", "--epsilon nan"]
+MALLOWS += [
+    "--link polynomial --loss theta",
+    *(f"--epsilon {x} --link polynomial --loss phi" for x in ("wide", "0", "nan")),
+]
 MALLOWS += ["--alpha 0.4", "--gamma 1", "--epsilon auto --loss phi", "--dispersion_scale 2 --dispersion off"]
 MALLOWS += ["--dispersion no", "--dispersion_scale 0", "--dispersion_scale inf"]
 DIVERGENCES = ["--divergence kl", "--divergence_alpha 0", "--divergence_alpha 1"]
@@ -160,7 +163,12 @@ for script, some in (("train_mallows", MALLOWS), ("experiments.divergences", DIV
     ROWS |= {f"{script} {flags}": (script, flags, {}, f"error: {flags.split()[0]} ") for flags in some}
 ROWS |= {
     "train_reward --center": ("train_reward", "--center -1", {}, "--center -1"),
-    "train_rl --max_length": ("train_rl", "--max_length 64", {}, "--max_length 64: must be in [0, 0]"),
+    "train_rl --max_length": (
+        "train_rl",
+        "--max_length 64",
+        {},
+        "--max_length 64: must be left out: prompts are not cut",
+    ),
     "train_rl without a reward": ("train_rl", "", {}, "--reward_model None: must be given"),
     "data without a model": ("train_dpl --data pairs.jsonl", "--out_dir out/run", {}, "--model: is missing"),
     "a model without data": ("train_dpl --model model", "--out_dir out/run", {}, "--data: is missing"),
@@ -191,17 +199,16 @@ ROWS |= {
     "below a file": ("train_dpl", "--out_dir pairs.jsonl/run", {}, "pairs.jsonl"),
     "the model of a run to overwrite": (
         "train_dpl, train_reward", "--model run --out_dir run --overwrite", {},
-        "--model run: is in --out_dir, which --overwrite would empty",
+        "--model run: --overwrite would remove ",
     ),
     "the base of the adapter of a run to overwrite": (
         "train_dpl", "--model run --out_dir model --overwrite",
         {"model/run.json": "{}", "run/adapter_config.json": {"base_model_name_or_path": "model"}},
-        "model: is in --out_dir, which --overwrite would empty",
+        "--model run: --overwrite would remove ",
     ),
     "data in a run to overwrite": (
-        "train_dpl, train_reward", "--data run/rows.jsonl --out_dir run --overwrite",
-        {"run/rows.jsonl": lines(*PAIRS)},
-        "--data run/rows.jsonl: is in --out_dir, which --overwrite would empty",
+        "train_dpl, train_reward", "--data run/samples.jsonl --out_dir run --overwrite",
+        {"run/samples.jsonl": lines(*PAIRS)}, "--data run/samples.jsonl: --overwrite would remove ",
     ),
     "bad data for a run to overwrite": (
         "train_dpl", "--out_dir run --data missing.jsonl --overwrite", {}, "missing.jsonl: no such file",
