@@ -15,7 +15,7 @@ DPL is to maximise J = E[r] + alpha H(pi) - beta H(pi, pi_ref). Entropy grows wi
 writes on until it is cut has a high J. The picture shows what a reader of its texts sees instead. The
 reference and DPO have a row, too: a setting that does not pass them is not worth its training.
 
-    python experiments/real_settings.py --model SMOLLM2     # 2 hours on two cores
+    python experiments/real_settings.py --model SMOLLM2 --embedder MINILM     # 1 to 3 hours on two cores
 """
 
 import sys
