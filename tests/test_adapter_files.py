@@ -95,6 +95,8 @@ def test_training_on_an_adapter_writes_one_adapter_of_the_base(tiny_model_folder
         torch.testing.assert_close(logits(load_model(model)[0]), logits(theirs), **CLOSE)
         config = json.loads((model / "adapter_config.json").read_text())
         assert (config["base_model_name_or_path"], config["r"]) == (str(tiny_model_folder), rank)
+        # the new columns of A are the run's own, as they are; their scale is 5 / r
+        assert config["lora_alpha"] / rank == pytest.approx(5 / r)
 
 
 def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tiny_model_folder, tmp_path):

@@ -50,7 +50,7 @@ def test_a_reward_of_one_s_own(tiny_model_folder, tmp_path):
     (tmp_path / "problems.jsonl").write_bytes(lines(*rows))
     flags = {"model": tiny_model_folder, "data": tmp_path / "problems.jsonl", "max_steps": 1}
     [first, *_] = run_fork("gsm8k_reward", tmp_path, **flags, num_samples=2, max_new_tokens=4)
-    assert 0 <= first["reward"] <= 1
+    assert first["reward"] == 0  # a random model solves nothing
 
 
 def test_readme_shows_a_fork_that_is_tested():

@@ -173,7 +173,7 @@ def test_what_can_be_checked_is_checked_before_a_model_is_loaded(
     def never(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(trainer, "load_model", never)
+    monkeypatch.setattr(trainer, "load_policy", never)
     good = ["--model", SOCIETY, "--data", config.data]
     refused(train_dpl, [*good, "--data", "no.jsonl", "--out_dir", tmp_path / "a"], "no.jsonl: no such file")
     refused(train_dpl, [*good, "--eval_data", "no.jsonl", "--out_dir", tmp_path / "a"], "no.jsonl: no such")

@@ -321,9 +321,12 @@ def test_one_process_failing_ends_all_with_its_message(run, sharp_model_folder, 
 
 
 @pytest.mark.parametrize("flags", [(), ("--global_temperature", 1.2, "--particles", 8)])
-def test_resume_ends_with_the_same_file(run, tmp_path, flags):
+def test_resume_ends_with_the_same_file(run, tmp_path, monkeypatch, flags):
     whole = run(*flags, "--batch_size", 6)
-    out = tmp_path / "out.jsonl"
+    out, asked = tmp_path / "out.jsonl", []  # asked: how many prompts are sampled
+    scope = sample_completions.__globals__
+    honest = scope["sample_prompts"]
+    monkeypatch.setitem(scope, "sample_prompts", lambda *a: asked.append(len(a[3])) or honest(*a))
     for cut in (0, 10, len(whole) // 3, len(whole) - 5):
         out.write_bytes(whole[:cut])
         assert same(read(run(*flags, "--batch_size", 4, "--resume")), read(whole))
@@ -331,6 +334,15 @@ def test_resume_ends_with_the_same_file(run, tmp_path, flags):
         assert names == {"out.jsonl", "out.jsonl.flags.json", "prompts.jsonl"}
     whole = out.read_bytes()
     assert run(*flags, "--batch_size", 4, "--resume") == whole
+    assert asked[:2] == [8, 8] and 8 > asked[2] > asked[3] > asked[4] == 0
+
+
+def test_truncation_to_one_token_is_greedy_and_the_seed_counts(run):
+    texts = lambda *flags: [row["completion"] for row in read(run("--overwrite", *flags))]  # noqa: E731
+    greedy = texts("--temperature", 0)
+    for flag, value in (("--top_k", 1), ("--top_p", 1e-6), ("--min_p", 1)):
+        assert texts(flag, value) == greedy
+    assert greedy != texts() != texts("--seed", 1)
 
 
 def test_resume_refuses_lines_that_it_did_not_write(run, tmp_path):

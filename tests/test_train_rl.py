@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import train_rl
 from common.files import ROOT, InputError
-from core.hub import load_reward_model
+from core.hub import load_model, load_reward_model
 from core.lora import add_lora
 from core.model import Stats, pair_stats
 from core.pairs import pack
@@ -143,6 +143,25 @@ def test_a_stopped_run_goes_on_to_the_bit(run, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
     samples = read_lines(tmp_path / "whole/samples/000002.jsonl")
     assert len(samples) == 6 and {"prompt", "completion", "reward", "finish"} == samples[0].keys()
+
+
+def test_the_loss_gets_the_returns_of_equation_4(run, monkeypatch, tiny_model_folder):
+    """Its R is r - alpha log pi + beta log pi_ref, of a policy that has moved."""
+    seen, rewards, honest = [], [], train_rl.forward_backward
+
+    def spy(model, rows, indices, known, *more):
+        seen.append((pair_stats(model, pack(rows)).logp.detach(), known, rows))
+        return honest(model, rows, indices, known, *more)
+
+    monkeypatch.setattr(train_rl, "forward_backward", spy)
+    run("spied", lambda *a: rewards.append(share_of_best(*a)) or rewards[-1], alpha=0.3, max_steps=3)
+    base, _ = load_model(tiny_model_folder)
+    for (logp, known, rows), r in zip(seen, rewards, strict=True):
+        ref = pair_stats(base, pack(rows)).logp.detach()
+        returns = torch.tensor(r).view(-1, 3) - 0.3 * logp + 0.1 * ref
+        torch.testing.assert_close(known.logp, ref, atol=1e-3, rtol=0)
+        torch.testing.assert_close(known.advantage, advantages(returns), atol=1e-3, rtol=0)
+    assert (logp - ref).abs().max() > 0.01 and known.advantage.abs().max() > 0.01
 
 
 def test_samples_tell_what_the_template_got(run, tiny_model_folder, tmp_path):

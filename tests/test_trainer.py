@@ -1,6 +1,7 @@
 """The loop: its gradient, its batches, its cache, and that a resumed run is the uninterrupted one."""
 
 import importlib.util
+import math
 import os
 import resource
 import signal
@@ -84,7 +85,7 @@ def test_learning_rate_warms_up_and_decays():
     shape = lambda schedule: [learning_rate(replace(config, schedule=schedule), s, 12) for s in range(12)]  # noqa: E731
     assert shape("constant") == [0.25, 0.5, 0.75] + [1.0] * 9
     assert shape("linear")[4:] == pytest.approx([1 - i / 8 for i in range(8)])
-    assert shape("cosine")[8] == pytest.approx(0.5)
+    assert shape("cosine")[4:] == pytest.approx([(1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)])
 
 
 def test_reference_cache_is_used_and_never_a_foreign_or_damaged_one(society, tmp_path, monkeypatch):
@@ -144,6 +145,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(data, tmp_path, monkeypatch):
     assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
     run_dpl(replace(cut, resume=True))
     same_end(cut, data)
+    for name, change in ("dry", {"lora_dropout": 0.0}), ("seed", {"seed": data.seed + 1}):
+        other = run_dpl(replace(data, **change, max_steps=2, out_dir=str(tmp_path / name)))
+        assert other[1]["loss"] != rows_of(data.out_dir)[1]["loss"]
 
 
 def test_a_run_writes_metrics_and_an_adapter_that_loads(data, tmp_path):
@@ -162,6 +166,11 @@ def test_a_run_writes_metrics_and_an_adapter_that_loads(data, tmp_path):
     pairs = load_pairs(data.data, tokenizer, data.max_length)
     stats = pair_stats(model, pack(pairs))
     assert stats.logp[:, 0].mean().item() == pytest.approx(last["eval_logp_chosen"], abs=1e-3)
+    known = pair_stats(load_model(SOCIETY)[0], pack(pairs)).logp
+    assert last["eval_kl"] == pytest.approx((known - stats.logp).mean().item(), abs=1e-3)
+    assert abs(last["eval_kl"]) > 0.01
+    margin = (0.2 * stats.logp - 0.1 * known) @ torch.tensor([1.0, -1.0])
+    assert last["eval_reward_accuracy"] == pytest.approx((margin > 0).float().mean().item())
     adapted = load_lora(load_model(SOCIETY)[0], data.out_dir)
     torch.testing.assert_close(pair_stats(adapted, pack(pairs)).logp, stats.logp, atol=1e-3, rtol=0)
 

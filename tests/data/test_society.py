@@ -113,6 +113,8 @@ def test_evaluate_prints_and_writes_its_result(world, tmp_path, monkeypatch, eva
     monkeypatch.chdir(tmp_path)
     result, printed = evaluated("society")
     assert result == compare_samples([(world["story_prompt"], text) for text in texts], world, 0.2, 0.1)
+    other, _ = evaluated("society", "--overwrite", alpha=0.4, beta=0.3)
+    assert other == compare_samples([(world["story_prompt"], text) for text in texts], world, 0.4, 0.3)
     name = result["stories"]["name"]
     row = rf"^name +{name['tv_target']:.3f} +{name['tv_reference']:.3f} "
     assert re.search(row, printed.out, re.MULTILINE)

@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from common.files import ROOT, InputError
 from common.rows import Sample, read_rows
+from metrics import tables
 from metrics.answers import (
     Config,
     Problem,
@@ -239,9 +240,12 @@ def test_answers_chosen_by_a_reward_model(files, run, reward_folder):
     assert "chosen by reward" in printed.out
 
 
-def test_an_empty_answer_has_a_reward_after_a_chat_template(run, reward_folder):
+def test_an_empty_answer_has_a_reward_after_a_chat_template(run, reward_folder, monkeypatch):
+    asked, honest = [], tables.to_texts
+    monkeypatch.setattr(tables, "to_texts", lambda *a: asked.append(honest(*a)) or asked[-1])
     result, _ = run("--chat", reward_model=reward_folder)
     assert 0 <= result["all"]["dpl"]["chosen by reward"][2] <= 1
+    assert all(isinstance(prompt, list) for prompts, *_ in asked for prompt in prompts) and asked
 
 
 # ---- sample.py --prompt_template

@@ -164,18 +164,20 @@ def test_win_rate_by_rewards(files, run, reward_folder):
     result, _ = run("winrate", baseline=files / "baseline.jsonl", reward_model=reward_folder)
     groups = {n: groups_of(files / f"{n}.jsonl") for n in ("samples", "baseline")}
     rewards = {n: plain_rewards(reward_folder, group) for n, group in groups.items()}
-    score, longer = [], []
+    score, longer = [], []  # longer: of each prompt
     for prompt in PROMPTS:
+        longer.append([])
         for i in range(4):
             ours, theirs = ((groups[n][prompt][i], rewards[n][prompt][i]) for n in ("samples", "baseline"))
             is_tie = abs(ours[1] - theirs[1]) < 1e-6
             score.append(0.5 if is_tie else float(ours[1] > theirs[1]))
             if not is_tie and len(ours[0]) != len(theirs[0]):
-                longer.append((ours[1] > theirs[1]) == (len(ours[0]) > len(theirs[0])))
+                longer[-1].append((ours[1] > theirs[1]) == (len(ours[0]) > len(theirs[0])))
     assert 0.5 in score and len({*score}) > 1
     assert result["win rate"]["samples"]["mean"] == pytest.approx(np.mean(score))
     assert result["ties"]["samples"]["mean"] == pytest.approx(score.count(0.5) / 12)
-    assert 0 <= result["longer text wins, if one wins"]["samples"]["mean"] <= 1 and longer
+    expected = np.mean([np.mean(wins) for wins in longer if wins])
+    assert result["longer text wins, if one wins"]["samples"]["mean"] == pytest.approx(expected) != 0.5
     assert result["verdict missing"]["samples"]["mean"] == 0
 
 
