@@ -23,7 +23,7 @@ how it likes one without a pronoun.
 
     python experiments/real.py --model SMOLLM2 --embedder MINILM       # 3 to 10 hours on two cores
     python experiments/real.py --model SMOLLM2 --rankings 120 --rl_steps 20 --seeds 1 --samples 32 \
-        --out_dir out/short --out_file out/short.png                   # an hour, the same directions
+        --out_dir out/short --out_file out/short.png                       # an hour
 
 What is finished is kept: the same command goes on where it was stopped. real_settings.py tries what helps
 DPL on pairs.
