@@ -1,5 +1,6 @@
 """Sampling against transformers' logits processors, generate, and exact enumeration."""
 
+import importlib
 import itertools
 import json
 import math
@@ -324,9 +325,9 @@ def test_one_process_failing_ends_all_with_its_message(run, sharp_model_folder, 
 def test_resume_ends_with_the_same_file(run, tmp_path, monkeypatch, flags):
     whole = run(*flags, "--batch_size", 6)
     out, asked = tmp_path / "out.jsonl", []  # asked: how many prompts are sampled
-    scope = sample_completions.__globals__
-    honest = scope["sample_prompts"]
-    monkeypatch.setitem(scope, "sample_prompts", lambda *a: asked.append(len(a[3])) or honest(*a))
+    script = importlib.import_module("sample")  # that call() runs
+    honest = script.sample_prompts
+    monkeypatch.setattr(script, "sample_prompts", lambda *a: asked.append(len(a[3])) or honest(*a))
     for cut in (0, 10, len(whole) // 3, len(whole) - 5):
         out.write_bytes(whole[:cut])
         assert same(read(run(*flags, "--batch_size", 4, "--resume")), read(whole))
