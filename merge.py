@@ -13,7 +13,7 @@ from pathlib import Path
 from common.files import InputError
 from common.flags import raise_input_error, run_command
 from core.hub import load_model, load_reward_model, save_model, save_tokenizer
-from core.lora import find_base, read_adapter_config
+from core.lora import model_folders, read_adapter_config
 
 
 def write_merged(adapter: str | Path, out: str | Path, overwrite: bool = False) -> None:
@@ -27,9 +27,7 @@ def write_merged(adapter: str | Path, out: str | Path, overwrite: bool = False) 
         raise InputError(f"{out}: exists; --overwrite replaces it")
     if out.exists() and (not (out / "config.json").is_file() or (out / "run.json").exists()):
         raise InputError(f"{out}: is no merged model that --overwrite could replace")
-    base, adapters = find_base(str(adapter))
-    merged = [Path(path).resolve() for path in (base, *adapters) if Path(path).exists()]
-    if any(path.is_relative_to(out.resolve()) for path in merged):
+    if any(folder.is_relative_to(out.resolve()) for folder in model_folders(adapter)):
         raise InputError(f"{out}: holds what is merged; name another folder")
     is_reward_model = read_adapter_config(adapter).get("task_type") == "SEQ_CLS"
     model, tokenizer = (load_reward_model if is_reward_model else load_model)(adapter, dtype=None)

@@ -165,7 +165,7 @@ def natural(contender: str, config: BenchConfig, num_samples: int) -> dict[str, 
         "memory": peak_memory(DEVICE),
         "tokens": sum(lengths) / len(lengths),
     }
-    places = num_samples if contender == "generate" and num_samples > config.batch_size else config.batch_size
+    places = max(config.batch_size, num_samples if contender == "generate" else 0)  # it takes whole prompts
     result["fill"] = float(np.mean([n for _, n in steps])) / places if steps else math.nan
     full = [after - now for (now, n), (after, _) in itertools.pairwise(steps) if n == config.batch_size]
     result["bound"] = config.batch_size / np.median(full) if contender == "sample.py" and full else math.nan

@@ -108,26 +108,23 @@ def _string_pair(prompt: Any, chosen: str, rejected: str, where: str) -> tuple[s
 
 
 def _message_pair(prompt: Any, chosen: list, rejected: list, where: str) -> tuple[list, list, list]:
+    text = prompt if isinstance(prompt, str) else ""
     if isinstance(prompt, str) and len(chosen) == len(rejected) == 1:
         prompt = message("user", prompt)
-    elif not isinstance(
-        prompt, list
-    ):  # whole conversations; a string prompt only repeats a message of theirs
-        text = prompt
+    elif not isinstance(prompt, list):  # whole conversations, of which a string prompt repeats a message
         same = [a == b for a, b in zip(chosen, rejected, strict=False)]
         end = min(same.index(False) if False in same else len(same), len(chosen) - 1, len(rejected) - 1)
         prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
         if not prompt:
             raise InputError(f"{where}: 'chosen' and 'rejected' have no shared prompt to start with")
-        check_messages(prompt, where)
-        if isinstance(text, str) and not any(text.strip() in turn["content"] for turn in prompt):
-            raise InputError(f"{where}: 'prompt' is in no message that 'chosen' and 'rejected' share")
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         check_messages([*prompt, *answer], f"{where}: '{key}'")
         if len(answer) != 1 or answer[0]["role"] != "assistant":
             raise InputError(f"{where}: '{key}' must be one assistant message after the shared prompt")
         if not answer[0]["content"]:
             raise InputError(f"{where}: empty completion in '{key}'")
+    if not any(text.strip() in turn["content"] for turn in prompt):
+        raise InputError(f"{where}: 'prompt' is in no message that 'chosen' and 'rejected' share")
     return prompt, chosen, rejected
 
 
@@ -245,7 +242,7 @@ class Sample(NamedTuple):
 
 
 def sample_row(row: dict[str, Any], completion: str, values: dict[str, Any]) -> dict[str, Any]:
-    """What is written of a completion of a row of read_prompts(), for read_sample() and read_pairs()."""
+    """What is written of a completion of a row of read_prompts(), for read_sample() and read_examples()."""
     options = row.get("template_options")
     own = {"chat_template_kwargs": options} if options else {}
     return {"prompt": row["prompt"], "completion": completion} | own | values

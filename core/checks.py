@@ -1,8 +1,8 @@
 """Checks before training: refuse data, models and losses that would fail later or give wrong results.
 
+- check_overwrite: models and data that --overwrite would remove
 - check_memory: models that are too large for the device
-- check_inputs: token ids without an embedding, texts that are too long, too few pairs for the processes;
-  check_overwrite: models and data in the folder that --overwrite clears
+- check_inputs: token ids without an embedding, texts that are too long, too few pairs for the processes
 - check_packable: models whose log-probabilities change when pairs are packed into one row
 - check_compile: models whose layers --compile cannot compile
 - check_objective: losses that return a mean, mix pairs, or have no gradient
@@ -27,7 +27,7 @@ from common.files import InputError
 from common.parallel import all_gather, get_world_size
 from core.attention import dense_masks
 from core.hub import loading, read_config
-from core.lora import find_base
+from core.lora import model_folders
 from core.model import Stats, pair_stats
 from core.pairs import pack
 
@@ -44,8 +44,6 @@ def check_inputs(
 
     `length` is the flag that limits the length of a text.
     """
-    if config.overwrite:
-        check_overwrite(config)
     every = [*examples, *held_out]
     largest = max(max(map(max, example)) for example in every)
     if largest >= model.get_input_embeddings().weight.shape[0]:
@@ -62,11 +60,12 @@ def check_inputs(
 
 def check_overwrite(config: Any) -> None:
     """Raise InputError if --overwrite would remove what the run reads: a model, the base of one, or data."""
-    names = {name: getattr(config, name, None) for name in ("model", "reward_model", "data", "eval_data")}
-    old = [path.resolve() for path in old_files(Path(config.out_dir))]
-    for name, value in names.items():
-        base, adapters = find_base(value) if value and name.endswith("model") else (value, [])
-        for read in (Path(path).resolve() for path in (base, *adapters) if path and Path(path).exists()):
+    old = [path.resolve() for path in old_files(Path(config.out_dir))] if config.overwrite else []
+    values = {name: getattr(config, name, None) for name in ("model", "reward_model", "data", "eval_data")}
+    for name, value in values.items():
+        if not value:
+            continue
+        for read in model_folders(value) if name.endswith("model") else [Path(value).resolve()]:
             if any(path.is_relative_to(read) or read.is_relative_to(path) for path in old):
                 raise InputError(f"--{name} {value}: --overwrite would remove {read}; name another --out_dir")
 

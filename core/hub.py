@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.files import TOKENIZER_FILES, InputError, atomic_write, digest_file, digest_json, write_json
 from common.parallel import full_tensor, get_rank, get_world_size
-from core.lora import find_base, load_lora, merge_lora, save_lora
+from core.lora import find_base, load_lora, merge_lora, model_folders, save_lora
 
 transformers_logging.disable_progress_bar()  # a small model loads faster than its bar draws
 MAX_LAYERS = 10_000
@@ -36,8 +36,7 @@ MAX_LAYERS = 10_000
 
 def digest_weights(path: str) -> str:
     """SHA-256 of the files of weights in a model's folder, and in its base's if it is an adapter's."""
-    base, adapters = find_base(path)
-    files = [file for folder in (base, *adapters) for file in sorted(Path(folder).glob("*.safetensors"))]
+    files = [file for folder in model_folders(path) for file in sorted(folder.glob("*.safetensors"))]
     return digest_json([digest_file(file) for file in files])
 
 

@@ -258,6 +258,15 @@ def find_base(path: str) -> tuple[str, list[str]]:
     return path, adapters
 
 
+def model_folders(path: str | Path) -> list[Path]:
+    """The folders that a model is read from, resolved: its own, or an adapter's base and all adapters.
+
+    A name on the hub has none.
+    """
+    base, adapters = find_base(str(path))
+    return [Path(one).resolve() for one in (base, *adapters) if Path(one).is_dir()]
+
+
 def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     """Add to `model`, in place, an adapter that save_lora or PEFT wrote.
 

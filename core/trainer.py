@@ -39,7 +39,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common import checkpoint, logs, parallel
 from common.files import ROOT, InputError, digest_json, error_prefix
 from common.flags import Flags, flag, parse, require
-from core.checks import check_compile, check_inputs, check_memory, check_objective, check_packable
+from core.checks import (
+    check_compile,
+    check_inputs,
+    check_memory,
+    check_objective,
+    check_overwrite,
+    check_packable,
+)
 from core.hub import export, load_model
 from core.lora import add_lora, lora_disabled, lora_layers, print_share
 from core.model import Stats, pair_stats, set_forward, wrap_layers
@@ -209,6 +216,7 @@ def load_policy(
     config: TrainConfig, device: torch.device, load_model: Callable
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model to train and its tokenizer, in the dtype and on the device that training wants."""
+    check_overwrite(config)
     check_memory(config, device)
     half = is_bfloat16(config, device)
     logs.print_device(device, "bfloat16" if half else "float32")

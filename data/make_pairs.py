@@ -78,14 +78,14 @@ def main() -> None:
     """Write --out_file."""
     config = parse(PairsConfig, __doc__)
     every = [(where, row, read_sample(row, where)) for where, row in read_rows(config.samples)]
-    rows = [(where, row) for where, row, sample in every if sample.finish != "length"]
-    samples = [sample for *_, sample in every if sample.finish != "length"]
-    if len(rows) < len(every):
-        cut = f"{len(every) - len(rows):,} of {len(every):,} texts were cut at --max_new_tokens"
+    ended = [one for one in every if one[2].finish != "length"]
+    if len(ended) < len(every):
+        cut = f"{len(every) - len(ended):,} of {len(every):,} texts were cut at --max_new_tokens"
         print(f"{config.samples}: {cut}, have no end and make no pairs")
-    if not rows:
+    if not ended:
         raise InputError(f"{config.samples}: no text has an end; sample with more --max_new_tokens")
-    rewards, groups = read_rewards(config, samples, rows), {json.dumps(s.prompt): [] for *_, s in every}
+    samples, groups = [sample for *_, sample in ended], {json.dumps(s.prompt): [] for *_, s in every}
+    rewards = read_rewards(config, samples, [(where, row) for where, row, _ in ended])
     for index, sample in enumerate(samples):
         groups[json.dumps(sample.prompt)].append(index)
     rng, pairs, without = np.random.default_rng(config.seed), [], 0

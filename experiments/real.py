@@ -211,7 +211,7 @@ def make_results(config: RealConfig) -> Results:
             for row in results[name][0]:
                 both = sum(row[who] for who in HALVES) or math.nan  # nan: no text is about her or him
                 row |= dict.fromkeys(("utility", "said", "features", *(f"J {x}" for x in RATIOS)), math.nan)
-                row |= {who: row[who] / both for who in HALVES}
+                row |= {who: row[who] / both for who in HALVES} | {"nobody": 0.0}
     return results
 
 
@@ -273,12 +273,9 @@ def draw_who(results: Results, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=(3, 2))
     halves = [name for name in results if name.startswith("halves")]
     one = ["reference", OPTIMUM["one"], *(name for name in POLICIES if not name.startswith("halves"))]
-    for axis, names, whos in zip(axes, (one, halves), (VALUES["who"], HALVES), strict=True):
+    for axis, names in zip(axes, (one, halves), strict=True):
         for y, name in enumerate(names):
-            shares = {
-                who: 100 * np.mean([run[0][who] for run in results[name]]) if who in whos else 0.0
-                for who in VALUES["who"]  # all three in both, for the same shades
-            }
+            shares = {who: 100 * np.mean([run[0][who] for run in results[name]]) for who in VALUES["who"]}
             lab.stack(axis, y, 0.7, shares, 9)
         axis.set_yticks(range(len(names)), [name.removeprefix("halves: ") for name in names])
         axis.invert_yaxis()

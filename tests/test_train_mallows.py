@@ -152,7 +152,9 @@ def test_scale_can_be_fixed_and_the_dispersion_switched_off(run):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_objective_does_what_its_flags_say(loss, dispersion, length_normalize):
     flags = {"loss": loss, "dispersion": dispersion, "length_normalize": length_normalize}
-    own = {"phi": {"link": "polynomial", "epsilon": "3.0"}, "dpl": {"alpha": 0.3}, "simpo": {"gamma": 0.7}}
+    epsilon = "auto" if length_normalize else 3.0
+    phi = {"link": "polynomial", "epsilon": str(epsilon)}
+    own = {"phi": phi, "dpl": {"alpha": 0.3}, "simpo": {"gamma": 0.7}}
     config = MallowsConfig(**flags, **own.get(loss, {}), beta=0.2)
     policy, reference = some_stats(5)
     values = objective(policy, reference, config=config, scale=1.5, vocab_size=20)
@@ -170,7 +172,7 @@ def test_objective_does_what_its_flags_say(loss, dispersion, length_normalize):
         alpha, beta = 0.3 if loss == "dpl" else 0.2, 0.0 if loss == "simpo" else 0.2
         margin = alpha * (p[0] - p[1]) - beta * (r[0] - r[1])
         if loss == "phi":  # the link is held to brute force in test_mallows_losses.py
-            link = log_link(torch.tensor(margin), math.exp(-c), "polynomial", 3.0)
+            link = log_link(torch.tensor(margin), math.exp(-c), "polynomial", epsilon)
             expected = -link.item()
         elif loss == "ipo":
             expected = (c * margin / 0.2 - 1 / (2 * 0.2)) ** 2
