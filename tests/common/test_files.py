@@ -78,7 +78,8 @@ def test_tuples_and_arrays_have_the_digest_of_lists():
 
 @given(
     st.dictionaries(
-        st.text(min_size=1).filter(lambda name: name.isprintable()),
+        # __metadata__ is the format's own: with a tensor of that name, safetensors writes what it cannot read
+        st.text(min_size=1).filter(lambda name: name.isprintable() and name != "__metadata__"),
         st.tuples(
             st.lists(st.integers(0, 3), max_size=3),
             st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
