@@ -62,7 +62,7 @@ Reward = Callable[[list[dict[str, Any]], list[str]], Sequence[float]]
 PHASES = "sampling", "reference", "reward", "gradient"  # of a step: metrics.jsonl has the seconds of each
 # The society's reward, in nats, of a text that is no story, opinion or answer. So low because J flattens the
 # reference: at alpha / beta = 4, the sum of pi_ref(y)^(1/4) over other texts of up to 48 tokens is e^165, and
-# over all stories e^6.5. This reward multiplies the former by exp(-100 / alpha) = e^-250
+# over all stories, each times its exp(r / alpha), e^6.5. This reward multiplies the former by exp(-100 / alpha) = e^-250
 MALFORMED = -100.0
 EVALUATION = 2**32  # the "step" of held-out prompts, which seeds their samples: no step has this number
 

@@ -4,7 +4,7 @@ Trains DPO (alpha = beta = 0.1) and DPL (alpha = 0.2 and 0.4), samples each of t
 temperature 1, and DPO also at 1.4. The doctor's name is compared with its exact optimum twice: as sampled,
 and by the policy's exact probabilities of all 1,024 stories of the grammar, which have no sampling error.
 
-    python experiments/doctor.py        # five to ten minutes on two cores; finished training runs are kept
+    python experiments/doctor.py        # 4 to 10 minutes on two cores; finished training runs are kept
 """
 
 import argparse
