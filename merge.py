@@ -13,7 +13,7 @@ from pathlib import Path
 from common.files import InputError
 from common.flags import raise_input_error, run_command
 from core.hub import load_model, load_reward_model, save_model, save_tokenizer
-from core.lora import model_folders, read_adapter_config
+from core.lora import merge_lora, model_folders, read_adapter_config
 
 
 def write_merged(adapter: str | Path, out: str | Path, overwrite: bool = False) -> None:
@@ -31,6 +31,7 @@ def write_merged(adapter: str | Path, out: str | Path, overwrite: bool = False) 
         raise InputError(f"{out}: holds what is merged; name another folder")
     is_reward_model = read_adapter_config(adapter).get("task_type") == "SEQ_CLS"
     model, tokenizer = (load_reward_model if is_reward_model else load_model)(adapter, dtype=None)
+    merge_lora(model).to(model.dtype)
     new = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         save_model(model, new)

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from common.files import TOKENIZER_FILES, InputError, atomic_write, digest_file, digest_json, write_json
 from common.parallel import full_tensor, get_rank, get_world_size
 from core.lora import find_base, load_lora, merge_lora, model_folders, save_lora
+from core.model import float32_score
 
 transformers_logging.disable_progress_bar()  # a small model loads faster than its bar draws
 MAX_LAYERS = 10_000
@@ -45,9 +47,11 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer from a folder or the hub. An adapter's folder gives its base, merged.
 
-    With `dtype` None it has the dtype of its files. With `reward`, a reward model: a sequence classifier with
-    one label. A causal LM then gets a head of zeros in place of its own. Only safetensors weights are read.
-    Raises InputError if model or tokenizer cannot be loaded completely.
+    In bfloat16 the adapter stays beside its base, as it was trained: merged, its small updates would be
+    rounded away. (If that base is an adapter's folder too, it is merged.) With `dtype` None the model has the
+    dtype of its files. With `reward`, a reward model: a sequence classifier with one label. A causal LM then
+    gets a head of zeros in place of its own. Only safetensors weights are read. Raises InputError if model or
+    tokenizer cannot be loaded completely.
     """
     base, adapters = find_base(str(path))
     folder = Path(base)
@@ -79,7 +83,9 @@ def load_model(
     if broken:  # transformers would go on with random numbers
         raise InputError(f"--model {base}: {len(broken)} weights are missing or misshapen, first {broken[0]}")
     for adapter in adapters:  # merged on the CPU: the same weights on any device
-        model = merge_lora(load_lora(model, adapter)).to(dtype or model.dtype)
+        model = load_lora(merge_lora(model), adapter)
+    if model.dtype == torch.float32:
+        merge_lora(model)
     return model.to(device).eval(), tokenizer
 
 
@@ -155,6 +161,7 @@ def load_reward_model(
     config = model.config.get_text_config()
     if not hasattr(model, "score"):
         raise InputError(f"--model {path}: {type(model).__name__} has no head named score; give a decoder")
+    model.score.forward = partial(float32_score, model.score)
     for pad in (config.pad_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
         if pad is not None and pad >= 0:  # -1 in some configs: none
             config.pad_token_id = tokenizer.pad_token_id = pad

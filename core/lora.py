@@ -63,16 +63,12 @@ class LoRALinear(nn.Module):
         self.train(base.training)  # a new module is in training mode, which would switch dropout on
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
         if not self.enabled:
-            return y
+            return self.base(x)
+        shape, x = x.shape[:-1], x.flatten(0, -2)
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype).T
         low = DropoutLinear.apply(x, a, self.dropout) if self.training and self.dropout else x @ a.T
-        if y.ndim == 2:
-            return y.addmm_(low, b, alpha=self.scale)
-        if y.ndim > 3:  # DeepSeek's kv_b_proj
-            return y.add(low @ b, alpha=self.scale)
-        return y.baddbmm_(low, b.expand(len(y), -1, -1), alpha=self.scale)  # into y: no second output is made
+        return self.base(x).addmm_(low, b, alpha=self.scale).view(*shape, -1)  # no second output is made
 
     @property
     def weight(self) -> Tensor:
@@ -105,7 +101,7 @@ def add_lora(
     for target in targets or []:
         if not any(_named(name, [target]) for name in linear):
             real = ", ".join(sorted({name.split(".")[-1] for name in linear}))
-            raise InputError(f"--lora_targets {target}: no such linear layer; this model has {real}")
+            raise InputError(f"{target}: no linear layer to adapt (--lora_targets); this model has {real}")
     if not linear:
         raise InputError("--lora_rank: this model has no linear layer to adapt")
     model.requires_grad_(False)
@@ -148,7 +144,7 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Add every low-rank term to its base weight and put the base layers back, in place.
+    """Add every low-rank term to its base weight, put the base layers back and unfreeze them, in place.
 
     model.merged_lora keeps the terms, {layer's name: (A, (alpha / rank) B)}. An adapter that is trained on
     top is saved together with them: PEFT, TRL and vLLM add one adapter to a base, not two.
@@ -162,7 +158,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
         weight.data = (weight.data.float() + layer.delta().float()).to(weight.dtype)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base)
-    return model
+    return model.requires_grad_(True)
 
 
 def save_lora(model: nn.Module, folder: str | Path, base_model: str) -> None:
@@ -234,6 +230,8 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
             raise InputError(
                 f"{path}: only plain LoRA adapters are read (no DoRA, rsLoRA, PiSSA, patterns ...)"
             )
+        if config.get("revision") not in (None, "", "main"):
+            raise InputError(f"{path}: revision {config['revision']!r} of the base: give a copy without it")
         rank, alpha = config["r"], config["lora_alpha"]
         numbers = type(rank) is int and type(alpha) in (int, float)  # true is an instance of int too
         if not (numbers and rank > 0 and 0 < alpha < math.inf):

@@ -100,8 +100,7 @@ def packed_forward(model: PreTrainedModel, packed: Packed, entropy: bool) -> Sta
     hidden = hidden.index_select(0, packed.source)
     if (head := model.get_output_embeddings()) is None:
         last = packed.counts.cumsum(0) - 1
-        reward = F.linear(hidden[last].float(), model.score.weight.float())
-        length = packed.counts.float()
+        reward, length = model.score(hidden[last]), packed.counts.float()
         return Stats(*(x.view(-1, packed.completions).clone() for x in (reward, length)))
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     weight, kind = head.weight, device.type
@@ -202,6 +201,20 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     else:
         z = F.linear(hidden.to(dtype), weight.to(dtype))
     return z if bias is None else z.add_(bias)
+
+
+def float32_head(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """head_logits, as the forward method of a language model's head."""
+    return head_logits(hidden, head.weight, head.bias)
+
+
+def float32_score(score: nn.Linear, hidden: Tensor) -> Tensor:
+    """The forward method of a reward model's head, (..., 1) from hidden (..., D): float32, as it is trained.
+
+    Rounded to bfloat16, the rewards of similar texts would often be equal.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.float(), score.weight.float())
 
 
 def _capped_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:

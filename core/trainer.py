@@ -25,7 +25,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -48,7 +48,7 @@ from core.checks import (
     check_packable,
 )
 from core.hub import export, load_model
-from core.lora import add_lora, lora_disabled, lora_layers, print_share
+from core.lora import add_lora, lora_disabled, lora_layers, merge_lora, print_share
 from core.model import Stats, pair_stats, set_forward, wrap_layers
 from core.pairs import (
     SEED_STRIDE,
@@ -71,7 +71,7 @@ class Objective(Protocol):
     without a reference. The loss of a pair may not depend on other pairs (batch statistics), because the
     other pairs of the global batch are in other micro-batches. The training loop logs "reward_accuracy", the
     share of pairs with a positive "reward_margin"; "kl", if there is a reference; and, for a language model,
-    "logp_chosen" and "logp_rejected" ("logp" if an example has one completion).
+    "logp_chosen" and "logp_rejected" ("logp", their mean, if there is no "reward_margin").
     """
 
     def __call__(self, policy: Stats, reference: Stats | None) -> dict[str, Tensor]: ...
@@ -83,7 +83,7 @@ class TrainConfig(Flags):
 
     # model and data
     model: str | None = flag(None, "Folder or hub name of the policy to start from.")
-    data: str | None = flag(None, "Training rows: .jsonl[.gz], .json, .parquet.")
+    data: str | None = flag(None, "Training rows: .jsonl[.gz], .json, .parquet, .csv.")
     eval_data: str | None = flag(None, "Held-out rows, evaluated every --eval_every steps.")
     chat: bool = flag(False, "Put rows of strings through the chat template.")
     max_length: int = flag(512, "Longest prompt + completion, in tokens.", "[1, inf)")
@@ -140,7 +140,7 @@ def parse_run(
 
     def default_args(args: argparse.Namespace) -> list[str]:
         if args.resume and Path(args.out_dir, "run.json").is_file():
-            return checkpoint.saved_args(Path(args.out_dir), {one.name for one in fields(config)})
+            return checkpoint.saved_args(Path(args.out_dir), config)
         return [f"@{ROOT / society}"] if society and args.model is None and args.data is None else []
 
     return parse(config, description, default_args=default_args)
@@ -215,14 +215,16 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 def load_policy(
     config: TrainConfig, device: torch.device, load_model: Callable
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model to train and its tokenizer, in the dtype and on the device that training wants."""
+    """The model to train, in the dtype and on the device that training wants, and its tokenizer."""
     check_overwrite(config)
     check_memory(config, device)
     half = is_bfloat16(config, device)
     logs.print_device(device, "bfloat16" if half else "float32")
     # LoRA: a bfloat16 base and a float32 adapter. All weights: float32 weights, autocast to bfloat16
     dtype = torch.bfloat16 if half and config.lora_rank else torch.float32
-    return load_model(config.model, "cpu" if config.parallel == "fsdp" else str(device), dtype)
+    model, tokenizer = load_model(config.model, "cpu", dtype)
+    # an adapter of before is merged: the run adds its own
+    return merge_lora(model).to("cpu" if config.parallel == "fsdp" else device), tokenizer
 
 
 def is_bfloat16(config: TrainConfig, device: torch.device) -> bool:
@@ -302,8 +304,7 @@ def train(
     entropy = check_objective(objective, len(examples[0]) - 1, reference, device)
 
     def gradient(step: int, batch: list[int]) -> tuple[dict[str, float], int]:
-        with error_prefix(f"step {step}"):
-            row = forward_backward(model, examples, batch, ref, objective, max_tokens, entropy)
+        row = forward_backward(model, examples, batch, ref, objective, max_tokens, entropy)
         return row, sum(count_tokens(examples[index]) for index in batch)
 
     def evaluate() -> dict[str, float]:
@@ -328,8 +329,7 @@ def run_steps(
     """The loop: gradient, optimizer step, log, checkpoint. Returns the row of the final policy.
 
     gradient(step, batch) adds to the weights' gradients, unless they are disabled; `batch` are indices of
-    examples. It returns what to log and how many tokens it read. evaluate() returns what to log of held-out
-    data.
+    examples. It returns what to log and how many tokens it read. evaluate(): what to log of held-out data.
     """
     device, start, steps, size = parallel.get_device(), plan.start, plan.steps, plan.size
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -363,7 +363,8 @@ def run_steps(
         for _, layer in lora_layers(model):  # no dropout in the base: it must compute what the reference did
             layer.train()
         batch = batch_indices(step, size, plan.count, config.seed)
-        values, tokens = gradient(step, batch)
+        with error_prefix(f"step {step}"):
+            values, tokens = gradient(step, batch)
         model.eval()
         if config.parallel == "ddp":
             parallel.all_reduce_gradients(parameters)
@@ -392,7 +393,7 @@ def run_steps(
 
     # the final policy, without dropout, on the next batch and the held-out examples
     row = {"step": steps}
-    with torch.no_grad():
+    with torch.no_grad(), error_prefix(f"step {steps}"):
         row |= gradient(steps, batch_indices(steps, size, plan.count, config.seed))[0]
     row |= evaluate() if evaluate else {}
     log(row)

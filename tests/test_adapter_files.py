@@ -19,6 +19,7 @@ from core.hub import load_model
 from core.lora import add_lora, find_base, lora_layers, save_lora
 from core.pairs import load_pairs
 from merge import write_merged
+from sample import sample
 from scripts import call, train
 from tiny import ALPHA, CLOSE, CONFIGS, IDS, PAIRS, RANK, adapt, logits, make
 
@@ -97,6 +98,41 @@ def test_training_on_an_adapter_writes_one_adapter_of_the_base(tiny_model_folder
         assert (config["base_model_name_or_path"], config["r"]) == (str(tiny_model_folder), rank)
         # the new columns of A are the run's own, as they are; their scale is 5 / r
         assert config["lora_alpha"] / rank == pytest.approx(5 / r)
+
+
+@pytest.mark.parametrize("script", ["train_dpl.py", "train_reward.py"])
+def test_all_weights_train_on_an_adapter(script, tiny_model_folder, tmp_path, data):
+    flags = {"data": data, "max_steps": 2, "warmup_steps": 0, "lr": 1e-3}
+    train(script, **flags, model=tiny_model_folder, out_dir=tmp_path / "adapter")
+    train(script, **flags, model=tmp_path / "adapter", out_dir=tmp_path / "all", lora_rank=0)
+    before, after = (
+        load_file(tiny_model_folder / "model.safetensors"),
+        load_file(tmp_path / "all/model.safetensors"),
+    )
+    shared = before.keys() & after.keys()
+    assert len(shared) > 10 and not any(torch.equal(before[name], after[name]) for name in shared)
+
+
+def test_an_adapter_stays_beside_a_bfloat16_base(write):
+    """Merged, an update of less than half a unit of a weight's last digit would be lost."""
+    base = make(CONFIGS["llama"])
+    model = adapt(base)
+    for _, layer in lora_layers(model):
+        layer.lora_B.data *= 1e-3
+    folder = write(base.bfloat16(), model)
+    loaded, _ = load_model(folder, dtype=torch.bfloat16)
+    for (name, ours), (_, theirs) in zip(lora_layers(loaded), lora_layers(model), strict=True):
+        assert torch.equal(ours.base.weight, theirs.base.weight.bfloat16()), name
+        torch.testing.assert_close(ours.delta(), theirs.delta())
+    peft = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+    torch.testing.assert_close(logits(loaded), logits(peft), atol=0.05, rtol=0.05)
+    [completion] = sample(loaded, [5, 7], 1, 4, None, seed=0)
+    assert len(completion.tokens) == 4
+    # an adapter of an adapter: the first is merged
+    add = adapt(load_model(folder)[0])
+    save_lora(add, folder.parent / "second", folder)
+    both, _ = load_model(folder.parent / "second", dtype=torch.bfloat16)
+    assert any(True for _ in lora_layers(both)) and both.merged_lora
 
 
 def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tiny_model_folder, tmp_path):

@@ -80,7 +80,7 @@ def test_flex_attention_follows_the_same_rule(window, softcap):
     torch.manual_seed(0)
     query = torch.randn(1, 4, len(packed.ids), 16)
     key, value = torch.randn(2, 1, 2, len(packed.ids), 16)
-    wanted = dense(query, key, value, dense_masks(packed, window), 0.25, softcap)
+    wanted = dense(query, key, value, packed.lengths, dense_masks(packed, window), 0.25, softcap)
     found = flex(query, key, value, block_mask(packed, window), 0.25, softcap)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
@@ -112,7 +112,7 @@ def test_attention_to_few_keys_is_compared_on_texts_with_more(kind, monkeypatch)
         monkeypatch.setattr(attention, "attention_rule", lambda packed, window: rule(packed, None))
         model = make(MistralConfig(**GROUPED, sliding_window=40))
     for _ in range(2):
-        with pytest.raises(InputError, match="log-probabilities move"):
+        with pytest.raises(InputError, match="log-probabilities, in nats, move"):
             check_packable(model, "some/model")
 
 
@@ -164,7 +164,7 @@ def test_bfloat16_models_that_pack_right_are_accepted_and_others_refused(name, m
         return rule(packed._replace(branch=packed.branch.clamp(max=0)), window)
 
     monkeypatch.setattr(attention, "attention_rule", sees_the_other_completion)
-    with pytest.raises(InputError, match="log-probabilities move"):
+    with pytest.raises(InputError, match="log-probabilities, in nats, move"):
         check_packable(model, "some/model")
 
 

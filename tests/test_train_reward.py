@@ -11,12 +11,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import sample
 import train_reward
 from common.files import InputError
+from core import attention
 from core.checks import check_packable
 from core.hub import load_model, load_reward_model
-from core.model import Stats, pair_stats
+from core.model import Stats, pair_stats, set_forward
 from core.pairs import Pair, pack
 from scripts import run_script, train
-from tiny import CONFIGS, FIG, MUD, PAIR, PAIRS, USER, lines, make, make_pairs
+from tiny import CONFIGS, FIG, MUD, NOT_PACKABLE, PAIR, PAIRS, REASONS, USER, lines, make, make_pairs
 from train_reward import encode_texts, load_texts, objective, score_texts
 
 
@@ -59,6 +60,31 @@ def test_packed_rewards_and_gradients_equal_transformers(name):
         weights.items(), torch.autograd.grad(loss, weights.values()), grads, strict=True
     ):
         assert (ours - theirs).norm() <= 1e-3 * theirs.norm() + 1e-5, key
+
+
+CLASSIFIERS = AutoModelForSequenceClassification._model_mapping
+REFUSED = {name for name in NOT_PACKABLE if type(NOT_PACKABLE[name]) in CLASSIFIERS}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED - {"positions that start behind the padding token's"}))
+def test_models_that_packing_would_change_are_refused(name):
+    """Also under a new head, whose rewards are all 0. (RoBERTa's head is no `score`.)"""
+    model = make_scorer(NOT_PACKABLE[name])
+    torch.nn.init.zeros_(model.score.weight)
+    with pytest.raises(InputError, match=f"cannot be packed: {REASONS.get(name, '')}"):
+        check_packable(model, "some/model")
+
+
+def test_bfloat16_models_that_pack_right_are_accepted_and_others_refused(monkeypatch):
+    model, rule = make_scorer(CONFIGS["mistral"]).bfloat16(), attention.attention_rule
+    check_packable(model, "some/model")
+
+    def sees_the_other_completion(packed, window):
+        return rule(packed._replace(branch=packed.branch.clamp(max=0)), window)
+
+    monkeypatch.setattr(attention, "attention_rule", sees_the_other_completion)
+    with pytest.raises(InputError, match="hidden states move"):
+        check_packable(model, "some/model")
 
 
 def test_bradley_terry_loss():
@@ -110,6 +136,26 @@ def test_what_is_written_loads_in_transformers_and_peft(rank, tiny_model_folder,
         theirs = [other(torch.tensor([text])).logits.item() for text in ids]
         assert ours.tolist() == pytest.approx(theirs, abs=1e-5)
     assert "eval_reward_accuracy" in rows[-1]
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_bfloat16_trains_nearly_as_float32_does(rank, tiny_model_folder, tmp_path, data):
+    flags = {"model": tiny_model_folder, "data": data, "lora_rank": rank, "max_steps": 4, "lora_dropout": 0}
+    rows = {}
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / dtype
+        rows[dtype] = train(train_reward, **flags, dtype=dtype, lr=1e-2, warmup_steps=0, out_dir=out)
+    float32, bfloat16 = ([row["reward_margin"] for row in rows[dtype]] for dtype in rows)
+    assert abs(float32[-1]) > 0.1 and bfloat16 != float32
+    assert bfloat16 == pytest.approx(float32, rel=0.1, abs=0.01)  # 8 bits, and Adam's steps of lr
+
+
+def test_rewards_have_the_digits_of_float32_where_products_are_bfloat16(tiny_model_folder):
+    model, _ = load_reward_model(str(tiny_model_folder))
+    torch.nn.init.normal_(model.score.weight)
+    set_forward(model, torch.device("cpu"), mixed=True, fsdp=False)
+    rewards = pair_stats(model, pack(make_pairs())).logp
+    assert not torch.equal(rewards, rewards.bfloat16().float())
 
 
 def test_a_run_goes_on_from_a_reward_model(tiny_model_folder, tmp_path, data):
