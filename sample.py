@@ -269,9 +269,10 @@ def sample_prompts(
 
     if tau := config.global_temperature:
         for n in indices:
-            batch = Batch(model, [encoded[n]], [0] * config.particles, *limits, *options)
             rng = np.random.default_rng([config.seed, n])
+            batch = Batch(model, [encoded[n]], [0] * config.particles, *limits, *options)
             completions, ess, log_z = sample_global_batch(batch, config.num_samples, tau, rng, **params)
+            del batch  # before the next one takes as much memory
             yield [describe(c, ess=ess, log_z=log_z) for c in completions]
         return
     prompts, seeds = [encoded[n] for n in indices], [[config.seed, n] for n in indices]
@@ -318,7 +319,7 @@ def main() -> None:
     out = Path(config.out_file or folder / "samples.jsonl") if writes else None
     if out and out.is_dir():
         raise InputError(f"--out_file {out}: is a folder")
-    is_writer = out and get_rank() == 0
+    is_writer = out is not None and get_rank() == 0
 
     def check_new() -> None:
         if is_writer and out.exists() and not (config.overwrite or config.resume):

@@ -117,7 +117,7 @@ def attention_errors(
     shapes = [(1, heads, tokens, size) for heads in (2 * group, 2, 2)]
     qkv = [torch.randn(shape, device=DEVICE, dtype=DTYPE, requires_grad=CUDA) for shape in shapes]
     wide = [x.detach().float().requires_grad_(CUDA) for x in qkv]
-    exact = dense(*wide, dense_masks(row, window), size**-0.5, softcap)
+    exact = dense(*wide, row.lengths, dense_masks(row, window), size**-0.5, softcap)
     ours = flex(*qkv, block_mask(row, window), size**-0.5, softcap)
     errors = {"forward": largest_error(ours, exact)}
     if CUDA:

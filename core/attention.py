@@ -103,25 +103,32 @@ def flex(
 
 
 def dense(
-    query: Tensor, key: Tensor, value: Tensor, masks: list[Tensor], scale: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    masks: list[Tensor | None],
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """Attention one example at a time with dense masks, (1, heads, T, head size) in and out.
 
-    It costs the sum of n^2 over the examples; one mask over the row would cost (sum of n)^2.
+    It costs the sum of n^2 over the examples; one mask over the row would cost (sum of n)^2. Without a mask
+    an example is one text, and without a softcap: every token attends to all up to it.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    lengths = [len(mask) for mask in masks]
     out = []
     parts = (x.split(lengths, 2) for x in (query, key, value))
     for q, k, v, mask in zip(*parts, masks, strict=True):
-        mask = mask.to(q.dtype)
         if softcap is None:
-            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
+            mask = mask if mask is None else mask.to(q.dtype)
+            causal = mask is None
+            out.append(F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale))
         else:
             score = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
-            out.append((score + mask).softmax(-1) @ v)
+            out.append((score + mask.to(q.dtype)).softmax(-1) @ v)
     return torch.cat(out, 2)
 
 
@@ -152,7 +159,7 @@ class RowAttention:
             mask = self.mask(block_mask, window)
             if flex_compiles(*qkv, mask, scale, softcap):
                 return flex(*qkv, mask, scale, softcap)
-        return dense(*qkv, self.mask(dense_masks, window), scale, softcap)
+        return dense(*qkv, self.packed.lengths, self.mask(dense_masks, window), scale, softcap)
 
 
 COMPILES: dict[tuple, bool] = {}  # what flex_compiles found, by heads, head sizes, dtypes and softcap

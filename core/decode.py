@@ -31,15 +31,15 @@ from common.parallel import to_device
 from core.attention import compile_once, require_attention, use_packed_attention
 from core.checks import compiling, probe_ids, refused
 from core.kv_cache import SharedPromptCache, keep_in_place
-from core.model import head_logits
-from core.pairs import pack
+from core.model import float32_head
+from core.pairs import pack, split
 
 FINISH = ("", "eos", "stop", "length")  # Completion.finish by code; "" while it is active
 ACTIVE, EOS, STOP, LENGTH = range(4)  # the codes: indices into FINISH
 NUCLEUS = 1024  # tokens that top_p sorts first: sorting a large vocabulary takes as long as a small model
 BLOCK = 128  # tokens per block in gumbel_max
 STATE = "tokens", "scores", "length", "finish", "ancestor"  # of a Batch: tensors with a row per completion
-PREFILL = 2048  # prompt tokens per forward pass
+PREFILL = 2048  # prompt tokens per forward pass, unless one prompt has more
 
 
 class Completion(NamedTuple):
@@ -178,13 +178,14 @@ class Batch:
             check_decoding(self.model)
         use_packed_attention(self.model)
         head = self.model.get_output_embeddings()
-        if isinstance(head, nn.Linear):  # float32 logits; caps and scales that the model applies come after
-            head.forward = lambda hidden: head_logits(hidden, head.weight, head.bias)
-        logits, size = [], max(1, PREFILL // max(map(len, prompts)))
-        for first in range(0, len(prompts), size):
-            packed = pack([[prompt] for prompt in prompts[first : first + size]])
+        # float32 logits, from the first call on; caps and scales that the model applies come after
+        if isinstance(head, nn.Linear) and "forward" not in vars(head):
+            head.forward = partial(float32_head, head)
+        logits = []
+        for part in split(range(len(prompts)), list(map(len, prompts)), PREFILL):
+            packed = pack([[prompts[i]] for i in part])
             last = torch.tensor(packed.lengths, device=self.device).cumsum(0) - 1
-            attend = partial(self.cache.prefill, packed, slot + first)
+            attend = partial(self.cache.prefill, packed, slot + part[0])
             self.cache.calls, self.cache.masks = 0, {}
             logits.append(self.forward(self.model, packed.ids[None], packed.position[None], last, attend))
         require_attention(self.model, self.cache.calls)

@@ -7,12 +7,11 @@ prompt and to the keys of its own completion, under one softmax:
 
 All completions of a prompt share K_prompt and V_prompt, so a step reads them once per prompt. An ordinary KV
 cache stores and reads a copy for every completion; with long prompts that is most of a step's memory traffic.
-(Hydragen, Juravsky et al. 2024, splits attention so too.) Completions get their memory at the start.
+(Hydragen, Juravsky et al. 2024, splits attention so too.)
 """
 
 import math
 from collections import Counter
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +21,17 @@ from common.parallel import to_device
 from core.attention import dense, dense_masks
 from core.pairs import Packed
 
+NEW_TOKENS = 256  # tokens of each completion that there is room for at first; when it is full, twice as many
+
 
 class SharedPromptCache:
     """The keys and values of a Batch.
 
     `layers` has an entry for each attention call of a forward pass: the prompts' keys and values, each
     (prompts or more, kv heads, longest prompt or more, head size), then the completions', each (batch,
-    kv heads, max_new_tokens, head size). `masks` holds a mask for each window, which layers share; `calls`
-    counts the attention calls of the forward pass. `last`, one prompt's index or none, is a prompt that is
-    kept without a completion: others may follow.
+    kv heads, longest completion or more, head size). `masks` holds a mask for each window, which layers
+    share; `calls` counts the attention calls of the forward pass. `last`, one prompt's index or none, is a
+    prompt that is kept without a completion: others may follow.
     """
 
     def __init__(self, batch: int, max_new_tokens: int, device: torch.device):
@@ -46,7 +47,14 @@ class SharedPromptCache:
             layer[:2] = [grow(x, len(self.prompt_lengths), int(self.prompt_lengths.max())) for x in layer[:2]]
 
     def prefill(
-        self, packed: Packed, first: int, _: nn.Module, *qkv: Tensor, window: int | None, **options: Any
+        self,
+        packed: Packed,
+        first: int,
+        _: nn.Module,
+        *qkv: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
     ) -> Tensor:
         """Attention within packed prompts; stores keys and values as those of prompts first, first + 1, ...
 
@@ -57,15 +65,18 @@ class SharedPromptCache:
             prompts, longest = len(self.prompt_lengths), int(self.prompt_lengths.max())
             layer = [x.new_zeros(prompts, x.shape[1], longest, x.shape[-1]) for x in (k, v)]
             # zeros: what is masked has the weight 0, and 0 times a NaN would be NaN
-            layer += [x.new_zeros(self.batch, x.shape[1], self.max_new_tokens, x.shape[-1]) for x in (k, v)]
+            new = min(self.max_new_tokens, NEW_TOKENS)
+            layer += [x.new_zeros(self.batch, x.shape[1], new, x.shape[-1]) for x in (k, v)]
             self.layers.append(layer)
         for stored, new in zip(self.layers[self.calls], (k, v), strict=False):
             for prompt, part in enumerate(new[0].split(packed.lengths, 1), first):
                 stored[prompt, :, : part.shape[1]] = part
         self.calls += 1
-        if window not in self.masks:
-            self.masks[window] = [mask.to(self.device) for mask in dense_masks(packed, window)]
-        return dense(q, k, v, self.masks[window], **options)
+        if window not in self.masks:  # a long prompt's would be large, and plain causal attention needs none
+            plain = softcap is None and (window is None or window >= max(packed.lengths))
+            masks = [] if plain else [mask.to(self.device) for mask in dense_masks(packed, window)]
+            self.masks[window] = masks or [None] * len(packed.lengths)
+        return dense(q, k, v, packed.lengths, self.masks[window], scale, softcap)
 
     def attend(
         self, _: nn.Module, *qkv: Tensor, scale: float, window: int | None, softcap: float | None
@@ -162,6 +173,10 @@ class SharedPromptCache:
         from tensors: torch.compile would compile an int attribute as a constant, and so again for every step.
         """
         self.calls, n, end = 0, len(lengths), int(lengths.max()) + 1
+        if end > (size := self.layers[0][2].shape[2]):  # full
+            more = min(size, self.max_new_tokens - size)
+            for layer in self.layers:
+                layer[2:] = [F.pad(x, (0, 0, 0, more)) for x in layer[2:]]
         self.rows, self.ends = torch.arange(n, device=self.device), to_device(lengths, self.device)
         prompts = slice(len(self.prompt_lengths)), slice(None), slice(self.longest)
         self.filled = [

@@ -16,7 +16,8 @@ A B C F, and not D (attention.py).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -70,12 +71,16 @@ class Packed(NamedTuple):
 def batch_indices(step: int, size: int, count: int, seed: int) -> list[int]:
     """The global batch of a step, as indices: a slice of an endless stream of shuffles of range(count)."""
     first, last = step * size, (step + 1) * size
-    stream: list[int] = []
-    for epoch in range(first // count, (last - 1) // count + 1):
-        generator = torch.Generator().manual_seed(seed + SEED_STRIDE * epoch)
-        stream += torch.randperm(count, generator=generator).tolist()
-    skip = first // count * count
-    return stream[first - skip : last - skip]
+    epochs = range(first // count, (last - 1) // count + 1)
+    stream = torch.cat([shuffled(count, seed + SEED_STRIDE * epoch) for epoch in epochs])
+    skip = epochs[0] * count
+    return stream[first - skip : last - skip].tolist()
+
+
+@lru_cache(maxsize=2)  # of a million examples, making it takes as long as a step
+def shuffled(count: int, seed: int) -> Tensor:
+    """The numbers 0 to count - 1 in random order, (count,)."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def pack(examples: Sequence[Sequence[Sequence[int]]]) -> Packed:
@@ -119,17 +124,7 @@ def micro_batches(
     tokens = {index: count_tokens(examples[index]) for index in indices}
     by_length = sorted(indices, key=tokens.__getitem__)
 
-    def split(share: Sequence[int]) -> list[list[int]]:
-        batches, size = [], 0
-        for index in share:
-            if not batches or size + tokens[index] > max_tokens:
-                batches.append([])
-                size = 0
-            batches[-1].append(index)
-            size += tokens[index]
-        return batches
-
-    shares = [split(by_length[start::world_size]) for start in range(world_size)]
+    shares = [split(by_length[start::world_size], tokens, max_tokens) for start in range(world_size)]
     count, mine = min(max(map(len, shares)), len(indices) // world_size), shares[rank]
     if len(mine) > count:  # by one at most, because shares differ by one example
         mine[:2] = [mine[0] + mine[1]]
@@ -138,6 +133,20 @@ def micro_batches(
         mine.remove(largest)
         mine += [largest[::2], largest[1::2]]
     return mine
+
+
+def split(
+    indices: Sequence[int], tokens: Mapping[int, int] | Sequence[int], max_tokens: int
+) -> list[list[int]]:
+    """Cut a list of indices into parts of at most `max_tokens` tokens, or one index with more of them."""
+    parts, size = [], 0
+    for index in indices:
+        if not parts or size + tokens[index] > max_tokens:
+            parts.append([])
+            size = 0
+        parts[-1].append(index)
+        size += tokens[index]
+    return parts
 
 
 def default_micro_batch_tokens(device: torch.device) -> int:

@@ -96,7 +96,7 @@ def test_where_flex_attention_does_not_compile_the_dense_masks_serve(monkeypatch
     monkeypatch.setattr(attention, "COMPILES", {})
     packed = pack(PAIRS)
     qkv = torch.randn(3, 1, 2, len(packed.ids), 16)
-    wanted = dense(*qkv, dense_masks(packed, None), 0.25, None)
+    wanted = dense(*qkv, packed.lengths, dense_masks(packed, None), 0.25, None)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.ndim == 4))  # queries, keys and values
     monkeypatch.setattr(attention, "compile_once", lambda function: function)
     attend = RowAttention(packed)

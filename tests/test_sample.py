@@ -1,5 +1,6 @@
 """Sampling against transformers' logits processors, generate, and exact enumeration."""
 
+import copy
 import importlib
 import itertools
 import json
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from common.encode import encode_prompts, end_tokens
 from common.files import InputError
-from core import decode
+from core import decode, kv_cache
 from core.decode import Batch, exponential_noise, gumbel_max, keep_in_place
 from core.hub import load_model
 from core.model import pair_stats
@@ -98,6 +99,23 @@ def test_the_cache_stores_a_prompt_once():
     model = make(CONFIGS["llama"])
     batch = Batch(model, [list(range(5, 25))], [0] * 64, 30, None)
     assert {tuple(x.shape) for layer in batch.cache.layers for x in layer[:2]} == {(1, 2, 20, 8)}
+
+
+def test_completions_that_need_more_room_get_it(monkeypatch):
+    model = make(CONFIGS["gemma2"])
+    draw = lambda: sample(model, [5, 7, 9], 7, 50, [0], seed=3)  # noqa: E731
+    wanted = draw()
+    monkeypatch.setattr(kv_cache, "NEW_TOKENS", 3)
+    assert [c.tokens for c in draw()] == [c.tokens for c in wanted]
+    assert max(len(c.tokens) for c in wanted) == 50
+
+
+def test_a_copy_of_a_model_that_was_sampled_has_its_own_head():
+    model = make(CONFIGS["llama"])
+    sample(model, [5, 7], 1, 2, None)
+    copied = copy.deepcopy(model)
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    assert copied(torch.tensor([[5, 7]])).logits.any()
 
 
 @pytest.mark.parametrize("num_samples", [1, 3, 177])
