@@ -41,7 +41,7 @@ from common.files import ROOT, InputError, atomic_write, digest_json, error_pref
 from common.flags import flag, require, run_command
 from common.rows import last_turn, read_prompts, sample_row
 from core.checks import check_inputs
-from core.hub import export, load_model
+from core.hub import digest_weights, export, load_model
 from core.lora import lora_disabled
 from core.model import Stats, set_forward
 from core.pairs import count_tokens, default_micro_batch_tokens, describe
@@ -62,7 +62,7 @@ Reward = Callable[[list[dict[str, Any]], list[str]], Sequence[float]]
 PHASES = "sampling", "reference", "reward", "gradient"  # of a step: metrics.jsonl has the seconds of each
 # The society's reward, in nats, of a text that is no story, opinion or answer. So low because J flattens the
 # reference: at alpha / beta = 4, the sum of pi_ref(y)^(1/4) over other texts of up to 48 tokens is e^165, and
-# over all stories, each times its exp(r / alpha), e^6.5. This reward multiplies the former by exp(-100 / alpha) = e^-250
+# over all stories, each times its exp(r / alpha), e^6.5. This reward multiplies the former by e^-250
 MALFORMED = -100.0
 EVALUATION = 2**32  # the "step" of held-out prompts, which seeds their samples: no step has this number
 
@@ -71,7 +71,7 @@ EVALUATION = 2**32  # the "step" of held-out prompts, which seeds their samples:
 class RLConfig(TrainConfig):
     """Flags of train_rl.py."""
 
-    data: str | None = flag(None, "Rows with a 'prompt': .jsonl[.gz], .json, .parquet, .txt.")
+    data: str | None = flag(None, "Rows with a 'prompt': .jsonl[.gz], .json, .parquet, .csv, .txt.")
     eval_data: str | None = flag(None, "Other prompts, sampled every --eval_every steps.")
     out_dir: str = flag("out/rl", "Folder for the adapter, metrics.jsonl, samples/ and checkpoint/.")
     batch_size: int = flag(8, "Prompts per optimizer step, over all processes.", "[1, inf)")
@@ -159,7 +159,8 @@ def load_reward(config: RLConfig) -> Reward:
 
     def reward(rows: list[dict[str, Any]], texts: list[str]) -> np.ndarray:
         options = [row.get("template_options") for row in rows]
-        return score([row["prompt"] for row in rows], texts, options)
+        with error_prefix(f"--reward_model {config.reward_model}"):
+            return score([row["prompt"] for row in rows], texts, options)
 
     return reward
 
@@ -181,11 +182,12 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
                 prompts, tokenizer, [row.get("template_options") for row in rows[path]]
             )
     with error_prefix(f"--model {config.model}"):
-        ends = end_tokens(model, tokenizer, [row["prompt"] for row in rows[config.data]])
+        ends = end_tokens(model, tokenizer, [row["prompt"] for some in rows.values() for row in some])
     text = [0] * config.max_new_tokens  # as long as a text may get
     longest = {path: [(ids, text) for ids in some] for path, some in encoded.items()}
     print(f"the first prompt, as the model sees it:\n{describe(encoded[config.data][:1], tokenizer)}")
     digests = {"model": digest_model(model), "data": digest_json(encoded[config.data])}
+    digests |= {"reward_model": digest_weights(config.reward_model)} if config.reward_model else {}
     some = longest[config.data], longest.get(config.eval_data, [])
     check_inputs(config, model, *some, digests, length="max_new_tokens")
     reference = model  # with its adapter off
@@ -218,7 +220,7 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
         texts = [completion_text(c, tokenizer) for c in drawn]
         given = np.asarray(reward([rows[path][i] for i in asked], texts) if texts else [], dtype=float)
         if given.shape != (len(texts),) or not np.isfinite(given).all():
-            raise InputError(f"step {step}: the reward must be a finite number for each text: {given}")
+            raise InputError(f"the reward must be a finite number for each text: {given}")
         if config.no_reward_if_cut:
             given = np.where([c.finish == "eos" for c in drawn], given, 0.0)
         parts = parallel.all_gather(list(zip(drawn, texts, given.tolist(), ref.tolist(), strict=True)))
@@ -262,7 +264,7 @@ def train(config: RLConfig, reward: Reward | None = None) -> None:
         return row, int(row.pop("tokens"))
 
     def evaluate() -> dict[str, float]:
-        with torch.no_grad():
+        with torch.no_grad(), error_prefix(f"--eval_data {config.eval_data}"):
             every = list(range(len(encoded[config.eval_data])))
             row = rollout(config.eval_data, every, EVALUATION)
         return {f"eval_{name}": value for name, value in row.items()}

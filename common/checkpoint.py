@@ -18,7 +18,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ from common.parallel import all_gather, barrier, get_rank, get_world_size, to_lo
 # flags that may change when a run is resumed (model and data: the path may, the content may not)
 MAY_CHANGE = {"out_dir", "overwrite", "resume", "model", "data", "eval_data", "max_steps", "epochs"}
 MAY_CHANGE |= {"log_every", "eval_every", "save_every", "keep", "wandb", "tensorboard"}
-MAY_CHANGE |= {"parallel", "checkpoint_activations", "micro_batch_tokens", "compile"}
+MAY_CHANGE |= {"parallel", "checkpoint_activations", "micro_batch_tokens", "compile", "attention"}
 MAY_CHANGE |= {"sample_batch_size", "log_samples"}
 LOGS = {".log", ".txt", ".out", ".err"}  # files that a user may write into the folder before the run
 
@@ -86,7 +86,7 @@ def check_folder(config: Any, out: Path) -> None:
     if started and not (config.overwrite or config.resume):
         raise InputError(f"--out_dir {out}: holds a run; --resume continues it, --overwrite replaces it")
     if config.resume:
-        require_same(asdict(config), read_run(out), MAY_CHANGE)
+        require_same(asdict(config), flags_to_resume(out, type(config)), MAY_CHANGE)
 
 
 def claim_run(config: Any, out: Path) -> None:
@@ -109,7 +109,7 @@ def claim_run(config: Any, out: Path) -> None:
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """run.json: the flags of the run in a folder and its run_id. Raises InputError if it is damaged."""
+    """run.json: a run's flags, the name of their class and its run_id. Raises InputError if it is damaged."""
     try:
         return {**parse_json((out / "run.json").read_bytes())}
     except (ValueError, TypeError):
@@ -121,11 +121,19 @@ def run_id(out: Path) -> str | None:
     return read_run(out).get("run_id") if (out / "run.json").is_file() else None
 
 
-def saved_args(out: Path, names: set[str]) -> list[str]:
-    """The flags of the run in a folder, as a command line would give them; warns of those not in `names`."""
-    flags = read_run(out) | {"out_dir": str(out), "overwrite": False}
-    flags.pop("run_id", None)
-    for name in flags.keys() - names:
+def flags_to_resume(out: Path, config: type) -> dict[str, Any]:
+    """The flags of the run in a folder. Raises InputError if a class other than `config` has them."""
+    flags = read_run(out)
+    began, mine = flags.get("config"), config.__name__  # older runs do not name it
+    if began not in (None, mine):
+        raise InputError(f"--out_dir {out}: was begun with {began}, not {mine}: --resume it with that script")
+    return {name: value for name, value in flags.items() if name not in ("run_id", "config")}
+
+
+def saved_args(out: Path, config: type) -> list[str]:
+    """The flags of the run in a folder, as a command line would give them; warns of those not in `config`."""
+    flags = flags_to_resume(out, config) | {"out_dir": str(out), "overwrite": False}
+    for name in flags.keys() - {one.name for one in fields(config)}:
         print(f"warning: {out / 'run.json'}: --{name} {flags.pop(name)} is no flag any more", file=sys.stderr)
     values = {name: v if isinstance(v, list) else [v] for name, v in flags.items() if v is not None}
     return [word for name, value in values.items() for word in (f"--{name}", *map(str, value))]
@@ -183,7 +191,7 @@ def _start_run(config: Any, out: Path, metrics: list[bytes]) -> None:
     saved = read_run(out) if config.resume and (out / "run.json").is_file() else {"run_id": uuid.uuid4().hex}
     # overwrite is true until the old run is gone: if this process is killed before, --resume removes the rest
     overwrite = config.overwrite or saved.get("overwrite", False)
-    flags = asdict(config) | {"run_id": saved.get("run_id")}
+    flags = asdict(config) | {"run_id": saved.get("run_id"), "config": type(config).__name__}
     write_json(out / "run.json", flags | {"overwrite": overwrite})  # first: a folder with it can be resumed
     if overwrite:
         for path in old_files(out):
@@ -203,7 +211,8 @@ def save_checkpoint(
 ) -> None:
     """Write the checkpoint of `step` into `folder`; delete later steps and all but the newest `keep`.
 
-    `digests` are those of model and data, which find_checkpoint() compares. All processes must call it.
+    `digests` are those of model and data, by the name of their flag, which find_checkpoint() compares. All
+    processes must call it.
     """
     new = folder / f".{step:06d}"
     if get_rank() == 0:
@@ -265,8 +274,8 @@ def find_checkpoint(config: Any, digests: dict[str, str]) -> tuple[Path, dict[st
     Raises InputError if the run had another model or other data, or if every checkpoint is damaged.
     """
     newest = newest_checkpoint(Path(config.out_dir) / "checkpoint") if config.resume else None
-    for name in ("model", "data") if newest else ():
-        if newest[1][name] != digests[name]:
+    for name in digests if newest else ():
+        if newest[1].get(name, digests[name]) != digests[name]:
             raise InputError(f"--{name} {getattr(config, name)}: not that of the run to --resume")
     return newest
 

@@ -36,6 +36,12 @@ def run_command(main: Callable[[], None]) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all of torchrun's processes read the same bad flags
             print_error(error)
         sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; this file imports no torch, to start fast
+            raise
+        needs = "smaller batches need less (training: --micro_batch_tokens; sampling: --batch_size)"
+        print_error(f"{str(error).partition('.')[0]}: {needs}")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
@@ -77,7 +83,7 @@ class Flags:
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            value, allowed = getattr(self, one.name), one.metadata["help"].allowed
+            value, allowed = getattr(self, one.name), getattr(one.metadata.get("help"), "allowed", None)
             for single in value if isinstance(value, list) else [value]:
                 is_allowed, wanted = _check(single, allowed)
                 if not is_allowed:

@@ -101,7 +101,7 @@ def print_row(row: dict[str, float], steps: int, start: int, began: float) -> No
         minutes_left = (time.monotonic() - began) / 60 / done * (steps - start - done)
         line += f" | {row['examples_per_second']:.3g} examples/s, {minutes_left:.1f} min left"
     if row["step"] == 0 and abs(row.get("reward_margin", 0)) > 1e-3:
-        line += "  <- before any update: this margin is where the loss starts (DPL with alpha != beta)"
+        line += "  <- before any update: this margin is where the loss starts"
     tqdm.write(line)
     sys.stdout.flush()  # a run in the background writes to a file, which Python buffers
 

@@ -315,7 +315,7 @@ def read_samples(path: str | Path, allow_empty: bool = False) -> dict[str, list[
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("file:row", row) for each JSON object of a .jsonl, .jsonl.gz, .json or .parquet file.
+    """Yield ("file:row", row) for each JSON object of a .jsonl, .jsonl.gz, .json, .parquet or .csv file.
 
     A .json file holds one list, or JSON lines. A line of a .txt file becomes {"prompt": line}. The first line
     of a .csv file names its columns. Rows are counted from 1; in JSON lines and .txt files a row's number is
@@ -362,6 +362,8 @@ def _parse(path: Path) -> Iterator[tuple[int, Any]]:
             with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
                 try:
                     for number, row in enumerate(csv.DictReader(lines, strict=True), 1):
+                        if None in row:  # a comma without quotes moves all that follows into other columns
+                            raise InputError(f"{path}:{number}: more fields than the first line has names")
                         json.dumps(row, ensure_ascii=False).encode()  # fails in the row that is not UTF-8
                         yield number, row
                 except csv.Error as error:

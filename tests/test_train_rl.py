@@ -208,3 +208,5 @@ def test_a_reward_model_rewards(reward_folder):
     rows, texts = [{"prompt": "Best fruit?"}, {"prompt": "A café?"}], [" The fig.", " Mud."]
     expected = score_texts(model.eval(), tokenizer, [row["prompt"] for row in rows], texts)
     assert reward(rows, texts) == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(InputError, match=r"^--reward_model .*: a text has \d+ tokens, and the model \d+ pos"):
+        reward(rows[:1], [" The fig." * 10_000])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from array import array
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +54,21 @@ def test_each_value_of_a_list_must_be_allowed():
     assert parse(Sizes, None, ["--sizes", "1", "2"]).sizes == [1, 2]
     with pytest.raises(InputError, match=r"^--sizes 0: must be at least 1$"):
         parse(Sizes, None, ["--sizes", "1", "0"])
+
+
+def test_a_fork_may_have_plain_fields():
+    @dataclass
+    class Forked(Sizes):
+        gamma: float = 0.5
+
+    assert parse(Forked, None, ["--gamma", "2"]).gamma == 2
+
+
+def test_running_out_of_gpu_memory_is_one_line(refused):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    refused(SimpleNamespace(__name__="some", main=main), [], "CUDA out of memory: smaller batches need less")
 
 
 def parse_arguments(*arguments):

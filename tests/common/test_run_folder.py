@@ -170,6 +170,12 @@ def test_the_working_directory_may_be_the_folder(config, monkeypatch):
     assert run(replace(here, resume=True))
 
 
+def test_a_run_below_the_folder_of_its_model_may_be_overwritten(config, tmp_path):
+    model = shutil.copytree(ROOT / SOCIETY, tmp_path / "model")
+    below = replace(config, model=str(model), out_dir=str(model / "runs/run"))
+    assert run(below) == run(replace(below, overwrite=True))
+
+
 def test_what_can_be_refused_is_refused_before_the_reference_pass(config, monkeypatch):
     run(config)
     monkeypatch.setattr(trainer, "reference_stats", lambda *_: pytest.fail("computed"))

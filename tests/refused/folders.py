@@ -194,6 +194,7 @@ ADAPTERS = {
     "PiSSA, which changes the base": (config(init_lora_weights="pissa"), NOT_PLAIN),
     "DoRA": (config(use_dora=True), NOT_PLAIN),
     "rsLoRA": (config(use_rslora=True), NOT_PLAIN),
+    "a revision of its base": (config(revision="step1000"), "revision 'step1000' of the base"),
     "ranks by layer": (config(rank_pattern={"q_proj": 2}), NOT_PLAIN),
     "another rank": (config(r=3), TENSORS, "lora_A.weight is (2, 64), but its configuration has r 3"),
     "rank 0": (config(r=0), RANK),

@@ -107,6 +107,7 @@ FILES = {
     "latin.csv": ("a,b\n1,2\n1,é\n".encode("latin-1"), "latin.csv:2: not UTF-8"),
     "open.csv": (b'a,b\n1,"2\n', "open.csv", "not readable as csv"),
     "quoted.csv": (b'a,b\n1,"2"3\n', "quoted.csv", "not readable as csv"),
+    "more.csv": (b"a,b\n1,2\n1,2, and 3\n", "more.csv:2: more fields than the first line has names"),
     "long.csv": (b"a,b\n1," + b"2" * 200_000, "long.csv", "not readable as csv"),
 }
 for name, (text, *fragments) in FILES.items():
@@ -142,7 +143,7 @@ FLAGS = {
     "--max_length 0": "--max_length 0: must be at least 1",
     "--schedule steep": "--schedule steep: must be one of constant, linear, cosine",
     "--overwrite --resume": "--resume True: must be given without --overwrite",
-    "--lora_targets q_proj nope": "--lora_targets nope: no such linear layer",
+    "--lora_targets q_proj nope": "nope: no linear layer to adapt (--lora_targets); this model has ",
     "--lora_targets nope": "this model has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
     "@missing.txt": "missing.txt",
     "--data ''": "--data: is empty; give a value, or leave the flag out",
@@ -223,6 +224,10 @@ RESUME = {
 fewer = {"pairs.jsonl": lines(*PAIRS[:2])}
 for flags, fragment in RESUME.items():
     ROWS[f"--resume {flags}"] = ("train_dpl --resume", f"--out_dir run {flags}", fewer, fragment)
+ROWS["--resume of another script's run"] = (
+    "train_mallows --resume, train_sft --resume", "--out_dir run", {},
+    "--out_dir run: was begun with DPLConfig, not ", "Config: --resume it with that script",
+)  # fmt: skip
 RUNS = {
     "cut short": ("{", "run/run.json: damaged"),
     "nested too deep": ("[" * 100_000, "run.json: damaged; --overwrite starts the run anew"),
