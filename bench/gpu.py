@@ -4,7 +4,7 @@
     python3 bench/gpu.py --parts attention training     # some of it; the parts are, in order of risk:
 
     attention          FlexAttention in bfloat16, forward and backward: Mistral's heads, short rows
-    training           FSDP, resuming: losses of train_dpl.py against those on the CPU
+    training           FSDP, resuming: losses of training against those on the CPU
     7B training        LoRA: tokens/s, share of the peak, memory, the host's time against the GPU's
     other attention    other heads, groups of them, windows, caps
     architectures      packed rows against a plain forward for each text: log-probabilities and gradients
@@ -151,37 +151,37 @@ def attention(lengths: Sequence[int], size: int, group: int, **limits: float) ->
     return f"{errors} of the largest value at most, {graphs} graphs; rows of {rows} tokens"
 
 
-def train(out: Path, flags: Sequence[str], on_gpu: bool, steps: int) -> np.ndarray:
-    """The losses of train_dpl.py's steps on the first 512 pairs of the society, in a process of its own."""
+def train(out: Path, command: Sequence[str], on_gpu: bool, steps: int) -> np.ndarray:
+    """The losses of a script's steps on the first 512 pairs of the society, in a process of its own."""
     data = out.parent / "pairs.jsonl"
     with gzip.open(ROOT / "data/society/train.jsonl.gz", "rt") as rows:
         data.write_text("".join(itertools.islice(rows, 512)))
     words = ["@recipes/society.txt", "--data", data, "--out_dir", out, "--resume", "--max_steps", steps]
-    words += ["--log_every", 1, "--warmup_steps", 1, "--schedule", "constant", *flags]
+    words += ["--log_every", 1, "--warmup_steps", 1, "--schedule", "constant"]
     env = os.environ | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""})
-    if "fsdp" in flags:  # as torchrun would start the only process; port 0 is any free one
+    if "fsdp" in command:  # as torchrun would start the only process; port 0 is any free one
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    command = [sys.executable, "train_dpl.py", *map(str, words)]
+    command = [sys.executable, *command, *map(str, words)]
     subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL, timeout=LIMIT / 2)
     return np.array([json.loads(row)["loss"] for row in (out / "metrics.jsonl").read_text().splitlines()])
 
 
 @functools.cache
-def cpu_losses(*flags: str) -> np.ndarray:
+def cpu_losses(*command: str) -> np.ndarray:
     """What a plain run in float32 on the CPU computes."""
     with tempfile.TemporaryDirectory() as folder:
-        return train(Path(folder, "run"), flags, False, STEPS)
+        return train(Path(folder, "run"), command, False, STEPS)
 
 
-def training(weights: Sequence[str], flags: Sequence[str], resumed: bool = False) -> str:
+def training(command: Sequence[str], flags: Sequence[str], resumed: bool = False) -> str:
     """Largest difference of a loss from those of a plain run on the CPU, over the steps."""
-    wanted = cpu_losses(*weights)
+    wanted = cpu_losses(*command)
     with tempfile.TemporaryDirectory() as folder:
-        out, flags = Path(folder, "run"), (*weights, *flags)
+        out, command = Path(folder, "run"), (*command, *flags)
         if resumed:
-            train(out, flags, CUDA, STEPS // 2)
-        gap = abs(train(out, flags, CUDA, STEPS) - wanted).max()
+            train(out, command, CUDA, STEPS // 2)
+        gap = abs(train(out, command, CUDA, STEPS) - wanted).max()
     line = f"largest difference of a loss from the CPU's: {gap:.1e}"
     # on the CPU, other sizes of micro-batches move a loss by up to 1e-5, and bfloat16 by 5e-3
     assert gap < (0.02 if "bfloat16" in flags else 1e-3), line
@@ -287,7 +287,8 @@ def sample_7b(contender: str, samples: int) -> str:
 
 # ---- the report
 
-ADAPTER, ALL = (), ("--lora_rank", "0", "--lr", "1e-3")
+ADAPTER, REWARD = ("train_dpl.py",), ("train_reward.py",)
+ALL = ("train_dpl.py", "--lora_rank", "0", "--lr", "1e-3")
 FLOAT32, BFLOAT16, FSDP = ("--dtype", "float32"), ("--dtype", "bfloat16"), ("--parallel", "fsdp")
 GENERATE = "generate with a static cache" + (", which compiles itself" if CUDA else "")
 SHORT = (18, 33, 64, 100, 127)  # FlexAttention has another kernel below 128, for decoding
@@ -301,6 +302,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "all weights, FSDP": partial(training, ALL, FLOAT32 + FSDP),
         "adapter, resumed": partial(training, ADAPTER, FLOAT32, resumed=True),
         "adapter, bfloat16, FSDP": partial(training, ADAPTER, BFLOAT16 + FSDP),
+        "reward model, bfloat16": partial(training, REWARD, BFLOAT16),
     },
     "7B training": {
         f"{tokens:,} tokens, dropout {dropout}{more}": partial(train_7b, dropout, bool(more), tokens)
