@@ -162,8 +162,9 @@ def train(out: Path, command: Sequence[str], on_gpu: bool, steps: int) -> np.nda
     if "fsdp" in command:  # as torchrun would start the only process; port 0 is any free one
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    command = [sys.executable, *command, *map(str, words)]
-    subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL, timeout=LIMIT / 2)
+    script, *flags = command
+    words = [sys.executable, script, *map(str, words), *flags]
+    subprocess.run(words, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL, timeout=LIMIT / 2)
     return np.array([json.loads(row)["loss"] for row in (out / "metrics.jsonl").read_text().splitlines()])
 
 

@@ -271,7 +271,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 def find_checkpoint(config: Any, digests: dict[str, str]) -> tuple[Path, dict[str, Any]] | None:
     """newest_checkpoint() of the run to resume; None if there is none.
 
-    Raises InputError if the run had another model or other data, or if every checkpoint is damaged.
+    Raises InputError if the run had another model, reward model or other data, or if all are damaged.
     """
     newest = newest_checkpoint(Path(config.out_dir) / "checkpoint") if config.resume else None
     for name in digests if newest else ():

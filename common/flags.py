@@ -39,8 +39,8 @@ def run_command(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; this file imports no torch, to start fast
             raise
-        needs = "smaller batches need less (training: --micro_batch_tokens; sampling: --batch_size)"
-        print_error(f"{str(error).partition('.')[0]}: {needs}")
+        flags = "training: --micro_batch_tokens; sampling: --batch_size, --sample_batch_size or --particles"
+        print_error(f"{str(error).partition('.')[0]}: a smaller batch needs less ({flags})")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")

@@ -56,7 +56,8 @@ def check_inputs(
     if processes > min(config.batch_size, len(examples), len(held_out) or processes):
         raise InputError(f"{processes} processes: --batch_size, --data and --eval_data need a pair for each")
     if any(other != digests for other in all_gather(digests)):
-        raise InputError(f"--model {config.model}, --data {config.data}: not the same for all processes")
+        flags = ", ".join(f"--{name} {getattr(config, name)}" for name in digests)
+        raise InputError(f"{flags}: not the same for all processes")
 
 
 def check_overwrite(config: Any) -> None:

@@ -174,7 +174,7 @@ class SharedPromptCache:
         """
         self.calls, n, end = 0, len(lengths), int(lengths.max()) + 1
         if end > (size := self.layers[0][2].shape[2]):  # full
-            more = min(size, self.max_new_tokens - size)
+            more, self.filled = min(size, self.max_new_tokens - size), []  # its views would keep the old ones
             for layer in self.layers:
                 layer[2:] = [F.pad(x, (0, 0, 0, more)) for x in layer[2:]]
         self.rows, self.ends = torch.arange(n, device=self.device), to_device(lengths, self.device)

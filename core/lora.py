@@ -149,8 +149,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
     model.merged_lora keeps the terms, {layer's name: (A, (alpha / rank) B)}. An adapter that is trained on
     top is saved together with them: PEFT, TRL and vLLM add one adapter to a base, not two.
     """
-    model.merged_lora = getattr(model, "merged_lora", {})
-    for name, layer in list(lora_layers(model)):
+    model.merged_lora, layers = getattr(model, "merged_lora", {}), list(lora_layers(model))
+    for name, layer in layers:
         a, b = model.merged_lora.get(name, (layer.lora_A[:0], layer.lora_B[:, :0]))
         term = torch.cat([a, layer.lora_A]).detach(), torch.cat([b, layer.scale * layer.lora_B], 1).detach()
         model.merged_lora[name] = term
@@ -158,7 +158,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
         weight.data = (weight.data.float() + layer.delta().float()).to(weight.dtype)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base)
-    return model.requires_grad_(True)
+    return model.requires_grad_(True) if layers else model
 
 
 def save_lora(model: nn.Module, folder: str | Path, base_model: str) -> None:
@@ -282,7 +282,7 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
         if tensor.dtype not in DTYPES:
             raise InputError(f"{path}: {key} is {tensor.dtype}; only floats of 16, 32 or 64 bits are read")
         if key == SCORE and hasattr(model, "score") and tensor.shape == model.score.weight.shape:
-            model.score.weight.data.copy_(tensor)
+            model.score.float().weight.data.copy_(tensor)
             continue
         match = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", key)
         if not match:

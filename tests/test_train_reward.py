@@ -150,6 +150,15 @@ def test_bfloat16_trains_nearly_as_float32_does(rank, tiny_model_folder, tmp_pat
     assert bfloat16 == pytest.approx(float32, rel=0.1, abs=0.01)  # 8 bits, and Adam's steps of lr
 
 
+def test_an_adapter_s_head_keeps_its_digits_beside_a_bfloat16_base(tiny_model_folder, tmp_path, data):
+    flags = {"model": tiny_model_folder, "data": data, "max_steps": 2, "lr": 1e-2, "warmup_steps": 0}
+    train(train_reward, **flags, out_dir=tmp_path / "run")
+    float32, bfloat16 = (
+        load_reward_model(tmp_path / "run", dtype=x)[0] for x in (torch.float32, torch.bfloat16)
+    )
+    assert bfloat16.dtype == torch.bfloat16 and torch.equal(bfloat16.score.weight, float32.score.weight)
+
+
 def test_rewards_have_the_digits_of_float32_where_products_are_bfloat16(tiny_model_folder):
     model, _ = load_reward_model(str(tiny_model_folder))
     torch.nn.init.normal_(model.score.weight)

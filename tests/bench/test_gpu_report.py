@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from common.files import ROOT
+from common.flags import parse
 from core import attention
 from scripts import call
+from train_dpl import DPLConfig
+from train_reward import RewardConfig
 
 
 @pytest.fixture
@@ -57,6 +60,19 @@ def test_every_other_case_is_reported(gpu, monkeypatch, tmp_path):
     assert report.endswith("\nfailed: attention: first; architectures: first; 7B training: first\n")
     written = (tmp_path / "gpu.stderr").read_text()
     assert "Traceback" in written and "Fatal Python error: Aborted" in written
+
+
+@pytest.mark.parametrize("name", ["ADAPTER", "REWARD", "ALL"])
+def test_a_case_trains_with_the_flags_that_it_names(gpu, name, monkeypatch, tmp_path):
+    """They come last: of a flag that is given twice, also in an @file, the last counts."""
+    commands = []
+    monkeypatch.setattr(gpu.subprocess, "run", lambda words, **_: commands.append(words))
+    with pytest.raises(FileNotFoundError):  # no metrics.jsonl
+        gpu.train(tmp_path / "run", (*getattr(gpu, name), *gpu.BFLOAT16), False, 1)
+    [(_, script, *words)] = commands
+    config = {"train_dpl.py": DPLConfig, "train_reward.py": RewardConfig}[script]
+    flags = parse(config, None, words)
+    assert (flags.lora_rank == 0) == (name == "ALL") and flags.dtype == "bfloat16"
 
 
 def test_a_report_is_never_replaced(gpu, monkeypatch, tmp_path):

@@ -68,7 +68,7 @@ def test_running_out_of_gpu_memory_is_one_line(refused):
     def main():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
 
-    refused(SimpleNamespace(__name__="some", main=main), [], "CUDA out of memory: smaller batches need less")
+    refused(SimpleNamespace(__name__="some", main=main), [], "CUDA out of memory: a smaller batch needs less")
 
 
 def parse_arguments(*arguments):
