@@ -266,7 +266,7 @@ def read_sample(row: dict[str, Any], where: str) -> Sample:
     except (LookupError, TypeError, ValueError):
         parts = []
     if len(parts) < 3 or not all(isinstance(part, str) for part in parts):
-        raise InputError(f"{where}: needs string 'prompt' and 'completion', or another --format of sample.py")
+        raise InputError(f"{where}: needs string 'prompt' and 'completion', or a --format of data/export.py")
     return sample
 
 
@@ -293,7 +293,8 @@ def to_texts(samples: list[Sample], chat: bool) -> tuple[list[Text], list[Text],
         makes_messages = chat and isinstance(sample.prompt, str)
         prompts.append(to_messages(sample.prompt) if makes_messages else sample.prompt)
         is_message = makes_messages or (sample.is_message and isinstance(sample.prompt, list))
-        answers.append(message("assistant", sample.text) if is_message else sample.text)
+        text = sample.text.strip() or sample.text if makes_messages else sample.text  # as read_pairs() does
+        answers.append(message("assistant", text) if is_message else text)
     return prompts, answers, [sample.options for sample in samples]
 
 

@@ -141,6 +141,8 @@ def loading(flag: str) -> Iterator[None]:
     """
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         reason = textwrap.shorten(str(error) or type(error).__name__, 300)
         raise InputError(f"{flag}: cannot be loaded: {reason}") from error

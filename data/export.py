@@ -51,7 +51,8 @@ def convert(config: ExportConfig, uids: dict[str, Any]) -> list[dict[str, Any]]:
         turns = sample.prompt if is_message else message("user", question)
         stats = {key: row[key] for key in ("tokens", "logp", "sampled_logp", "finish") if key in row}
         if config.format == "messages":
-            rows.append({"messages": turns + message("assistant", text)} | stats)
+            own = {"chat_template_kwargs": sample.options} if sample.options else {}
+            rows.append({"messages": turns + message("assistant", text)} | own | stats)
         elif json.dumps(sample.prompt) not in seen:
             seen.add(json.dumps(sample.prompt))
             if config.format == "alpaca_eval":

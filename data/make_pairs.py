@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.files import InputError, atomic_write, error_prefix
 from common.flags import Flags, flag, parse, require, require_new, run_command
-from common.rows import Sample, read_rows, read_sample, to_texts
+from common.rows import Sample, message, read_rows, read_sample, to_texts
 from train_reward import load_scorer
 
 
@@ -78,10 +78,10 @@ def main() -> None:
     """Write --out_file."""
     config = parse(PairsConfig, __doc__)
     every = [(where, row, read_sample(row, where)) for where, row in read_rows(config.samples)]
-    ended = [one for one in every if one[2].finish != "length"]
+    ended = [one for one in every if one[2].finish != "length" and one[2].text.strip()]
     if len(ended) < len(every):
-        cut = f"{len(every) - len(ended):,} of {len(every):,} texts were cut at --max_new_tokens"
-        print(f"{config.samples}: {cut}, have no end and make no pairs")
+        left_out = f"{len(every) - len(ended):,} of {len(every):,} texts"
+        print(f"{config.samples}: {left_out} were cut at --max_new_tokens or are empty, and make no pairs")
     if not ended:
         raise InputError(f"{config.samples}: no text has an end; sample with more --max_new_tokens")
     samples, groups = [sample for *_, sample in ended], {json.dumps(s.prompt): [] for *_, s in every}
@@ -94,8 +94,12 @@ def main() -> None:
         found = choose(rewards[group], texts, config, rng)
         without += not found
         for chosen, rejected in found:
-            row = {"prompt": samples[group[0]].prompt, "chosen": texts[chosen], "rejected": texts[rejected]}
-            options = samples[group[0]].options
+            first = samples[group[0]]
+            both = (texts[i] for i in (chosen, rejected))
+            if first.is_message and isinstance(first.prompt, list):  # not what follows the prompt's tokens
+                both = (message("assistant", text) for text in both)
+            row = {"prompt": first.prompt, **dict(zip(("chosen", "rejected"), both, strict=True))}
+            options = first.options
             pairs.append(row | ({"chat_template_kwargs": options} if options else {}))
     if not pairs:
         raise InputError(f"{config.samples}: no prompt has two different samples of different rewards")

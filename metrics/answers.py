@@ -12,6 +12,7 @@ are rows of GSM8K or MATH, split into easy, medium and hard: MATH by level (1, 3
 samples that the model of --base_samples needs to solve the problem (at most 4, at most 64, more).
 
     python sample.py --prompts gsm8k.jsonl --prompt_template data/prompts/gsm8k.txt --stop Q: ...
+    python sample.py --prompts math.jsonl --prompt_template data/prompts/math.txt --stop "###" ...
     python evaluate.py answers --problems gsm8k.jsonl --samples dpo.jsonl dpl.jsonl --picture best_of_n.png
 """
 

@@ -168,7 +168,7 @@ def summarize(values: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, f
     for name, (rows, statistic) in statistics.items():
         mean, (low, high) = float(statistic(rows)), formulas.bootstrap(rows, statistic, seed, 1000)
         if statistic is not np.mean:
-            low, high = (max(0.0, 2 * mean - x) for x in (high, low))
+            low, high = (max(2 * mean - x, 0.0) for x in (high, low))  # a NaN stays one
         result[name] = {"mean": mean, "low": low, "high": high}
     return result
 

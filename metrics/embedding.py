@@ -142,7 +142,9 @@ def embed(texts: Sequence[str], encoder: str, max_tokens: int = 4096) -> np.ndar
             max_positions(model),
             settings.get("max_seq_length") or math.inf,
         ]
-        prompted = [prompt + text for text in texts]
+        prompted = [(prompt + text).strip() for text in texts]
+        if settings.get("do_lower_case"):
+            prompted = [text.lower() for text in prompted]
         ids = tokenizer(prompted, truncation=True, max_length=int(min(*limits, 10**9))).input_ids
     if model.config.is_encoder_decoder:
         raise InputError(f"--embedder {encoder}: {type(model).__name__} has a decoder; give an encoder")

@@ -283,7 +283,7 @@ def ask(prompts: Texts, parse: Callable[[str], Any], config: EndpointConfig, lab
 def fetch_embeddings(
     texts: Texts, url: str, model: str, *, api_key_env: str, timeout: float, retries: int
 ) -> np.ndarray:
-    """Embeddings of texts from POST {url}/embeddings, in batches of 64; float32, (len(texts), d).
+    """Embeddings of texts from POST {url}/embeddings, in batches of 32; float32, (len(texts), d).
 
     Requests are sent again as in ask(). Raises InputError if one fails for good: no embedding may be missing.
     """
@@ -300,8 +300,8 @@ def fetch_embeddings(
             raise ValueError("not a list of vectors")
         return array
 
-    for first in tqdm(range(0, len(texts), 64), desc="embeddings", unit="batch", disable=None):
-        batch = list(texts[first : first + 64])
+    for first in tqdm(range(0, len(texts), 32), desc="embeddings", unit="batch", disable=None):
+        batch = list(texts[first : first + 32])  # text-embeddings-inference takes no more, by default
         try:
             arrays.append(_request(send, url, api_key_env, retries, Event()))
         except RequestError as error:

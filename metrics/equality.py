@@ -65,8 +65,9 @@ def after_thinking(text: str) -> str:
 def gsm8k_answer(text: str) -> str | None:
     r"""The final number of a GSM8K solution in one fixed spelling: "1000" for "#### $1,000.00 dollars".
 
-    The answer is the first number on the line of the first "####", because a model may go on with another
-    question; in a text without "####" it is the last number of the text. Thinking is left out. Signs,
+    The answer is the first number on the line of the first "####" that a number follows, because a model may
+    write headings with "####", and may go on with another question. If none follows, it is the first number
+    on such a line; in a text without "####" it is the last number of the text. Thinking is left out. Signs,
     decimals, thousands (1,000 and 1{,}000) and exponents (1e3) are read. Currency, units and zeros that
     change nothing are dropped. A fraction of integers stays a fraction, "1/2". The - of "3-4" and of dates is
     not a sign. Of a mixed number only a part is read: "#### 5 1/2" gives 5.
@@ -74,12 +75,13 @@ def gsm8k_answer(text: str) -> str | None:
     Returns None if there is no number, or none on the line of "####". (Cobbe et al. 2021)
     """
     text = after_thinking(text)
-    _, mark, rest = text.partition("####")
-    line = rest.split("\n", 1)[0] if mark else text
+    marked = re.findall(r"####([^\n]*)", text)
+    found = [line for pattern in (r"\W*\d", r".*\d") for line in marked if re.match(pattern, line)]
+    line = (found + marked + [text])[0]
     numbers = list(NUMBER.finditer(_apply(NUMBER_RULES, line.translate(UNICODE))))
     if not numbers:
         return None
-    number = numbers[0 if mark else -1]
+    number = numbers[0 if marked else -1]
     sign = "-" if number["minus"] or number["inner_minus"] else ""
     return _spell_number(sign, number["whole"], number["decimals"], number["exponent"], number["below"])
 

@@ -278,6 +278,12 @@ def check(tokenizer, shape: Shape, prompt: list[dict], answer: str) -> None:
     assert cut == end[:-1]
 
 
+def test_strings_that_become_messages_lose_the_space_that_templates_write():
+    prompts, answers, _ = to_texts([Sample("Hi", " Yes.", "eos"), Sample("Hi", " ", "eos")], True)
+    assert prompts == [[turn("user", "Hi")]] * 2
+    assert answers == [[turn("assistant", "Yes.")], [turn("assistant", " ")]]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_ids_are_those_of_the_whole_text(kind, name):

@@ -55,13 +55,24 @@ def test_training_reads_the_sampled_ids(run, tmp_path):
     assert tokenizer.decode(ids[:-1]) == texts[0]
 
 
-def test_texts_that_were_cut_make_no_pair(run, capsys):
+def test_texts_that_were_cut_or_are_empty_make_no_pair(run, capsys):
     rows = [("a", "x", 1, "eos"), ("a", "y", 3, "length"), ("a", "z", -2, "stop"), ("b", "w", -5, "length")]
-    assert run(rows) == [{"prompt": "a", "chosen": "x", "rejected": "z"}]
+    assert run([*rows, ("a", "", -9, "eos")]) == [{"prompt": "a", "chosen": "x", "rejected": "z"}]
     out = capsys.readouterr().out
-    assert "2 of 4 texts were cut" in out and "1 pairs of 2 prompts" in out and "1 prompts gave none" in out
+    assert "3 of 5 texts were cut" in out and "1 pairs of 2 prompts" in out and "1 prompts gave none" in out
     with pytest.raises(InputError, match=r"no text has an end; sample with more --max_new_tokens"):
         run(rows[1:2], "--overwrite")
+
+
+def test_messages_stay_messages(run, tmp_path):
+    turns = [[*USER, {"role": "assistant", "content": text}] for text in ("The fig", "Mud")]
+    (tmp_path / "samples.jsonl").write_bytes(
+        lines(*({"messages": m, "reward": -i} for i, m in enumerate(turns)))
+    )
+    files = {"samples": tmp_path / "samples.jsonl", "out_file": tmp_path / "pairs.jsonl"}
+    call(make_pairs, **files)
+    [row] = read_pairs(tmp_path / "pairs.jsonl")
+    assert [row["prompt"], row["chosen"], row["rejected"]] == [USER, turns[0][1:], turns[1][1:]]
 
 
 def test_ties_make_no_pair():

@@ -126,12 +126,16 @@ def test_evaluate_prints_and_writes_its_result(world, tmp_path, monkeypatch, eva
 def test_evaluate_reads_every_layout_of_export_py(world, tmp_path, evaluated, format, as_messages):
     prompt, texts = world["story_prompt"], list_stories(world)[::100]
     row = {"prompt": [{"role": "user", "content": prompt}] if as_messages else prompt, "tokens": 20}
+    row |= {"chat_template_kwargs": {"enable_thinking": False}} if as_messages else {}
     path, suffix = tmp_path / "samples.jsonl", "json" if format == "alpaca_eval" else "jsonl"
     out = tmp_path / f"exported.{suffix}"
     path.write_bytes(lines(*(row | {"completion": text} for text in texts)))
     (tmp_path / "prompts.jsonl").write_bytes(lines({"prompt": prompt, "uid": "a1"}))
     call(export, samples=path, format=format, out_file=out, prompts=tmp_path / "prompts.jsonl")
     result, _ = evaluated("society", samples=out)
+    if format == "messages":
+        exported = [read.get("chat_template_kwargs") for _, read in read_rows(out)]
+        assert exported == [row.get("chat_template_kwargs")] * len(texts)
     kept = texts if format == "messages" else texts[:1]  # their readers want one answer a prompt
     assert result == compare_samples([(prompt, text) for text in kept], world, 0.2, 0.1)
     if format == "arena_hard":

@@ -74,6 +74,10 @@ def no_child(monkeypatch):
         ("#### 42?</think>\n#### 18\n#### 7", "18"),  # the prompt opened it
         ("<think>One</think> #### 18 <think>Or 7?", "18"),
         ("<think>It may be #### 42", None),  # cut off
+        ("#### Solution\n4*12=48\n\n#### 45", "45"),  # a heading
+        ("#### Step 1: Add\n#### **$45**\nQ: ...\n#### 7", "45"),
+        ("#### Solution\n#### x = 5", "5"),
+        ("5\n#### none", None),
         ("CO2 and x5", None),
         ("no number", None),
         ("", None),

@@ -51,8 +51,8 @@ def make_bert():
 
 @torch.no_grad()
 def states(folder, kind, text):
-    """Last hidden states of one text, (tokens, d)."""
-    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
+    """Last hidden states of one text, (tokens, d); sentence-transformers strips texts."""
+    ids = AutoTokenizer.from_pretrained(folder)(text.strip(), return_tensors="pt").input_ids
     return kind.from_pretrained(folder).eval()(ids).last_hidden_state[0]
 
 
@@ -80,6 +80,15 @@ def test_pooling_is_the_one_that_the_encoder_names(tmp_path, config, pool, kind)
     folder = save_encoder(tmp_path / "encoder", model, config)
     right = torch.stack([pool(states(folder, kind, text)) for text in TEXTS])
     torch.testing.assert_close(torch.tensor(embed(TEXTS, str(folder))), right, atol=1e-5, rtol=1e-5)
+
+
+def test_an_encoder_of_lower_case(tmp_path):
+    settings = {"sentence_bert_config": {"do_lower_case": True}}
+    folder = save_encoder(tmp_path / "encoder", make_bert(), pooling("mean_tokens"), **settings)
+    upper, lower = (embed([f(text) for text in TEXTS], str(folder)) for f in (str.upper, str.lower))
+    assert (upper == lower).all()
+    wanted = torch.stack([states(folder, BertModel, text.lower()).mean(0) for text in TEXTS])
+    torch.testing.assert_close(torch.tensor(lower), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_dense_layers_are_applied_and_normalisation_changes_no_direction(tmp_path):
@@ -130,7 +139,7 @@ def test_a_long_text_is_embedded_by_its_start(tiny_model_folder, tmp_path):
     )
     for folder, limit in ((tiny_model_folder, 2048), (short, 20)):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        text = "fig mud " * 2000
+        text = "fig.mud." * 2000  # no space: one at the end would be stripped
         start = tokenizer.decode(tokenizer(text).input_ids[:limit])
         both = embed([text, start], str(folder))
         assert both[0] == pytest.approx(both[1], abs=1e-5)
