@@ -53,8 +53,8 @@ def groups_of(path):
 
 @torch.no_grad()
 def mean_state(folder, text):
-    """Mean of the last hidden states of one text, not padded, in the encoder's own words."""
-    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
+    """Mean of the last hidden states of one text, stripped and not padded, in the encoder's own words."""
+    ids = AutoTokenizer.from_pretrained(folder)(text.strip(), return_tensors="pt").input_ids
     return AutoModel.from_pretrained(folder).eval()(ids).last_hidden_state[0].mean(0).double().numpy()
 
 
