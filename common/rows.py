@@ -243,9 +243,13 @@ class Sample(NamedTuple):
 
 def sample_row(row: dict[str, Any], completion: str, values: dict[str, Any]) -> dict[str, Any]:
     """What is written of a completion of a row of read_prompts(), for read_sample() and read_examples()."""
-    options = row.get("template_options")
-    own = {"chat_template_kwargs": options} if options else {}
+    own = options_of(row.get("template_options"))
     return {"prompt": row["prompt"], "completion": completion} | own | values
+
+
+def options_of(options: dict[str, Any] | None) -> dict[str, Any]:
+    """Template arguments, as a row that is written has them: nothing if there are none."""
+    return {"chat_template_kwargs": options} if options else {}
 
 
 def read_sample(row: dict[str, Any], where: str) -> Sample:

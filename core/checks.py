@@ -213,10 +213,9 @@ def own_values(model: PreTrainedModel, pairs: Sequence[Sequence[list[int]]]) -> 
     Of a reward model, what its head reads at the last token: the hidden state, (texts, D), of length 1.
     """
     model.set_attn_implementation("eager")  # under "packed", sparse attention would be dense in both
-    values, mixed = [], getattr(model, "mixed", False)
+    values, mixed, is_reward_model = [], getattr(model, "mixed", False), model.get_output_embeddings() is None
     for prompt, completion in ((prompt, text) for prompt, *both in pairs for text in both):
         row = torch.tensor([prompt + completion], device=model.device)
-        is_reward_model = model.get_output_embeddings() is None
         with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed), read_by_score(model) as hidden:
             logits = model(row[:, :-1] if is_reward_model else row).logits.float()
         if is_reward_model:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.files import InputError, atomic_write
 from common.flags import Flags, flag, parse, require, require_new, run_command
-from common.rows import last_turn, message, read_prompts, read_rows, read_sample
+from common.rows import last_turn, message, options_of, read_prompts, read_rows, read_sample
 
 
 @dataclass
@@ -51,8 +51,7 @@ def convert(config: ExportConfig, uids: dict[str, Any]) -> list[dict[str, Any]]:
         turns = sample.prompt if is_message else message("user", question)
         stats = {key: row[key] for key in ("tokens", "logp", "sampled_logp", "finish") if key in row}
         if config.format == "messages":
-            own = {"chat_template_kwargs": sample.options} if sample.options else {}
-            rows.append({"messages": turns + message("assistant", text)} | own | stats)
+            rows.append({"messages": turns + message("assistant", text)} | options_of(sample.options) | stats)
         elif json.dumps(sample.prompt) not in seen:
             seen.add(json.dumps(sample.prompt))
             if config.format == "alpaca_eval":

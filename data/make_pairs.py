@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.files import InputError, atomic_write, error_prefix
 from common.flags import Flags, flag, parse, require, require_new, run_command
-from common.rows import Sample, message, read_rows, read_sample, to_texts
+from common.rows import Sample, options_of, read_rows, read_sample, to_texts
 from train_reward import load_scorer
 
 
@@ -85,6 +85,7 @@ def main() -> None:
     if not ended:
         raise InputError(f"{config.samples}: no text has an end; sample with more --max_new_tokens")
     samples, groups = [sample for *_, sample in ended], {json.dumps(s.prompt): [] for *_, s in every}
+    _, answers, _ = to_texts(samples, False)
     rewards = read_rewards(config, samples, [(where, row) for where, row, _ in ended])
     for index, sample in enumerate(samples):
         groups[json.dumps(sample.prompt)].append(index)
@@ -95,12 +96,8 @@ def main() -> None:
         without += not found
         for chosen, rejected in found:
             first = samples[group[0]]
-            both = (texts[i] for i in (chosen, rejected))
-            if first.is_message and isinstance(first.prompt, list):  # not what follows the prompt's tokens
-                both = (message("assistant", text) for text in both)
-            row = {"prompt": first.prompt, **dict(zip(("chosen", "rejected"), both, strict=True))}
-            options = first.options
-            pairs.append(row | ({"chat_template_kwargs": options} if options else {}))
+            both = {"chosen": answers[group[chosen]], "rejected": answers[group[rejected]]}
+            pairs.append({"prompt": first.prompt} | both | options_of(first.options))
     if not pairs:
         raise InputError(f"{config.samples}: no prompt has two different samples of different rewards")
     with atomic_write(config.out_file) as file:
